@@ -1,0 +1,3 @@
+//! Who somebody is: tokens and the keys that they are checked with.
+
+pub mod jwt;

@@ -1,0 +1,499 @@
+//! Settings: the built-in file, then the operator's file, then the environment over both.
+//!
+//! Invariants: all mistakes are reported together; what exists as a [`Config`] is right; nothing
+//! reads it from the environment but `main`, which hands the variables over.
+
+use std::{net::SocketAddr, path::Path, time::Duration};
+
+use figment::{
+    Figment, Metadata, Profile, Provider,
+    providers::{Format, Toml},
+    value::{Dict, Map, Num, Value},
+};
+use serde::{Deserialize, Deserializer, de};
+
+use crate::{auth::jwt::Secret, topic_rules::Rule};
+
+const DEFAULTS: &str = include_str!("defaults.toml");
+
+/// The variables that are not settings.
+const NOT_SETTINGS: [&str; 1] = ["config"];
+
+/// Every setting, with its default in `src/defaults.toml`.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// Public address: WebSocket, REST broadcast, health.
+    pub listen: SocketAddr,
+    /// Admin address: metrics, readiness. Without `admin_token` it must be a loopback one.
+    pub admin_listen: SocketAddr,
+    /// Bearer token that the admin address asks for; empty asks for none.
+    pub admin_token: Secret,
+    /// Postgres; empty serves clients among themselves, without a database.
+    pub database_url: Secret,
+    /// A session-mode connection for LISTEN; empty means `database_url`.
+    pub notify_database_url: Secret,
+    /// A role that may create triggers, for `migrate`; empty means `database_url`.
+    pub migrate_database_url: Secret,
+    /// HS256 secret of the project.
+    pub jwt_secret: Secret,
+    /// Log filter, as `tracing-subscriber` reads it: `info`, `tidegate=debug`.
+    pub log: String,
+    /// What clients notice.
+    pub protocol: Protocol,
+    /// What bounds them.
+    pub limits: Limits,
+    /// The database link.
+    pub relay: Relay,
+    /// The orderly end.
+    pub drain: Drain,
+    /// Topics that no rule matches.
+    pub topics: Topics,
+    /// The topic rules, in the order in which they are tried.
+    pub topic: Vec<Rule>,
+}
+
+/// What clients notice.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Protocol {
+    /// Delay of error replies to joins and of refused upgrades; at most 1.5 s.
+    #[serde(deserialize_with = "duration")]
+    pub error_delay: Duration,
+    /// Whether a client that sends a `presence` object without `enabled` waits for a state.
+    pub presence_default: bool,
+}
+
+/// What bounds clients.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Limits {
+    /// Most sockets; at the limit an upgrade is refused with 429, at once.
+    pub connections_max: usize,
+    /// Most channels of one socket; at the limit a join is refused.
+    pub channels_per_socket_max: usize,
+    /// Largest message in; a larger one closes the socket with 1009.
+    pub message_bytes_max: usize,
+    /// Largest broadcast payload; a larger one is dropped, with an error reply if acked.
+    pub payload_bytes_max: usize,
+    /// Most bytes that may wait for one client; beyond, it is closed as a slow consumer.
+    pub outbox_bytes_max: usize,
+    /// Longest token; a longer one is not a JWT.
+    pub token_bytes_max: usize,
+    /// From accept to the end of the request's head.
+    #[serde(deserialize_with = "duration")]
+    pub handshake_timeout: Duration,
+    /// Without a data frame for so long, a socket is closed with 1000.
+    #[serde(deserialize_with = "duration")]
+    pub silence_timeout: Duration,
+    /// A socket whose channels have all gone is closed after so long.
+    #[serde(deserialize_with = "duration")]
+    pub no_channel_timeout: Duration,
+    /// A write that takes longer ends the connection.
+    #[serde(deserialize_with = "duration")]
+    pub write_timeout: Duration,
+}
+
+/// The database link.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Relay {
+    /// How long a join waits for its topic's LISTEN before it is answered all the same.
+    #[serde(deserialize_with = "duration")]
+    pub listen_wait: Duration,
+    /// How long a LISTEN is kept after its last viewer has gone.
+    #[serde(deserialize_with = "duration")]
+    pub linger: Duration,
+    /// Most LISTENs; beyond, further events are joined but not relayed, and counted.
+    pub listens_max: usize,
+    /// Between two heartbeats on the listening session.
+    #[serde(deserialize_with = "duration")]
+    pub heartbeat_interval: Duration,
+    /// A heartbeat, or any other statement of the session, that takes longer ends the session.
+    #[serde(deserialize_with = "duration")]
+    pub heartbeat_timeout: Duration,
+    /// A connection attempt that takes longer is given up.
+    #[serde(deserialize_with = "duration")]
+    pub connect_timeout: Duration,
+    /// Longest wait between two attempts.
+    #[serde(deserialize_with = "duration")]
+    pub backoff_max: Duration,
+}
+
+/// The orderly end.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Drain {
+    /// Within so long all sockets are closed, in jittered batches.
+    #[serde(deserialize_with = "duration")]
+    pub timeout: Duration,
+}
+
+/// Topics that no rule matches.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Topics {
+    /// Whether they are served as ordinary topics.
+    pub allow_other: bool,
+}
+
+/// Everything that is wrong with the settings.
+#[derive(Debug, thiserror::Error)]
+#[error("{}", .0.join("\n"))]
+pub struct ConfigError(pub Vec<String>);
+
+impl Config {
+    /// The built-in settings alone.
+    ///
+    /// # Panics
+    /// Never: a test reads them.
+    #[must_use]
+    pub fn defaults() -> Self {
+        #[expect(clippy::expect_used, reason = "the built-in settings are tested to be right")]
+        Self::load(None, Vec::new()).expect("the built-in settings are right").0
+    }
+
+    /// Reads the settings: `file` over the built-in ones, `variables` (those that begin with
+    /// `TIDEGATE_`, and `DATABASE_URL`) over both. Gives the settings and their printed form.
+    ///
+    /// # Errors
+    /// [`ConfigError`] with every mistake that was found.
+    pub fn load(
+        file: Option<&Path>,
+        variables: Vec<(String, String)>,
+    ) -> Result<(Self, Effective), ConfigError> {
+        let mut mistakes = Vec::new();
+        let mut figment = Figment::from(Toml::string(DEFAULTS));
+        let defaults: Dict = figment.extract().unwrap_or_default();
+        if let Some(file) = file {
+            figment = figment.merge(Toml::file_exact(file));
+        }
+        figment = figment.merge(Variables(read_variables(variables, &defaults, &mut mistakes)));
+        let mut values: Dict = match figment.extract() {
+            Ok(values) => values,
+            Err(error) => {
+                mistakes.extend(error.into_iter().map(|error| error.to_string()));
+                return Err(ConfigError(mistakes));
+            }
+        };
+        // One mistake ends a reading: note it, put the default in its place, read again.
+        let config = loop {
+            match Figment::from(Variables(values.clone())).extract::<Self>() {
+                Ok(config) => break Some(config),
+                Err(error) => {
+                    let path = error.path.clone();
+                    mistakes.push(describe(&figment, &error));
+                    if !replace_by_default(&mut values, &defaults, &path, &error) {
+                        break None;
+                    }
+                }
+            }
+        };
+        if let Some(config) = &config {
+            mistakes.extend(config.mistakes());
+        }
+        match config {
+            Some(config) if mistakes.is_empty() => Ok((config, Effective(values))),
+            Some(_) | None => Err(ConfigError(mistakes)),
+        }
+    }
+
+    /// The URL for LISTEN.
+    #[must_use]
+    pub fn notify_url(&self) -> &Secret {
+        first_set([&self.notify_database_url, &self.database_url])
+    }
+
+    /// The URL for migrations.
+    #[must_use]
+    pub fn migrate_url(&self) -> &Secret {
+        first_set([&self.migrate_database_url, &self.database_url])
+    }
+
+    /// What is wrong although every value can be read.
+    fn mistakes(&self) -> Vec<String> {
+        let mut mistakes = Vec::new();
+        if self.protocol.error_delay > Duration::from_millis(1500) {
+            mistakes.push(
+                "protocol.error_delay: at most 1500ms, or clients give the join up".to_owned(),
+            );
+        }
+        if self.relay.listen_wait > Duration::from_millis(1500) {
+            mistakes
+                .push("relay.listen_wait: at most 1500ms, or clients give the join up".to_owned());
+        }
+        if self.admin_token.is_empty() && !self.admin_listen.ip().is_loopback() {
+            mistakes.push(format!(
+                "admin_listen: {} is not a loopback address; set admin_token to listen there",
+                self.admin_listen
+            ));
+        }
+        for (name, value) in [
+            ("limits.connections_max", self.limits.connections_max),
+            ("limits.channels_per_socket_max", self.limits.channels_per_socket_max),
+            ("limits.message_bytes_max", self.limits.message_bytes_max),
+            ("limits.outbox_bytes_max", self.limits.outbox_bytes_max),
+            ("relay.listens_max", self.relay.listens_max),
+        ] {
+            if value == 0 {
+                mistakes.push(format!("{name}: must be at least 1"));
+            }
+        }
+        for (name, value) in [
+            ("limits.handshake_timeout", self.limits.handshake_timeout),
+            ("limits.silence_timeout", self.limits.silence_timeout),
+            ("limits.write_timeout", self.limits.write_timeout),
+            ("relay.heartbeat_interval", self.relay.heartbeat_interval),
+            ("relay.heartbeat_timeout", self.relay.heartbeat_timeout),
+            ("relay.connect_timeout", self.relay.connect_timeout),
+        ] {
+            if value.is_zero() {
+                mistakes.push(format!("{name}: must be longer than 0s"));
+            }
+        }
+        for rule in &self.topic {
+            mistakes.extend(
+                rule.mistakes().into_iter().map(|text| format!("topic \"{}\": {text}", rule.name)),
+            );
+        }
+        mistakes
+    }
+}
+
+/// The effective settings, for printing: secrets are hidden.
+#[derive(Debug)]
+pub struct Effective(Dict);
+
+/// The settings whose values are never shown.
+const SECRETS: [&str; 5] =
+    ["admin_token", "database_url", "notify_database_url", "migrate_database_url", "jwt_secret"];
+
+impl Effective {
+    /// The settings as a file that could be read again, but for the secrets.
+    ///
+    /// # Errors
+    /// [`ConfigError`] if a value cannot be written as TOML.
+    pub fn to_toml(&self) -> Result<String, ConfigError> {
+        let mut values = self.0.clone();
+        for name in SECRETS {
+            if let Some(value) = values.get_mut(name)
+                && value.as_str().is_some_and(|text| !text.is_empty())
+            {
+                *value = "<hidden>".into();
+            }
+        }
+        toml::to_string(&values).map_err(|error| ConfigError(vec![error.to_string()]))
+    }
+}
+
+/// Settings from a dictionary.
+struct Variables(Dict);
+
+impl Provider for Variables {
+    fn metadata(&self) -> Metadata {
+        Metadata::named("environment variables")
+    }
+
+    fn data(&self) -> Result<Map<Profile, Dict>, figment::Error> {
+        Ok(Profile::Default.collect(self.0.clone()))
+    }
+}
+
+/// `TIDEGATE_SECTION__FIELD=text`, read as the type that the default has.
+fn read_variables(
+    variables: Vec<(String, String)>,
+    defaults: &Dict,
+    mistakes: &mut Vec<String>,
+) -> Dict {
+    let mut values = Dict::new();
+    for (variable, text) in variables {
+        let Some(name) = variable.strip_prefix("TIDEGATE_") else {
+            if variable == "DATABASE_URL" {
+                values.entry("database_url".to_owned()).or_insert_with(|| text.into());
+            }
+            continue;
+        };
+        let name = name.to_ascii_lowercase();
+        if NOT_SETTINGS.contains(&name.as_str()) {
+            continue;
+        }
+        let (section, field) = match name.split_once("__") {
+            Some((section, field)) => (Some(section), field),
+            None => (None, name.as_str()),
+        };
+        let default = match section {
+            Some(section) => defaults.get(section).and_then(|it| it.as_dict()?.get(field)),
+            None => defaults.get(field),
+        };
+        let Some(value) = default.and_then(|default| read_as(default, &text)) else {
+            mistakes.push(match default {
+                Some(default) => format!("{variable}: expected {}", expected(default)),
+                None => format!("{variable}: no such setting"),
+            });
+            continue;
+        };
+        match section {
+            None => {
+                values.insert(field.to_owned(), value);
+            }
+            Some(section) => {
+                let entry = values.entry(section.to_owned()).or_insert_with(|| Dict::new().into());
+                if let Value::Dict(_, fields) = entry {
+                    fields.insert(field.to_owned(), value);
+                }
+            }
+        }
+    }
+    values
+}
+
+fn read_as(default: &Value, text: &str) -> Option<Value> {
+    match default {
+        Value::String(..) => Some(text.into()),
+        Value::Bool(..) => text.parse::<bool>().ok().map(Value::from),
+        Value::Num(..) => text.parse::<u64>().ok().map(Value::from),
+        Value::Char(..) | Value::Empty(..) | Value::Dict(..) | Value::Array(..) => None,
+    }
+}
+
+fn expected(default: &Value) -> &'static str {
+    match default {
+        Value::Bool(..) => "true or false",
+        Value::Num(_, Num::F32(_) | Num::F64(_)) => "a number",
+        Value::Num(..) => "a whole number",
+        Value::String(..) | Value::Char(..) => "a text",
+        Value::Empty(..) | Value::Dict(..) | Value::Array(..) => "a settings file, not a variable",
+    }
+}
+
+/// The mistake with its setting and where that was set; never its value, which may be a secret.
+fn describe(figment: &Figment, error: &figment::Error) -> String {
+    let path = error.path.join(".");
+    let source = figment
+        .find_metadata(&path)
+        .map(|metadata| match &metadata.source {
+            Some(source) => format!(" (from {source})"),
+            None => format!(" (from {})", metadata.name),
+        })
+        .unwrap_or_default();
+    let is_secret = SECRETS.iter().any(|secret| path == *secret);
+    let text = if is_secret { "expected a text".to_owned() } else { error.kind.to_string() };
+    if path.is_empty() { text } else { format!("{path}: {text}{source}") }
+}
+
+/// Puts the default, or nothing, where the mistake is. False if that changes nothing.
+fn replace_by_default(
+    values: &mut Dict,
+    defaults: &Dict,
+    path: &[String],
+    error: &figment::Error,
+) -> bool {
+    let mut path: Vec<&str> = path.iter().map(String::as_str).collect();
+    // An unknown field is named by the error, not by its path.
+    if let figment::error::Kind::UnknownField(field, _) = &error.kind
+        && path.last() != Some(&field.as_str())
+    {
+        path.push(field);
+    }
+    // Rules are a list: a mistake in one replaces them all.
+    if path.first() == Some(&"topic") {
+        path.truncate(1);
+    }
+    match path.as_slice() {
+        [name] => replace(values, defaults.get(*name), name),
+        [section, name, ..] => {
+            let default = defaults.get(*section).and_then(Value::as_dict);
+            match values.get_mut(*section) {
+                Some(Value::Dict(_, fields)) => {
+                    replace(fields, default.and_then(|fields| fields.get(*name)), name)
+                }
+                _ => replace(values, defaults.get(*section), section),
+            }
+        }
+        [] => false,
+    }
+}
+
+fn replace(values: &mut Dict, default: Option<&Value>, name: &str) -> bool {
+    match default {
+        Some(default) => values.insert(name.to_owned(), default.clone()).as_ref() != Some(default),
+        None => values.remove(name).is_some(),
+    }
+}
+
+fn first_set(urls: [&Secret; 2]) -> &Secret {
+    let [first, second] = urls;
+    if first.is_empty() { second } else { first }
+}
+
+fn duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    humantime::parse_duration(&text)
+        .map_err(|_no_more_to_tell| de::Error::custom("expected a duration such as 500ms, 3s, 10m"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn load(variables: &[(&str, &str)]) -> Result<(Config, Effective), ConfigError> {
+        let owned = variables.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
+        Config::load(None, owned)
+    }
+
+    #[test]
+    fn the_built_in_settings_are_right() {
+        assert!(load(&[]).is_ok());
+    }
+
+    #[test]
+    fn a_variable_goes_over_the_file_and_keeps_a_secret_of_digits_a_text() {
+        let (config, _) = load(&[
+            ("TIDEGATE_JWT_SECRET", "12345"),
+            ("TIDEGATE_LIMITS__CONNECTIONS_MAX", "7"),
+            ("DATABASE_URL", "postgres://a"),
+            ("TIDEGATE_PROTOCOL__ERROR_DELAY", "10ms"),
+            ("TIDEGATE_TOPICS__ALLOW_OTHER", "false"),
+        ])
+        .unwrap();
+        assert_eq!(config.jwt_secret.expose(), "12345");
+        assert_eq!(config.limits.connections_max, 7);
+        assert_eq!(config.notify_url().expose(), "postgres://a");
+        assert_eq!(config.protocol.error_delay, Duration::from_millis(10));
+        assert!(!config.topics.allow_other);
+    }
+
+    #[test]
+    fn all_mistakes_are_reported_together_and_without_secrets() {
+        let ConfigError(mistakes) = load(&[
+            ("TIDEGATE_LISTEN", "nowhere"),
+            ("TIDEGATE_ADMIN_LISTEN", "0.0.0.0:9400"),
+            ("TIDEGATE_LIMITS__CONNECTIONS_MAX", "many"),
+            ("TIDEGATE_RELAY__LINGER", "soon"),
+            ("TIDEGATE_NO_SUCH", "1"),
+            ("TIDEGATE_PROTOCOL__ERROR_DELAY", "2s"),
+            ("TIDEGATE_JWT_SECRET", "hidden-secret"),
+        ])
+        .unwrap_err();
+        for name in [
+            "listen",
+            "admin_listen",
+            "TIDEGATE_LIMITS__CONNECTIONS_MAX",
+            "relay.linger",
+            "TIDEGATE_NO_SUCH",
+            "protocol.error_delay",
+        ] {
+            assert!(mistakes.iter().any(|text| text.starts_with(name)), "{name}: {mistakes:?}");
+        }
+        assert_eq!(mistakes.len(), 6, "{mistakes:?}");
+        assert!(!mistakes.iter().any(|text| text.contains("hidden-secret")));
+    }
+
+    #[test]
+    fn the_printed_settings_can_be_read_again_and_hide_secrets() {
+        let (_, effective) = load(&[("TIDEGATE_JWT_SECRET", "hidden-secret")]).unwrap();
+        let printed = effective.to_toml().unwrap();
+        assert!(!printed.contains("hidden-secret") && printed.contains("<hidden>"));
+        assert!(Figment::from(Toml::string(&printed)).extract::<Config>().is_ok());
+    }
+}
