@@ -1,0 +1,147 @@
+//! Notification → broadcast: what Postgres sends becomes what clients get.
+//!
+//! Invariants: notifications are handled one after the other, in the order in which the session
+//! received them, which is the order of their commits; a payload passes byte for byte.
+
+use std::{
+    sync::Arc,
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use tokio::{sync::mpsc, time::Instant};
+
+use crate::{
+    protocol::{
+        message::{Json, UserBroadcast, UserPayload},
+        serializer::Broadcast,
+    },
+    server::Services,
+};
+
+/// The channel of the database's monitoring notifications, which name every event.
+pub(crate) const STATS_CHANNEL: &str = "global_cache_stats";
+
+/// Notifications that may wait between the session and the fan-out; beyond, the session waits and
+/// they stay in Postgres' queue.
+pub(crate) const BACKLOG_MAX: usize = 1024;
+
+/// One notification as the session received it.
+#[derive(Debug)]
+pub(crate) struct Notification {
+    pub(crate) channel: Box<str>,
+    pub(crate) payload: String,
+}
+
+/// What became of a notification.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// At least one client was sent it.
+    Delivered,
+    /// Nobody here has joined the event.
+    NoViewer,
+    /// Its payload is not JSON.
+    Malformed,
+    /// Its payload is JSON, but not an object.
+    NotObject,
+    /// Its payload is above the limit.
+    Oversized,
+    /// Nobody has wanted its channel.
+    UnknownChannel,
+    /// A monitoring notification: noted, not relayed.
+    Noted,
+}
+
+impl Outcome {
+    /// Every outcome.
+    pub const ALL: [Self; 7] = [
+        Self::Delivered,
+        Self::NoViewer,
+        Self::Malformed,
+        Self::NotObject,
+        Self::Oversized,
+        Self::UnknownChannel,
+        Self::Noted,
+    ];
+
+    /// The metric's label.
+    #[must_use]
+    pub fn kind(self) -> &'static str {
+        match self {
+            Self::Delivered => "delivered",
+            Self::NoViewer => "no_viewer",
+            Self::Malformed => "malformed",
+            Self::NotObject => "not_object",
+            Self::Oversized => "oversized",
+            Self::UnknownChannel => "unknown_channel",
+            Self::Noted => "noted",
+        }
+    }
+
+    /// The sources whose notifications can come to this.
+    pub(crate) fn sources(self) -> &'static [&'static str] {
+        match self {
+            Self::Delivered | Self::NoViewer => &["event"],
+            Self::Malformed | Self::NotObject | Self::Oversized => &["event", "stats"],
+            Self::UnknownChannel => &["other"],
+            Self::Noted => &["stats"],
+        }
+    }
+}
+
+/// Broadcasts notifications until the session's end of the queue is dropped.
+pub(crate) async fn run(services: Arc<Services>, mut queue: mpsc::Receiver<Notification>) {
+    while let Some(notification) = queue.recv().await {
+        services.metrics.relay_last_notification.set(unix_seconds());
+        let channel = notification.channel.clone();
+        let (source, outcome) = ingest(&services, notification).await;
+        tracing::trace!(channel = &*channel, outcome = outcome.kind(), "notification");
+        services.metrics.notifications.with_label_values(&[source, outcome.kind()]).inc();
+    }
+}
+
+async fn ingest(
+    services: &Services,
+    Notification { channel, payload }: Notification,
+) -> (&'static str, Outcome) {
+    if *channel == *STATS_CHANNEL {
+        let checked = check(services, payload);
+        return ("stats", checked.map_or_else(|outcome| outcome, |_noted| Outcome::Noted));
+    }
+    let Some(source) = services.listens.source(&channel) else {
+        return ("other", Outcome::UnknownChannel);
+    };
+    let payload = match check(services, payload) {
+        Ok(payload) => payload,
+        Err(outcome) => return ("event", outcome),
+    };
+    let broadcast = Broadcast::User {
+        message: UserBroadcast {
+            user_event: source.user_event.clone(),
+            payload: UserPayload::Json(payload),
+        },
+        metadata: None,
+    };
+    let started = Instant::now();
+    let mut deliveries = 0;
+    for topic in &source.topics {
+        deliveries += services.hub.publish(topic, &broadcast).await.deliveries;
+    }
+    let metrics = &services.metrics;
+    metrics.fanout_seconds.observe(started.elapsed().as_secs_f64());
+    metrics.broadcasts_database.inc();
+    metrics.deliveries.inc_by(deliveries as u64);
+    ("event", if deliveries > 0 { Outcome::Delivered } else { Outcome::NoViewer })
+}
+
+fn check(services: &Services, payload: String) -> Result<Json, Outcome> {
+    if payload.len() > services.config.limits.payload_bytes_max {
+        return Err(Outcome::Oversized);
+    }
+    let json = Json::parse(payload.into()).map_err(|_not_json| Outcome::Malformed)?;
+    if json.is_object() { Ok(json) } else { Err(Outcome::NotObject) }
+}
+
+/// Seconds since 1970, as timestamps of metrics are.
+pub(crate) fn unix_seconds() -> f64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64()
+}
