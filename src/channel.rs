@@ -1,0 +1,409 @@
+//! One joined channel: its config, what its token allows, its subscription; what each event does.
+//!
+//! Invariants: a channel is subscribed exactly while its claims allow reading; the reply to a join
+//! is pushed before the channel subscribes, with no `.await` between, so that it precedes every
+//! broadcast and no broadcast after it is missed; nothing here touches the WebSocket.
+
+use std::sync::Arc;
+
+use serde_json::Value;
+use tokio::time::Instant;
+use tokio_tungstenite::tungstenite::Message as Frame;
+
+use crate::{
+    auth::jwt::{Token, TokenError, unix_now},
+    hub::{FannedOut, Subscription, TopicKey},
+    metrics::{Counted, Dropped},
+    outbox::Outbox,
+    protocol::{
+        error_code::{ErrorCode, Refusal, error_reply},
+        message::{Json, Message, Payload, Ref, TOPIC_PREFIX},
+        payload::{JoinConfig, OK, OPAQUE_KEY_PREFIX, PAYLOAD_TOO_LARGE, Privacy, system_error},
+        serializer::{Broadcast, Push},
+    },
+    relay::listens::{Listening, Source},
+    server::Services,
+    topic_rules::{Captures, Denied, Found, Rule},
+};
+
+/// The extension's answer until it is offered.
+const NO_POSTGRES_CHANGES: &str = "Postgres changes are not offered by this server yet";
+
+/// One topic joined on one socket, from the admission of its join to its close.
+#[derive(Debug)]
+pub(crate) struct Channel {
+    topic: Box<str>,
+    join_ref: Option<Ref>,
+    config: JoinConfig,
+    key: TopicKey,
+    /// The rule that decides, unless the topic is an ordinary one.
+    rule: Option<(Arc<Rule>, Captures)>,
+    token: Arc<Token>,
+    /// None while the claims do not allow reading.
+    subscription: Option<Subscription>,
+    listening: Option<Listening>,
+    asked_at: Instant,
+    /// Counts the channel while it is open.
+    counted: Option<Counted>,
+}
+
+/// Whether the channel goes on after an event.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[must_use]
+pub(crate) enum Fate {
+    Open,
+    Closed,
+}
+
+/// The things of its socket that a channel works with.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Context<'a> {
+    pub(crate) services: &'a Services,
+    pub(crate) outbox: &'a Arc<Outbox>,
+    /// The token of the upgrade.
+    pub(crate) apikey: &'a Arc<Token>,
+}
+
+impl Context<'_> {
+    pub(crate) fn push(&self, push: &Push<'_>) {
+        self.send(self.outbox.serializer().encode(push));
+    }
+
+    fn send(&self, frame: Frame) {
+        // An overflowed outbox ends its connection, which counts it.
+        let _ = self.outbox.push(frame);
+    }
+}
+
+impl Channel {
+    /// Decides about a join: token, then topic. The channel is not open yet.
+    ///
+    /// # Errors
+    /// [`Refusal`] if the payload, the token or the topic's rule forbids the join.
+    pub(crate) fn admit(context: Context<'_>, join: Message) -> Result<Self, Refusal> {
+        let services = context.services;
+        let sub_topic = join.topic.strip_prefix(TOPIC_PREFIX).unwrap_or_default();
+        let Payload::Json(payload) = join.payload else {
+            return Err(Refusal::new(ErrorCode::UnknownErrorOnChannel));
+        };
+        let presence_default = services.config.protocol.presence_default;
+        let mut config = JoinConfig::parse(&payload, sub_topic, presence_default)?;
+        let found = services.rules.find(sub_topic);
+        let rule = match found {
+            Found::Rule(rule, captures) => Some((rule, captures)),
+            // Private channels are opened by the database's policies, which are not asked yet.
+            Found::Other if config.privacy == Privacy::Public => None,
+            Found::Other | Found::Refused => return Err(Refusal::unauthorized(sub_topic)),
+        };
+        let token = match config.token.take() {
+            None => Ok(Arc::clone(context.apikey)),
+            Some(text) if context.apikey.is(&text) => Ok(Arc::clone(context.apikey)),
+            Some(text) => {
+                let verified = services.verifier.verify(&text, unix_now());
+                services.metrics.count_token(&verified);
+                verified
+            }
+        };
+        let token = match token {
+            Ok(token) => token.check_expiry(unix_now()).map(|()| token),
+            Err(error) => Err(error),
+        };
+        let token = or_apikey(token, rule.is_some(), context).map_err(|error| error.refuse())?;
+        if let Some((rule, captures)) = &rule {
+            // A rule's topic is what the rule says, however it is joined.
+            config.privacy = Privacy::Public;
+            let may_read = rule.may_read(captures, &token.claims);
+            if !may_read && rule.denied == Denied::Refuse {
+                return Err(Refusal::unauthorized(sub_topic));
+            }
+        }
+        let key = TopicKey { sub_topic: sub_topic.into(), privacy: config.privacy };
+        Ok(Self {
+            topic: join.topic,
+            join_ref: join.join_ref,
+            config,
+            key,
+            rule,
+            token,
+            subscription: None,
+            listening: None,
+            asked_at: Instant::now(),
+            counted: None,
+        })
+    }
+
+    /// Holds the NOTIFY channel of the topic, if there is one.
+    ///
+    /// Gives what to wait for if it is not active yet.
+    pub(crate) fn listen(
+        &mut self,
+        context: Context<'_>,
+    ) -> Option<impl Future<Output = ()> + Send + use<>> {
+        let (rule, captures) = self.rule.as_ref()?;
+        if !self.may_read() {
+            return None;
+        }
+        let source = Source {
+            channel: rule.listen.as_ref()?.fill(captures).into(),
+            user_event: rule.event.clone()?,
+            topics: rule
+                .pattern
+                .iter()
+                .map(|pattern| TopicKey {
+                    sub_topic: pattern.fill(captures).into(),
+                    privacy: Privacy::Public,
+                })
+                .collect(),
+        };
+        match context.services.listens.hold(source) {
+            Ok(listening) => {
+                let listening = self.listening.insert(listening);
+                (!listening.is_active()).then(|| listening.activation())
+            }
+            Err(error) => {
+                let refused = &context.services.metrics.relay_listens_refused;
+                refused.with_label_values(&[error.kind()]).inc();
+                None
+            }
+        }
+    }
+
+    /// Answers the join with `ok` and begins to deliver.
+    pub(crate) fn open(&mut self, context: Context<'_>, reference: Option<&Ref>) {
+        let metrics = &context.services.metrics;
+        let response = self.config.reply();
+        self.reply(context, reference, response.as_str());
+        self.decide(context);
+        let result = if self.subscription.is_some() { "ok" } else { "withheld" };
+        metrics.joins.with_label_values(&[result, ""]).inc();
+        metrics.join_seconds.observe(self.asked_at.elapsed().as_secs_f64());
+        self.counted = Some(Counted::new(&metrics.channels));
+        if !self.config.bindings.is_empty() {
+            let payload =
+                system_error("postgres_changes", NO_POSTGRES_CHANGES, &self.key.sub_topic);
+            self.push(context, "system", &payload);
+            // They were echoed; nothing asks for them again.
+            self.config.bindings = Vec::new();
+        }
+        if self.config.presence {
+            self.push(context, "presence_state", &Json::EMPTY);
+        }
+    }
+
+    /// Does what a client's message asks of a joined channel.
+    pub(crate) async fn receive(&mut self, context: Context<'_>, message: Message) -> Fate {
+        match &*message.event {
+            "broadcast" => {
+                self.broadcast(context, message).await;
+                Fate::Open
+            }
+            "access_token" => self.refresh(context, &message),
+            "presence" => {
+                let refused = error_reply("Presence is not offered by this server yet");
+                self.reply(context, message.reference.as_ref(), refused.as_str());
+                Fate::Open
+            }
+            _ => {
+                context.services.metrics.count_dropped(Dropped::UnknownEvent);
+                Fate::Open
+            }
+        }
+    }
+
+    /// Says goodbye: `phx_close` carries the join's ref, so that a newer channel of the same
+    /// topic, on the client's side, does not take it for its own.
+    pub(crate) fn close(self, context: Context<'_>) {
+        let join_ref = self.join_ref.as_ref();
+        context.push(&Push {
+            join_ref,
+            reference: join_ref,
+            topic: &self.topic,
+            event: "phx_close",
+            payload: "{}",
+        });
+    }
+
+    /// As the client spells it.
+    pub(crate) fn topic(&self) -> &str {
+        &self.topic
+    }
+
+    /// The join's ref, which names this channel.
+    pub(crate) fn join_ref(&self) -> Option<&Ref> {
+        self.join_ref.as_ref()
+    }
+
+    /// Takes the place of `replaced` among the topic's subscribers, so that nothing is missed or
+    /// delivered twice between the two.
+    pub(crate) fn take_over(&mut self, replaced: &mut Self) {
+        if self.may_read() && replaced.key == self.key {
+            self.subscription = replaced.subscription.take();
+        }
+    }
+
+    /// Ends delivery without a word.
+    pub(crate) fn unsubscribe(&mut self) {
+        self.subscription = None;
+    }
+
+    /// When the channel's token ends, in seconds since 1970.
+    pub(crate) fn expires_at(&self) -> i64 {
+        self.token.claims.exp
+    }
+
+    /// Looks whether the token still holds. If not, on a rule's topic another takes its place, and
+    /// an ordinary channel ends.
+    pub(crate) fn check_expiry(&mut self, context: Context<'_>) -> Fate {
+        match self.token.check_expiry(unix_now()) {
+            Ok(()) => Fate::Open,
+            Err(error) => self.replace_token(context, Err(error)),
+        }
+    }
+
+    /// Answers a message of this channel.
+    pub(crate) fn reply(&self, context: Context<'_>, reference: Option<&Ref>, payload: &str) {
+        context.push(&Push {
+            join_ref: self.join_ref.as_ref(),
+            reference,
+            topic: &self.topic,
+            event: "phx_reply",
+            payload,
+        });
+    }
+
+    fn push(&self, context: Context<'_>, event: &str, payload: &Json) {
+        context.push(&Push {
+            join_ref: self.join_ref.as_ref(),
+            reference: None,
+            topic: &self.topic,
+            event,
+            payload: payload.as_str(),
+        });
+    }
+
+    async fn broadcast(&self, context: Context<'_>, message: Message) {
+        let services = context.services;
+        let (broadcast, size) = match message.payload {
+            Payload::Json(payload) if !payload.is_object() => {
+                return services.metrics.count_dropped(Dropped::NotObject);
+            }
+            Payload::Json(payload) => {
+                let size = payload.len();
+                (Broadcast::Envelope(payload), size)
+            }
+            Payload::UserBroadcast(message) => {
+                let size = message.payload.len();
+                (Broadcast::User { message, metadata: None }, size)
+            }
+        };
+        if size > services.config.limits.payload_bytes_max {
+            services.metrics.count_dropped(Dropped::TooLarge);
+            if self.config.ack {
+                self.reply(context, message.reference.as_ref(), PAYLOAD_TOO_LARGE);
+            }
+            return;
+        }
+        let may_write = self
+            .rule
+            .as_ref()
+            .is_none_or(|(rule, captures)| rule.may_write(captures, &self.token.claims));
+        if !may_write {
+            // Denied writes are never answered, as upstream.
+            return services.metrics.count_dropped(Dropped::WriteDenied);
+        }
+        let started = Instant::now();
+        let FannedOut { deliveries, .. } = match &self.subscription {
+            Some(subscription) if !self.config.to_self => {
+                subscription.publish_to_others(&broadcast).await
+            }
+            Some(_) | None => services.hub.publish(&self.key, &broadcast).await,
+        };
+        services.metrics.fanout_seconds.observe(started.elapsed().as_secs_f64());
+        services.metrics.broadcasts_socket.inc();
+        services.metrics.deliveries.inc_by(deliveries as u64);
+        if self.config.ack {
+            self.reply(context, message.reference.as_ref(), OK);
+        }
+    }
+
+    /// The `access_token` event: never answered; an equal, absent or opaque token changes nothing.
+    fn refresh(&mut self, context: Context<'_>, message: &Message) -> Fate {
+        let Payload::Json(payload) = &message.payload else {
+            return Fate::Open;
+        };
+        let payload = serde_json::from_str::<Value>(payload.as_str()).unwrap_or_default();
+        let text = match payload.get("access_token") {
+            Some(Value::String(text)) => text,
+            None | Some(Value::Null) => return Fate::Open,
+            Some(_) => {
+                context.services.metrics.count_dropped(Dropped::UnknownEvent);
+                return Fate::Open;
+            }
+        };
+        if text.starts_with(OPAQUE_KEY_PREFIX) || self.token.is(text) {
+            return Fate::Open;
+        }
+        let verified = context.services.verifier.verify(text, unix_now());
+        context.services.metrics.count_token(&verified);
+        self.replace_token(context, verified)
+    }
+
+    fn replace_token(
+        &mut self,
+        context: Context<'_>,
+        token: Result<Arc<Token>, TokenError>,
+    ) -> Fate {
+        match or_apikey(token, self.rule.is_some(), context) {
+            Ok(token) => {
+                self.token = token;
+                // What was withheld may begin, what was delivered may end.
+                drop(self.listen(context));
+                self.decide(context);
+                Fate::Open
+            }
+            Err(error) => {
+                let refusal = error.refuse();
+                let payload = system_error("system", refusal.text(), &self.key.sub_topic);
+                self.push(context, "system", &payload);
+                Fate::Closed
+            }
+        }
+    }
+
+    /// Subscribes or unsubscribes, as the claims allow.
+    fn decide(&mut self, context: Context<'_>) {
+        if !self.may_read() {
+            self.subscription = None;
+            self.listening = None;
+        } else if self.subscription.is_none() {
+            let outbox = Arc::clone(context.outbox);
+            self.subscription = Some(context.services.hub.subscribe(self.key.clone(), outbox));
+        }
+    }
+
+    fn may_read(&self) -> bool {
+        self.rule
+            .as_ref()
+            .is_none_or(|(rule, captures)| rule.may_read(captures, &self.token.claims))
+    }
+}
+
+/// On a rule's topic an expired token counts as none, and the rule decides anew: by the
+/// connection's token or, if that has expired as well, as for `anon`. An error or a close would
+/// end production clients for good, and what viewers who are signed out may read, those whose
+/// session has just ended may, too.
+fn or_apikey(
+    token: Result<Arc<Token>, TokenError>,
+    has_rule: bool,
+    context: Context<'_>,
+) -> Result<Arc<Token>, TokenError> {
+    match token {
+        Err(TokenError::Expired { .. }) if has_rule => {
+            let holds = context.apikey.check_expiry(unix_now()).is_ok();
+            let fallback =
+                if holds { context.apikey } else { context.services.verifier.anonymous() };
+            Ok(Arc::clone(fallback))
+        }
+        token => token,
+    }
+}

@@ -1,0 +1,53 @@
+//! Tidegate: a broadcast gateway that speaks Supabase Realtime's protocol.
+//!
+//! ```text
+//!         accept            upgrade             Frame            Message
+//!  TCP ──────────► server ──────────► connection ─────► protocol ───────► socket ─────► channel
+//!                    │ http             ▲   the only task that             one match      │ auth, topic rules
+//!                    │ REST broadcast       touches the WebSocket          per event      ▼
+//!                    └──────────────────────────────────────────────────────────────────► hub
+//!  Postgres ─ NOTIFY ─► relay::listener ─► relay::ingest ───────────────────────────────► │
+//!  TCP ◄─ flush once ── connection ◄─ drain whole batch ── outbox ◄── push, never waits ──┘
+//! ```
+//!
+//! The modules in reading order:
+//!
+//! | module | its one job |
+//! |---|---|
+//! | [`protocol`] | the wire: messages, serializers, payloads, error codes; pure |
+//! | [`outbox`] | the frames waiting for one client |
+//! | [`hub`] | who is joined to which topic; fan-out |
+//! | [`topic_rules`] | a topic → its rule → who may read and write |
+//! | [`auth`] | token → claims or why not |
+//! | `channel` | one joined channel: what each event does |
+//! | [`socket`] | channels by topic: the routing table of events |
+//! | [`connection`] | one WebSocket and its deadlines |
+//! | [`relay`] | NOTIFY → broadcast |
+//! | [`db`] | every SQL statement |
+//! | [`http`], [`admin`] | public and admin routes |
+//! | [`server`] | listen, accept, cap, drain |
+//! | [`metrics`], [`config`] | what is measured, what can be set |
+//! | [`demo`], [`bench`] | the other commands |
+//!
+//! Invariants everything serves: every byte to a client goes through its outbox, so order is the
+//! order of pushes; everything has a bound; a broadcast is encoded once per serializer and its user
+//! payload never re-serialised; nobody waits for a slow client; what is dropped, refused or closed
+//! has a named reason and a counter.
+
+pub mod admin;
+pub mod auth;
+pub mod bench;
+mod channel;
+pub mod config;
+pub mod connection;
+pub mod db;
+pub mod demo;
+pub mod http;
+pub mod hub;
+pub mod metrics;
+pub mod outbox;
+pub mod protocol;
+pub mod relay;
+pub mod server;
+pub mod socket;
+pub mod topic_rules;

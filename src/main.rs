@@ -1,0 +1,158 @@
+//! Arguments, logs, settings, run, exit code.
+
+#![expect(clippy::print_stdout, clippy::print_stderr, reason = "a command speaks to a terminal")]
+
+use std::{error::Error, io, path::PathBuf, process::ExitCode, time::Duration};
+
+use clap::{Parser, Subcommand};
+use tidegate::{
+    auth::jwt::sign_role,
+    bench,
+    config::Config,
+    db, demo,
+    server::{Server, raise_file_limit},
+};
+use tokio::signal::unix::{SignalKind, signal};
+
+/// Bad arguments or settings.
+const USAGE: u8 = 64;
+
+/// A Supabase Realtime-compatible broadcast gateway.
+#[derive(Parser)]
+#[command(version, about)]
+struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Serves clients (the default)
+    Serve,
+    /// Creates or updates the database objects: schema tidegate, triggers, functions
+    Migrate,
+    /// Prints a JWT signed with the project's secret
+    Token {
+        /// Postgres role: anon, authenticated, service_role
+        #[arg(long)]
+        role: String,
+        /// Further claims, a JSON object
+        #[arg(long, default_value = "{}")]
+        claims: String,
+        /// How long the token holds
+        #[arg(long, default_value = "1h", value_parser = humantime::parse_duration)]
+        ttl: Duration,
+    },
+    /// Prints the effective settings, secrets hidden
+    Config {
+        /// Only says whether they are right
+        #[arg(long)]
+        check: bool,
+    },
+    /// Starts a throw-away database, a gateway, simulated activity and a page
+    Demo(demo::DemoArgs),
+    /// Measures a server of this protocol
+    Bench(Box<bench::BenchArgs>),
+}
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            let _ = error.print(); // Nowhere to say that the terminal is gone.
+            return ExitCode::from(if error.use_stderr() { USAGE } else { 0 });
+        }
+    };
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
+    let done = runtime.map_err(Failure::from).and_then(|it| it.block_on(Box::pin(run(cli))));
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(Failure { exit, error }) => {
+            let mut cause: Option<&dyn Error> = Some(&*error);
+            let mut separator = "tidegate: ";
+            while let Some(error) = cause {
+                eprint!("{separator}{error}");
+                (cause, separator) = (error.source(), ": ");
+            }
+            eprintln!();
+            ExitCode::from(exit)
+        }
+    }
+}
+
+/// What ends the process, and with which code.
+struct Failure {
+    exit: u8,
+    error: Box<dyn Error>,
+}
+
+impl<E: Error + 'static> From<E> for Failure {
+    fn from(error: E) -> Self {
+        Self { exit: 1, error: Box::new(error) }
+    }
+}
+
+fn usage(error: impl Error + 'static) -> Failure {
+    Failure { exit: USAGE, error: Box::new(error) }
+}
+
+async fn run(cli: Cli) -> Result<(), Failure> {
+    let mut out = io::stdout();
+    match cli.command.unwrap_or(Command::Serve) {
+        Command::Bench(args) => return Ok(bench::run(*args, &mut out).await?),
+        Command::Demo(args) => {
+            start_logs("warn,tidegate=info")?;
+            return Ok(demo::run(args, terminated()?).await?);
+        }
+        Command::Serve => {
+            let (config, _) = settings()?;
+            start_logs(&config.log)?;
+            raise_file_limit()?;
+            let server = Server::bind(config).await?;
+            let (public, admin) = server.addresses()?;
+            println!("listening public={public} admin={admin}");
+            server.run(terminated()?).await;
+        }
+        Command::Migrate => {
+            let (config, _) = settings()?;
+            start_logs(&config.log)?;
+            db::migrate(config.migrate_url()).await?;
+            println!("the database objects are up to date");
+        }
+        Command::Token { role, claims, ttl } => {
+            let (config, _) = settings()?;
+            println!("{}", sign_role(&config.jwt_secret, &role, &claims, ttl).map_err(usage)?);
+        }
+        Command::Config { check } => {
+            let (_, effective) = settings()?;
+            if !check {
+                print!("{}", effective.to_toml()?);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The settings of the file that `TIDEGATE_CONFIG` names and of the environment.
+#[expect(clippy::disallowed_methods, reason = "this is the one reader of the environment")]
+fn settings() -> Result<(Config, tidegate::config::Effective), Failure> {
+    let file = std::env::var_os("TIDEGATE_CONFIG").map(PathBuf::from);
+    Config::load(file.as_deref(), std::env::vars().collect()).map_err(usage)
+}
+
+fn start_logs(filter: &str) -> Result<(), Failure> {
+    let filter = tracing_subscriber::EnvFilter::try_new(filter).map_err(usage)?;
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).init();
+    Ok(())
+}
+
+/// Waits for SIGTERM or Ctrl-C.
+fn terminated() -> Result<impl Future<Output = ()>, io::Error> {
+    let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    Ok(async move {
+        tokio::select! {
+            _ = term.recv() => {}
+            _ = int.recv() => {}
+        }
+    })
+}

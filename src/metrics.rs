@@ -1,0 +1,410 @@
+//! Every metric: name, unit, help, labels.
+//!
+//! Invariants: label values come from closed sets, and all of them exist from the start, so that a
+//! rate over a counter sees its first increment; hot paths use handles resolved here, once.
+
+use prometheus::{
+    Encoder, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
+    Registry, TextEncoder,
+    core::{AtomicF64, GenericGauge},
+    process_collector::ProcessCollector,
+};
+
+use crate::{
+    auth::jwt::TokenError,
+    connection::CloseReason,
+    protocol::{error_code::ErrorCode, message::Malformed},
+    relay::{LinkError, Outcome},
+};
+
+/// From a quarter of a millisecond to ten seconds, about two buckets per factor of three.
+const LATENCY_BUCKETS: [f64; 14] =
+    [0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0];
+
+/// What a connection attempt or a message was refused or dropped for, where no wire code says it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Dropped {
+    /// A broadcast to a topic that the token may not write to.
+    WriteDenied,
+    /// A broadcast whose payload is not an object.
+    NotObject,
+    /// A broadcast above the payload limit.
+    TooLarge,
+    /// An event that channels do not know.
+    UnknownEvent,
+    /// A leave of a channel that has been replaced.
+    StaleLeave,
+    /// A join with an empty ref.
+    EmptyRef,
+    /// More messages for a topic than may wait for its join.
+    Backlog,
+}
+
+impl Dropped {
+    /// Every reason.
+    pub const ALL: [Self; 7] = [
+        Self::WriteDenied,
+        Self::NotObject,
+        Self::TooLarge,
+        Self::UnknownEvent,
+        Self::StaleLeave,
+        Self::EmptyRef,
+        Self::Backlog,
+    ];
+
+    /// The metric's label.
+    #[must_use]
+    pub fn kind(self) -> &'static str {
+        match self {
+            Self::WriteDenied => "write_denied",
+            Self::NotObject => "not_object",
+            Self::TooLarge => "too_large",
+            Self::UnknownEvent => "unknown_event",
+            Self::StaleLeave => "stale_leave",
+            Self::EmptyRef => "empty_ref",
+            Self::Backlog => "backlog",
+        }
+    }
+}
+
+/// Why a connection attempt came to nothing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RefusedUpgrade {
+    /// Not a WebSocket upgrade.
+    BadRequest,
+    /// A `vsn` that is not spoken here.
+    Version,
+    /// The key is missing or wrong.
+    Token,
+    /// All places are taken.
+    Full,
+    /// The server is draining.
+    Draining,
+    /// The peer went away between the answer and the first frame.
+    Abandoned,
+}
+
+impl RefusedUpgrade {
+    /// Every reason.
+    pub const ALL: [Self; 6] =
+        [Self::BadRequest, Self::Version, Self::Token, Self::Full, Self::Draining, Self::Abandoned];
+
+    /// The metric's label.
+    #[must_use]
+    pub fn kind(self) -> &'static str {
+        match self {
+            Self::BadRequest => "bad_request",
+            Self::Version => "version",
+            Self::Token => "token",
+            Self::Full => "full",
+            Self::Draining => "draining",
+            Self::Abandoned => "abandoned",
+        }
+    }
+}
+
+/// The metrics of one server.
+#[derive(Debug)]
+pub struct Metrics {
+    registry: Registry,
+    /// Open sockets.
+    pub connections: IntGauge,
+    /// Sockets opened.
+    pub connections_accepted: IntCounter,
+    /// By [`RefusedUpgrade`].
+    pub connections_refused: IntCounterVec,
+    /// By [`CloseReason`] and close code.
+    pub connections_closed: IntCounterVec,
+    /// `accept` failed: no file descriptor, no memory.
+    pub accept_errors: IntCounter,
+    /// Joined channels.
+    pub channels: IntGauge,
+    /// Topics with a subscriber, at the time of the scrape.
+    pub topics: IntGauge,
+    /// By result (`ok`, `withheld`, `error`) and [`ErrorCode`].
+    pub joins: IntCounterVec,
+    /// From the join's frame to its reply.
+    pub join_seconds: Histogram,
+    /// Data frames in.
+    pub frames_in: IntCounter,
+    /// Data frames out.
+    pub frames_out: IntCounter,
+    /// Payload bytes of data frames in.
+    pub bytes_in: IntCounter,
+    /// Payload bytes of data frames out.
+    pub bytes_out: IntCounter,
+    /// By [`Malformed`].
+    pub malformed: IntCounterVec,
+    /// Messages understood and dropped, by [`Dropped`].
+    pub dropped: IntCounterVec,
+    /// Verifications, by `ok` or [`TokenError::kind`].
+    pub tokens: IntCounterVec,
+    /// By source (`event`, `stats`, `other`) and [`Outcome`].
+    pub notifications: IntCounterVec,
+    /// Broadcasts of clients over their sockets.
+    pub broadcasts_socket: IntCounter,
+    /// Broadcasts of `POST /api/broadcast`.
+    pub broadcasts_rest: IntCounter,
+    /// Broadcasts of notifications.
+    pub broadcasts_database: IntCounter,
+    /// Frames put into outboxes by fan-outs.
+    pub deliveries: IntCounter,
+    /// One fan-out, from its encoding to the last push.
+    pub fanout_seconds: Histogram,
+    /// 1 while the listening session is up.
+    pub relay_link_up: IntGauge,
+    /// By what ended the session, or the attempt: [`LinkError`].
+    pub relay_reconnects: IntCounterVec,
+    /// When the last notification arrived, seconds since 1970.
+    pub relay_last_notification: GenericGauge<AtomicF64>,
+    /// When the session last answered a heartbeat, seconds since 1970.
+    pub relay_last_heartbeat: GenericGauge<AtomicF64>,
+    /// LISTENs that are active.
+    pub relay_listens: IntGauge,
+    /// Joined events that cannot be listened to, by reason (`full`, `too_long`).
+    pub relay_listens_refused: IntCounterVec,
+}
+
+impl Metrics {
+    /// The metrics of a new server, all at zero.
+    ///
+    /// # Panics
+    /// Never: the names are distinct, which a test shows.
+    #[must_use]
+    #[expect(clippy::too_many_lines, reason = "a list, one entry a metric")]
+    pub fn new() -> Self {
+        let new = Maker { registry: Registry::new() };
+        let frames = new.counters("frames_total", "Data frames, by direction.", &["direction"]);
+        let bytes = new.counters(
+            "bytes_total",
+            "Payload bytes of data frames, by direction.",
+            &["direction"],
+        );
+        let broadcasts = new.counters("broadcasts_total", "Broadcasts, by source.", &["source"]);
+        let metrics = Self {
+            connections: new.gauge("connections", "Open sockets."),
+            connections_accepted: new.counter("connections_accepted_total", "Sockets opened."),
+            connections_refused: new.counters(
+                "connections_refused_total",
+                "Connection attempts refused, by reason.",
+                &["reason"],
+            ),
+            connections_closed: new.counters(
+                "connections_closed_total",
+                "Sockets closed, by reason and close code.",
+                &["reason", "code"],
+            ),
+            accept_errors: new.counter("accept_errors_total", "Failed accepts; each backs off."),
+            channels: new.gauge("channels", "Joined channels."),
+            topics: new.gauge("topics", "Topics with at least one subscriber."),
+            joins: new.counters(
+                "joins_total",
+                "Joins answered, by result and code.",
+                &["result", "code"],
+            ),
+            join_seconds: new.histogram("join_seconds", "From a join's frame to its reply."),
+            frames_in: frames.with_label_values(&["in"]),
+            frames_out: frames.with_label_values(&["out"]),
+            bytes_in: bytes.with_label_values(&["in"]),
+            bytes_out: bytes.with_label_values(&["out"]),
+            malformed: new.counters(
+                "malformed_total",
+                "Frames that are not messages, by reason.",
+                &["reason"],
+            ),
+            dropped: new.counters(
+                "dropped_total",
+                "Messages understood and dropped, by reason.",
+                &["reason"],
+            ),
+            tokens: new.counters("tokens_total", "Token verifications, by result.", &["result"]),
+            notifications: new.counters(
+                "notifications_total",
+                "Notifications received from Postgres, by source and outcome.",
+                &["source", "outcome"],
+            ),
+            broadcasts_socket: broadcasts.with_label_values(&["socket"]),
+            broadcasts_rest: broadcasts.with_label_values(&["rest"]),
+            broadcasts_database: broadcasts.with_label_values(&["database"]),
+            deliveries: new.counter("deliveries_total", "Frames put into outboxes by fan-outs."),
+            fanout_seconds: new
+                .histogram("fanout_seconds", "One fan-out, from encoding to the last push."),
+            relay_link_up: new.gauge("relay_link_up", "1 while the listening session is up."),
+            relay_reconnects: new.counters(
+                "relay_reconnects_total",
+                "Ends of listening sessions and failed attempts, by cause.",
+                &["cause"],
+            ),
+            relay_last_notification: new.time(
+                "relay_last_notification_timestamp_seconds",
+                "When the last notification arrived.",
+            ),
+            relay_last_heartbeat: new.time(
+                "relay_last_heartbeat_timestamp_seconds",
+                "When the listening session last answered a heartbeat.",
+            ),
+            relay_listens: new.gauge("relay_listens", "Active LISTENs."),
+            relay_listens_refused: new.counters(
+                "relay_listens_refused_total",
+                "Joined events that cannot be listened to, by reason.",
+                &["reason"],
+            ),
+            registry: {
+                new.build_info();
+                new.process();
+                new.registry
+            },
+        };
+        metrics.start_at_zero();
+        metrics
+    }
+
+    /// Counts a verification.
+    pub(crate) fn count_token<T>(&self, result: &Result<T, TokenError>) {
+        let label = result.as_ref().map_or_else(TokenError::kind, |_| "ok");
+        self.tokens.with_label_values(&[label]).inc();
+    }
+
+    /// Counts a message that is dropped.
+    pub(crate) fn count_dropped(&self, reason: Dropped) {
+        self.dropped.with_label_values(&[reason.kind()]).inc();
+    }
+
+    /// The registry in Prometheus' text format.
+    #[must_use]
+    pub fn render(&self) -> Vec<u8> {
+        let mut text = Vec::new();
+        // Writing into memory does not fail, and a half-written scrape is better than none.
+        let _ = TextEncoder::new().encode(&self.registry.gather(), &mut text);
+        text
+    }
+
+    fn start_at_zero(&self) {
+        for reason in RefusedUpgrade::ALL {
+            self.connections_refused.with_label_values(&[reason.kind()]);
+        }
+        for reason in CloseReason::SERVER {
+            self.connections_closed.with_label_values(&[reason.kind(), reason.code_label()]);
+        }
+        for result in ["ok", "withheld"] {
+            self.joins.with_label_values(&[result, ""]);
+        }
+        for code in ErrorCode::ALL {
+            self.joins.with_label_values(&["error", code.as_str()]);
+        }
+        for reason in Malformed::ALL {
+            self.malformed.with_label_values(&[reason.kind()]);
+        }
+        for reason in Dropped::ALL {
+            self.dropped.with_label_values(&[reason.kind()]);
+        }
+        for result in TokenError::KINDS.into_iter().chain(["ok"]) {
+            self.tokens.with_label_values(&[result]);
+        }
+        for outcome in Outcome::ALL {
+            for source in outcome.sources() {
+                self.notifications.with_label_values(&[source, outcome.kind()]);
+            }
+        }
+        for cause in LinkError::KINDS {
+            self.relay_reconnects.with_label_values(&[cause]);
+        }
+        for reason in ["full", "too_long"] {
+            self.relay_listens_refused.with_label_values(&[reason]);
+        }
+    }
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// Something that a gauge counts while it exists.
+#[derive(Debug)]
+pub(crate) struct Counted(IntGauge);
+
+impl Counted {
+    pub(crate) fn new(gauge: &IntGauge) -> Self {
+        gauge.inc();
+        Self(gauge.clone())
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.dec();
+    }
+}
+
+/// Makes and registers metrics under the prefix.
+struct Maker {
+    registry: Registry,
+}
+
+#[expect(clippy::expect_used, reason = "names are literals of this file; a test makes them all")]
+impl Maker {
+    fn opts(name: &str, help: &str) -> Opts {
+        Opts::new(name, help).namespace("tidegate")
+    }
+
+    fn register<M: prometheus::core::Collector + Clone + 'static>(&self, metric: M) -> M {
+        self.registry.register(Box::new(metric.clone())).expect("names are distinct");
+        metric
+    }
+
+    fn counter(&self, name: &str, help: &str) -> IntCounter {
+        self.register(IntCounter::with_opts(Self::opts(name, help)).expect("names are valid"))
+    }
+
+    fn counters(&self, name: &str, help: &str, labels: &[&str]) -> IntCounterVec {
+        self.register(IntCounterVec::new(Self::opts(name, help), labels).expect("names are valid"))
+    }
+
+    fn gauge(&self, name: &str, help: &str) -> IntGauge {
+        self.register(IntGauge::with_opts(Self::opts(name, help)).expect("names are valid"))
+    }
+
+    fn build_info(&self) {
+        let info = IntGaugeVec::new(Self::opts("build_info", "Always 1."), &["version"])
+            .expect("names are valid");
+        self.register(info).with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
+    }
+
+    fn process(&self) {
+        self.registry.register(Box::new(ProcessCollector::for_self())).expect("names are distinct");
+    }
+
+    fn time(&self, name: &str, help: &str) -> GenericGauge<AtomicF64> {
+        self.register(GenericGauge::with_opts(Self::opts(name, help)).expect("names are valid"))
+    }
+
+    fn histogram(&self, name: &str, help: &str) -> Histogram {
+        let opts =
+            HistogramOpts::new(name, help).namespace("tidegate").buckets(LATENCY_BUCKETS.to_vec());
+        self.register(Histogram::with_opts(opts).expect("names are valid"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_metric_has_the_prefix_or_is_the_process() {
+        let text = String::from_utf8(Metrics::new().render()).unwrap();
+        let names: Vec<_> = text.lines().filter_map(|line| line.strip_prefix("# TYPE ")).collect();
+        assert!(names.len() > 25, "{names:?}");
+        for name in names {
+            assert!(name.starts_with("tidegate_") || name.starts_with("process_"), "{name}");
+        }
+    }
+
+    #[test]
+    fn two_servers_of_one_process_count_apart() {
+        let (a, b) = (Metrics::new(), Metrics::new());
+        a.deliveries.inc();
+        assert_eq!((a.deliveries.get(), b.deliveries.get()), (1, 0));
+    }
+}

@@ -1,0 +1,320 @@
+//! The Phoenix socket: channels by topic over one connection, and the routing table of events.
+//!
+//! Invariants: messages of one topic are handled in their order, also while its join waits for a
+//! LISTEN or its refusal for the delay; other topics go on meanwhile. A socket holds at most
+//! `channels_per_socket_max` channels and as many refusals that wait.
+
+use std::{collections::HashMap, pin::Pin, sync::Arc, time::Duration};
+
+use futures_util::stream::{FuturesUnordered, StreamExt};
+use tokio::time::{Instant, sleep, timeout};
+
+use crate::{
+    auth::jwt::{Token, unix_now},
+    channel::{Channel, Context, Fate},
+    metrics::Dropped,
+    outbox::Outbox,
+    protocol::{
+        error_code::{ErrorCode, Refusal, error_reply},
+        message::{Message, Ref, TOPIC_PREFIX},
+        payload::OK,
+        serializer::Push,
+    },
+    server::Services,
+};
+
+/// Most messages of one topic that wait for the answer to its join.
+const BACKLOG_MAX: usize = 100;
+
+/// The state of one client's channels.
+#[derive(Debug)]
+pub struct Socket {
+    services: Arc<Services>,
+    outbox: Arc<Outbox>,
+    /// The token of the upgrade.
+    apikey: Arc<Token>,
+    channels: HashMap<Box<str>, Slot>,
+    /// Gives the topic whose answer is due.
+    waiting: FuturesUnordered<Pin<Box<dyn Future<Output = Box<str>> + Send>>>,
+    /// Since when a socket that has had channels has none.
+    empty_since: Option<Instant>,
+}
+
+#[derive(Debug)]
+enum Slot {
+    Joined(Box<Channel>),
+    Waiting(Box<Waiting>),
+}
+
+/// A join that has been decided and not answered yet.
+#[derive(Debug)]
+struct Waiting {
+    join_ref: Option<Ref>,
+    reference: Option<Ref>,
+    answer: Result<Channel, Refusal>,
+    /// The channel that the join replaces.
+    replaced: Option<Box<Channel>>,
+    backlog: Vec<Message>,
+}
+
+impl Socket {
+    /// A socket without channels.
+    #[must_use]
+    pub fn new(services: Arc<Services>, outbox: Arc<Outbox>, apikey: Arc<Token>) -> Self {
+        Self {
+            services,
+            outbox,
+            apikey,
+            channels: HashMap::new(),
+            waiting: FuturesUnordered::new(),
+            empty_since: None,
+        }
+    }
+
+    /// Does what a client's message asks for; answers through the outbox.
+    pub async fn handle(&mut self, message: Message) {
+        if let Some(Slot::Waiting(waiting)) = self.channels.get_mut(&message.topic) {
+            if waiting.backlog.len() < BACKLOG_MAX {
+                waiting.backlog.push(message);
+            } else {
+                self.services.metrics.count_dropped(Dropped::Backlog);
+            }
+            return;
+        }
+        match (&*message.topic, &*message.event) {
+            ("phoenix", "heartbeat") => self.reply_unjoined(&message, None, OK),
+            (_, "phx_join") => self.join(message),
+            (_, "phx_leave") => self.leave(&message),
+            (_, _) => self.route(message).await,
+        }
+    }
+
+    /// Waits until a join can be answered, and gives its topic to [`Self::answer`].
+    ///
+    /// # Cancel safety
+    /// Nothing is lost.
+    pub async fn due(&mut self) -> Box<str> {
+        match self.waiting.next().await {
+            Some(topic) => topic,
+            // Nothing waits; what will is put in between two calls.
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Answers the join that waits for this topic, then handles what came after it.
+    pub async fn answer(&mut self, topic: &str) {
+        let Some(Slot::Waiting(waiting)) = self.channels.remove(topic) else {
+            return;
+        };
+        let Waiting { join_ref, reference, answer, replaced, backlog } = *waiting;
+        match answer {
+            Ok(channel) => self.open(channel, reference.as_ref(), replaced),
+            Err(refusal) => {
+                self.refuse(topic, join_ref.as_ref(), reference.as_ref(), &refusal);
+                if let Some(replaced) = replaced {
+                    replaced.close(self.context());
+                }
+            }
+        }
+        for message in backlog {
+            self.handle(message).await;
+        }
+        self.note_emptiness();
+    }
+
+    /// How long until [`Self::tick`] has something to do, at most `at_most`.
+    #[must_use]
+    pub fn next_tick(&self, at_most: Duration) -> Duration {
+        let now = unix_now();
+        let expiry = self.joined().map(|channel| channel.expires_at().saturating_sub(now)).min();
+        let expiry = expiry.map(|seconds| Duration::from_secs(seconds.max(0).unsigned_abs()));
+        expiry.map_or(at_most, |expiry| expiry.min(at_most))
+    }
+
+    /// Ends or changes the channels whose tokens have expired.
+    pub fn tick(&mut self) {
+        let now = unix_now();
+        let Self { services, outbox, apikey, channels, .. } = self;
+        let context = Context { services, outbox, apikey };
+        let mut closed: Vec<Box<str>> = Vec::new();
+        for (topic, slot) in channels {
+            if let Slot::Joined(channel) = slot
+                && channel.expires_at() <= now
+                && channel.check_expiry(context) == Fate::Closed
+            {
+                closed.push(topic.clone());
+            }
+        }
+        for topic in closed {
+            self.settle(&topic, Fate::Closed);
+        }
+    }
+
+    /// Since when a socket that has had channels has none.
+    #[must_use]
+    pub fn empty_since(&self) -> Option<Instant> {
+        self.empty_since
+    }
+
+    fn joined(&self) -> impl Iterator<Item = &Channel> {
+        self.channels.values().filter_map(|slot| match slot {
+            Slot::Joined(channel) => Some(&**channel),
+            Slot::Waiting(_) => None,
+        })
+    }
+
+    fn context(&self) -> Context<'_> {
+        Context { services: &self.services, outbox: &self.outbox, apikey: &self.apikey }
+    }
+
+    fn join(&mut self, join: Message) {
+        if join.reference.as_ref().is_some_and(Ref::is_empty) {
+            // A leftover of a join that was answered too late: an answer would remove the
+            // client's healthy channel.
+            return self.services.metrics.count_dropped(Dropped::EmptyRef);
+        }
+        let Some(sub_topic) = join.topic.strip_prefix(TOPIC_PREFIX) else {
+            return self.reply_unmatched(&join);
+        };
+        let is_nameless = sub_topic.is_empty();
+        let mut replaced = match self.channels.remove(&join.topic) {
+            Some(Slot::Joined(channel)) => Some(channel),
+            Some(Slot::Waiting(_)) | None => None,
+        };
+        let (join_ref, reference) = (join.join_ref.clone(), join.reference.clone());
+        let topic = join.topic.clone();
+        let admitted = if is_nameless {
+            Err(Refusal::new(ErrorCode::TopicNameRequired))
+        } else if self.services.draining.is_cancelled() {
+            Err(Refusal::new(ErrorCode::RealtimeRestarting))
+        } else if self.channels.len() >= self.services.config.limits.channels_per_socket_max {
+            Err(Refusal::new(ErrorCode::ChannelRateLimitReached))
+        } else {
+            Channel::admit(self.context(), join)
+        };
+        let mut answer = admitted;
+        let wait: Pin<Box<dyn Future<Output = ()> + Send>> = match &mut answer {
+            Ok(channel) => match channel.listen(self.context()) {
+                None => {
+                    if let Ok(channel) = answer {
+                        self.open(channel, reference.as_ref(), replaced);
+                    }
+                    return;
+                }
+                Some(activation) => {
+                    let listen_wait = self.services.config.relay.listen_wait;
+                    Box::pin(async move {
+                        // Answered all the same when the time is over.
+                        let _ = timeout(listen_wait, activation).await;
+                    })
+                }
+            },
+            Err(refusal) => {
+                if let Some(replaced) = &mut replaced {
+                    replaced.unsubscribe();
+                }
+                if self.channels.len() >= 2 * self.services.config.limits.channels_per_socket_max {
+                    // No place to wait in: the delay is a courtesy, the bound is not.
+                    self.refuse(&topic, join_ref.as_ref(), reference.as_ref(), refusal);
+                    if let Some(replaced) = replaced {
+                        replaced.close(self.context());
+                    }
+                    return;
+                }
+                Box::pin(sleep(self.services.config.protocol.error_delay))
+            }
+        };
+        let waiting = Waiting { join_ref, reference, answer, replaced, backlog: Vec::new() };
+        self.channels.insert(topic.clone(), Slot::Waiting(Box::new(waiting)));
+        self.waiting.push(Box::pin(async move {
+            wait.await;
+            topic
+        }));
+    }
+
+    fn open(
+        &mut self,
+        mut channel: Channel,
+        reference: Option<&Ref>,
+        replaced: Option<Box<Channel>>,
+    ) {
+        let context = self.context();
+        match replaced {
+            Some(mut replaced) => {
+                channel.take_over(&mut replaced);
+                channel.open(context, reference);
+                replaced.close(context);
+            }
+            None => channel.open(context, reference),
+        }
+        self.channels.insert(channel.topic().into(), Slot::Joined(Box::new(channel)));
+        self.empty_since = None;
+    }
+
+    fn leave(&mut self, leave: &Message) {
+        let Some(Slot::Joined(channel)) = self.channels.get(&leave.topic) else {
+            return self.reply_unjoined(leave, leave.join_ref.as_ref(), OK);
+        };
+        if let (Some(asked), Some(joined)) = (&leave.join_ref, channel.join_ref())
+            && asked != joined
+        {
+            // Of a channel that this one has replaced.
+            return self.services.metrics.count_dropped(Dropped::StaleLeave);
+        }
+        if let Some(Slot::Joined(channel)) = self.channels.remove(&leave.topic) {
+            channel.reply(self.context(), leave.reference.as_ref(), OK);
+            channel.close(self.context());
+            self.note_emptiness();
+        }
+    }
+
+    /// Hands a message to its channel.
+    async fn route(&mut self, message: Message) {
+        let Self { services, outbox, apikey, channels, .. } = self;
+        let Some(Slot::Joined(channel)) = channels.get_mut(&message.topic) else {
+            return self.reply_unmatched(&message);
+        };
+        let topic = message.topic.clone();
+        let fate = channel.receive(Context { services, outbox, apikey }, message).await;
+        self.settle(&topic, fate);
+    }
+
+    fn settle(&mut self, topic: &str, fate: Fate) {
+        if fate == Fate::Closed
+            && let Some(Slot::Joined(channel)) = self.channels.remove(topic)
+        {
+            channel.close(self.context());
+            self.note_emptiness();
+        }
+    }
+
+    fn note_emptiness(&mut self) {
+        if self.channels.is_empty() && self.empty_since.is_none() {
+            self.empty_since = Some(Instant::now());
+        }
+    }
+
+    fn refuse(
+        &self,
+        topic: &str,
+        join_ref: Option<&Ref>,
+        reference: Option<&Ref>,
+        refusal: &Refusal,
+    ) {
+        self.services.metrics.joins.with_label_values(&["error", refusal.code.as_str()]).inc();
+        tracing::debug!(code = refusal.code.as_str(), "join refused");
+        let payload = refusal.reply();
+        let payload = payload.as_str();
+        self.context().push(&Push { join_ref, reference, topic, event: "phx_reply", payload });
+    }
+
+    fn reply_unmatched(&self, message: &Message) {
+        self.reply_unjoined(message, None, error_reply("unmatched topic").as_str());
+    }
+
+    fn reply_unjoined(&self, message: &Message, join_ref: Option<&Ref>, payload: &str) {
+        let Message { topic, reference, .. } = message;
+        let reference = reference.as_ref();
+        self.context().push(&Push { join_ref, reference, topic, event: "phx_reply", payload });
+    }
+}
