@@ -44,7 +44,7 @@ pub(super) fn decode(mut frame: Bytes) -> Result<Message, Malformed> {
     let payload = if encoding == ENCODING_BINARY {
         UserPayload::Binary(frame)
     } else {
-        UserPayload::Json(Json::parse(frame).map_err(|_not_json| Malformed::Payload)?)
+        UserPayload::Json(Json::parse(frame).map_err(|_not_json| Malformed::NotJson)?)
     };
     Ok(Message {
         join_ref: null_if_empty(&join_ref),

@@ -203,7 +203,7 @@ pub struct NotJson;
 /// Why a client's frame is not a message. The frame is dropped and counted, nothing else happens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, thiserror::Error)]
 pub enum Malformed {
-    /// The text is not JSON.
+    /// The text, or the payload of a binary frame that says so, is not JSON.
     #[error("not JSON")]
     NotJson,
     /// The JSON is not of the serializer's shape.
@@ -221,9 +221,6 @@ pub enum Malformed {
     /// The metadata of a user broadcast is not a JSON object.
     #[error("metadata is not a JSON object")]
     Metadata,
-    /// A user broadcast says that it carries JSON and does not.
-    #[error("payload is not JSON")]
-    Payload,
     /// A topic, event or ref is longer than [`FIELD_BYTES_MAX`].
     #[error("field longer than {FIELD_BYTES_MAX} bytes")]
     TooLong,
@@ -231,14 +228,13 @@ pub enum Malformed {
 
 impl Malformed {
     /// Every variant, for the metric's label set.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 7] = [
         Self::NotJson,
         Self::WrongShape,
         Self::Truncated,
         Self::UnknownKind,
         Self::NotUtf8,
         Self::Metadata,
-        Self::Payload,
         Self::TooLong,
     ];
 
@@ -252,7 +248,6 @@ impl Malformed {
             Self::UnknownKind => "unknown_kind",
             Self::NotUtf8 => "not_utf8",
             Self::Metadata => "metadata",
-            Self::Payload => "payload",
             Self::TooLong => "too_long",
         }
     }

@@ -84,7 +84,7 @@ impl JoinConfig {
             Some(_) => {
                 return Err(Refusal::with_detail(
                     ErrorCode::UnknownErrorOnChannel,
-                    "expected `config` to be an object",
+                    "expected config to be an object",
                 ));
             }
         };

@@ -1,0 +1,221 @@
+//! A client that speaks the protocol frame by frame, in the form of V2 whatever the version:
+//! `[join_ref, ref, topic, event, payload]`.
+
+use futures_util::{SinkExt, StreamExt};
+use serde_json::{Value, json};
+use tidegate::protocol::serializer::Serializer;
+use tokio::{net::TcpStream, time::timeout};
+use tokio_tungstenite::{
+    WebSocketStream, client_async,
+    tungstenite::{Error, Message as Frame, http::Response},
+};
+
+use super::{
+    server::{DEADLINE, TestServer},
+    token,
+};
+
+/// One WebSocket.
+pub(crate) struct Client {
+    websocket: WebSocketStream<TcpStream>,
+    serializer: Serializer,
+    reference: u32,
+}
+
+impl Client {
+    /// Connects with the anon key.
+    pub(crate) async fn connect(server: &TestServer, serializer: Serializer) -> Self {
+        Self::with_token(server, serializer, &token::of_role("anon")).await
+    }
+
+    /// Connects with this token.
+    pub(crate) async fn with_token(server: &TestServer, serializer: Serializer, token: &str) -> Self {
+        let vsn = vsn(serializer);
+        let path = format!("/realtime/v1/websocket?apikey={token}&vsn={vsn}");
+        let stream = TcpStream::connect(server.public).await.unwrap();
+        let url = format!("ws://{}{path}", server.public);
+        let (websocket, _) = client_async(url, stream).await.unwrap();
+        Self { websocket, serializer, reference: 0 }
+    }
+
+    /// What the server answers to an upgrade of this path that it refuses.
+    pub(crate) async fn refused(server: &TestServer, path: &str) -> Response<Option<Vec<u8>>> {
+        let stream = TcpStream::connect(server.public).await.unwrap();
+        match client_async(format!("ws://{}{path}", server.public), stream).await {
+            Err(Error::Http(response)) => *response,
+            other => panic!("not refused: {other:?}"),
+        }
+    }
+
+    /// Sends a message.
+    pub(crate) async fn send(&mut self, message: Value) {
+        self.send_frame(Frame::text(encode(self.serializer, &message))).await;
+    }
+
+    /// Sends a frame as it is.
+    pub(crate) async fn send_frame(&mut self, frame: Frame) {
+        self.websocket.send(frame).await.unwrap();
+    }
+
+    /// The next data frame.
+    pub(crate) async fn frame(&mut self) -> Frame {
+        loop {
+            let next = timeout(DEADLINE, self.websocket.next()).await;
+            let frame = next.expect("a frame in time").expect("an open socket").expect("a frame");
+            match frame {
+                Frame::Ping(_) | Frame::Pong(_) => {}
+                frame => return frame,
+            }
+        }
+    }
+
+    /// The next message, in the form of V2; `join_ref` is null on V1.
+    pub(crate) async fn message(&mut self) -> Value {
+        match self.frame().await {
+            Frame::Text(text) => decode(self.serializer, &text),
+            frame => panic!("no text frame: {frame:?}"),
+        }
+    }
+
+    /// Fails unless the next message is this one; `"$any"` stands for any value.
+    pub(crate) async fn expect(&mut self, expected: Value) {
+        let expected = expected_by(self.serializer, expected);
+        let received = self.message().await;
+        assert!(matches(&expected, &received), "expected {expected}\nreceived {received}");
+    }
+
+    /// Joins a topic with this config, and expects `ok`. Gives the join's ref.
+    pub(crate) async fn join_with(&mut self, sub_topic: &str, config: Value) -> String {
+        let reference = self.next_ref();
+        let topic = format!("realtime:{sub_topic}");
+        self.send(json!([reference, reference, topic, "phx_join", { "config": config }])).await;
+        let ok = json!({ "status": "ok", "response": "$any" });
+        self.expect(json!([reference, reference, topic, "phx_reply", ok])).await;
+        reference
+    }
+
+    /// Joins a topic with the default config.
+    pub(crate) async fn join(&mut self, sub_topic: &str) -> String {
+        self.join_with(sub_topic, json!({})).await
+    }
+
+    /// Fails unless the reply to a heartbeat is the next thing to arrive.
+    pub(crate) async fn expect_nothing(&mut self) {
+        let reference = self.next_ref();
+        self.send(json!([null, reference, "phoenix", "heartbeat", {}])).await;
+        let ok = json!({ "status": "ok", "response": {} });
+        self.expect(json!([null, reference, "phoenix", "phx_reply", ok])).await;
+    }
+
+    /// The payload of the next broadcast's envelope; on V2 of a kind 4 frame, too.
+    pub(crate) async fn broadcast(&mut self) -> (String, Value) {
+        match self.frame().await {
+            Frame::Text(text) => {
+                let message = decode(self.serializer, &text);
+                assert_eq!(message[3], "broadcast", "{message}");
+                (message[2].as_str().unwrap().to_owned(), message[4].clone())
+            }
+            Frame::Binary(bytes) => {
+                assert_eq!((bytes[0], bytes[4]), (4, 1), "kind 4, JSON");
+                let (topic, event) = (usize::from(bytes[1]), usize::from(bytes[2]));
+                let metadata = usize::from(bytes[3]);
+                let text = |from: usize, length: usize| {
+                    String::from_utf8(bytes[from..from + length].to_vec()).unwrap()
+                };
+                let payload: Value =
+                    serde_json::from_slice(&bytes[5 + topic + event + metadata..]).unwrap();
+                let event = text(5 + topic, event);
+                let envelope = json!({ "type": "broadcast", "event": event, "payload": payload });
+                (text(5, topic), envelope)
+            }
+            frame => panic!("no broadcast: {frame:?}"),
+        }
+    }
+
+    /// The code with which the server closes, after whatever else it sends; none if it just goes.
+    pub(crate) async fn closed(mut self) -> Option<u16> {
+        loop {
+            match timeout(DEADLINE, self.websocket.next()).await.expect("an end in time") {
+                Some(Ok(Frame::Close(frame))) => return frame.map(|frame| frame.code.into()),
+                Some(Ok(_)) => {}
+                Some(Err(_)) | None => return None,
+            }
+        }
+    }
+
+    /// Closes with 1000 and waits for the server's answer.
+    pub(crate) async fn close(mut self) {
+        drop(self.websocket.close(None).await);
+        drop(self.closed().await);
+    }
+
+    /// The stream under the WebSocket.
+    pub(crate) fn stream(&mut self) -> &mut TcpStream {
+        self.websocket.get_mut()
+    }
+
+    fn next_ref(&mut self) -> String {
+        self.reference += 1;
+        format!("r{}", self.reference)
+    }
+}
+
+/// The query's value.
+pub(crate) fn vsn(serializer: Serializer) -> &'static str {
+    match serializer {
+        Serializer::V1 => "1.0.0",
+        Serializer::V2 => "2.0.0",
+    }
+}
+
+/// A message of V2's form as the version writes it.
+pub(crate) fn encode(serializer: Serializer, message: &Value) -> String {
+    match serializer {
+        Serializer::V1 => json!({
+            "join_ref": message[0], "ref": message[1], "topic": message[2],
+            "event": message[3], "payload": message[4],
+        })
+        .to_string(),
+        Serializer::V2 => message.to_string(),
+    }
+}
+
+/// A message of the server in V2's form. V1's are exactly four keys.
+pub(crate) fn decode(serializer: Serializer, text: &str) -> Value {
+    let message: Value = serde_json::from_str(text).expect("the server sends JSON");
+    match serializer {
+        Serializer::V1 => {
+            assert_eq!(message.as_object().map(serde_json::Map::len), Some(4), "{message}");
+            json!([null, message["ref"], message["topic"], message["event"], message["payload"]])
+        }
+        Serializer::V2 => {
+            assert_eq!(message.as_array().map(Vec::len), Some(5), "{message}");
+            message
+        }
+    }
+}
+
+/// What of an expected message the version can show: V1 has no `join_ref`.
+pub(crate) fn expected_by(serializer: Serializer, mut expected: Value) -> Value {
+    if serializer == Serializer::V1 {
+        expected[0] = Value::Null;
+    }
+    expected
+}
+
+/// Compares with the two wildcards.
+pub(crate) fn matches(expected: &Value, received: &Value) -> bool {
+    match (expected, received) {
+        (Value::String(text), _) if text == "$any" => true,
+        (Value::String(text), Value::String(uuid)) if text == "$uuid" => {
+            uuid::Uuid::try_parse(uuid).is_ok()
+        }
+        (Value::Array(a), Value::Array(b)) => {
+            a.len() == b.len() && a.iter().zip(b).all(|(a, b)| matches(a, b))
+        }
+        (Value::Object(a), Value::Object(b)) => {
+            a.len() == b.len() && a.iter().all(|(key, a)| b.get(key).is_some_and(|b| matches(a, b)))
+        }
+        _ => expected == received,
+    }
+}

@@ -1,0 +1,123 @@
+//! A server of the test's own, in the test's process, on ports of the system's choice.
+
+use std::{net::SocketAddr, sync::Arc, time::Duration};
+
+use tidegate::{
+    auth::jwt::Secret,
+    config::Config,
+    server::{Server, Services},
+};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    sync::oneshot,
+    task::JoinSet,
+    time::timeout,
+};
+
+use super::token::SECRET;
+
+/// How long anything may take that is expected to happen.
+pub(crate) const DEADLINE: Duration = Duration::from_secs(10);
+
+/// A running server.
+pub(crate) struct TestServer {
+    pub(crate) public: SocketAddr,
+    pub(crate) admin: SocketAddr,
+    pub(crate) services: Arc<Services>,
+    stop: Option<oneshot::Sender<()>>,
+    task: JoinSet<()>,
+}
+
+/// The settings of a test: ports of the system's choice, short delays.
+pub(crate) fn config() -> Config {
+    let mut config = Config::defaults();
+    config.listen = "127.0.0.1:0".parse().unwrap();
+    config.admin_listen = "127.0.0.1:0".parse().unwrap();
+    config.jwt_secret = Secret::from(SECRET);
+    config.protocol.error_delay = Duration::from_millis(5);
+    config.relay.backoff_max = Duration::from_millis(200);
+    config
+}
+
+impl TestServer {
+    /// With the built-in rules and without a database.
+    pub(crate) async fn start() -> Self {
+        Self::start_with(config()).await
+    }
+
+    /// With the built-in rules and this database.
+    pub(crate) async fn with_database(url: &str) -> Self {
+        let mut config = config();
+        config.database_url = Secret::from(url);
+        Self::start_with(config).await
+    }
+
+    /// With these settings.
+    pub(crate) async fn start_with(config: Config) -> Self {
+        let server = Server::bind(config).await.unwrap();
+        let (public, admin) = server.addresses().unwrap();
+        let services = Arc::clone(server.services());
+        let (stop, stopped) = oneshot::channel();
+        let mut task = JoinSet::new();
+        task.spawn(server.run(async { drop(stopped.await) }));
+        Self { public, admin, services, stop: Some(stop), task }
+    }
+
+    /// Drains, and fails if a socket, a channel or a topic is left.
+    pub(crate) async fn stop(mut self) {
+        drop(self.stop.take());
+        timeout(DEADLINE, self.task.join_next()).await.expect("the server drains in time");
+        assert_eq!(self.services.hub.topic_count(), 0, "topics are left");
+        assert_eq!(self.services.metrics.channels.get(), 0, "channels are left");
+        assert_eq!(self.services.metrics.connections.get(), 0, "connections are left");
+    }
+
+    /// One request over a connection of its own: status and body.
+    pub(crate) async fn request(address: SocketAddr, head: &str, body: &str) -> (u16, String) {
+        let request = format!(
+            "{head}\r\nhost: test\r\nconnection: close\r\ncontent-length: {}\r\n\r\n{body}",
+            body.len()
+        );
+        let answer = Self::raw(address, request.as_bytes()).await;
+        let (head, body) = answer.split_once("\r\n\r\n").unwrap_or((&answer, ""));
+        let status = head.split(' ').nth(1).and_then(|it| it.parse().ok()).unwrap_or(0);
+        (status, body.to_owned())
+    }
+
+    /// What the server says to these bytes until it closes the connection.
+    pub(crate) async fn raw(address: SocketAddr, bytes: &[u8]) -> String {
+        let mut stream = TcpStream::connect(address).await.unwrap();
+        stream.write_all(bytes).await.unwrap();
+        let mut answer = Vec::new();
+        // A reset after the answer is the server's right: we may not have read its close yet.
+        let read = timeout(DEADLINE, stream.read_to_end(&mut answer)).await;
+        assert!(read.is_ok(), "the server closes in time");
+        String::from_utf8_lossy(&answer).into_owned()
+    }
+
+    /// The value of a series, as `/metrics` shows it: `tidegate_joins_total{code="",result="ok"}`.
+    pub(crate) async fn metric(&self, series: &str) -> f64 {
+        let (status, text) = Self::request(self.admin, "GET /metrics HTTP/1.1", "").await;
+        assert_eq!(status, 200);
+        text.lines()
+            .find_map(|line| line.strip_prefix(series)?.strip_prefix(' ')?.parse().ok())
+            .unwrap_or_else(|| panic!("no series {series}"))
+    }
+
+    /// Waits until a series has reached `value`.
+    pub(crate) async fn metric_reaches(&self, series: &str, value: f64) {
+        let reached = async {
+            // Each look is an exchange with the server, so this does not spin.
+            while self.metric(series).await < value {}
+        };
+        if timeout(DEADLINE, reached).await.is_err() {
+            panic!("{series} is {} and not {value}", self.metric(series).await);
+        }
+    }
+
+    /// Waits until the listening session is up.
+    pub(crate) async fn link_is_up(&self) {
+        self.metric_reaches("tidegate_relay_link_up", 1.0).await;
+    }
+}
