@@ -1,0 +1,406 @@
+//! One WebSocket of the load: opens, joins, beats, and counts what arrives.
+//!
+//! Ten thousand of these share two cores with the server that they measure: a connection is a
+//! stream, a timer and two empty vectors. It reads through a buffer on the stack, one system call
+//! a wake, and hands frames on where they lie.
+
+use std::{
+    future::poll_fn,
+    io, mem,
+    mem::MaybeUninit,
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+
+use tokio::{
+    io::{AsyncRead, AsyncReadExt, AsyncWriteExt, ReadBuf},
+    net::{TcpSocket, TcpStream},
+    time::{Instant, Interval, interval_at, timeout},
+};
+use tokio_tungstenite::tungstenite::handshake::{client::generate_key, derive_accept_key};
+
+use super::{
+    Load,
+    frame::{Frame, FrameReader, push_pong},
+    message::{Event, Join, merged_count},
+    tally::Failure,
+};
+
+/// As realtime-js since 2.11.8.
+const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(25);
+/// Most bytes of the head of a handshake's answer.
+const HEAD_BYTES_MAX: usize = 16 << 10;
+/// Bytes taken by one read, on the stack: some twenty broadcasts.
+const READ_BYTES: usize = 8 << 10;
+/// Sockets from one loopback address; the kernel has some 28,000 ports for each.
+const SOCKETS_PER_ADDRESS: usize = 20_000;
+
+/// What a connection is for.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Role {
+    /// Joins as many topics as the load says, the first being its own number modulo topics.
+    Viewer { number: usize },
+    /// Joins one topic, with `ack`.
+    Publisher { topic: usize },
+}
+
+/// An open WebSocket.
+#[derive(Debug)]
+pub(super) struct Connection {
+    stream: TcpStream,
+    reader: FrameReader,
+    /// Masked pongs that are to be written.
+    owed: Vec<u8>,
+    beat: Interval,
+    load: Arc<Load>,
+    role: Role,
+    last_ref: u64,
+    joins_sent: Duration,
+    joins_awaited: usize,
+    joins_refused: usize,
+}
+
+/// Why a connection woke.
+#[derive(Debug)]
+enum Wake {
+    Beat,
+    Owed,
+    /// The last join was answered.
+    Answered,
+    Tick(Instant),
+}
+
+impl Connection {
+    /// Connects, and upgrades to a WebSocket.
+    ///
+    /// # Errors
+    /// The [`Failure`] of this socket; nothing of it is left.
+    pub(super) async fn open(load: Arc<Load>, role: Role) -> Result<Self, Failure> {
+        let begun = load.tally.now();
+        let handshake = timeout(load.deadline, handshake(&load, role)).await;
+        let (stream, rest) = handshake.map_err(|_elapsed| Failure::HandshakeDeadline)??;
+        load.tally.handshake.record(load.tally.now() - begun);
+        Ok(Self {
+            stream,
+            reader: FrameReader::resumed(rest),
+            owed: Vec::new(),
+            beat: interval_at(Instant::now() + HEARTBEAT_INTERVAL, HEARTBEAT_INTERVAL),
+            load,
+            role,
+            last_ref: 0,
+            joins_sent: Duration::ZERO,
+            joins_awaited: 0,
+            joins_refused: 0,
+        })
+    }
+
+    /// Joins all its topics at once and waits for every answer. Refusals are counted, and so is
+    /// a missing answer; the connection then goes on with the channels that it has.
+    ///
+    /// # Errors
+    /// The [`Failure`] that ended the connection.
+    pub(super) async fn join(&mut self) -> Result<(), Failure> {
+        let load = Arc::clone(&self.load);
+        let (ack, access_token) = match self.role {
+            Role::Viewer { .. } => (false, &load.viewer_key),
+            Role::Publisher { .. } => (true, &load.publisher_key),
+        };
+        let mut joins = Vec::new();
+        for channel in 0..self.channel_count() {
+            let topic = &load.topics[self.topic_of(channel)];
+            let reference = self.next_ref();
+            load.vsn.push_join(&Join { topic, reference, ack, access_token }, &mut joins);
+        }
+        self.joins_awaited = self.channel_count();
+        self.joins_sent = load.tally.now();
+        self.write(&joins).await?;
+        let answers = async {
+            while self.joins_awaited > 0 {
+                let wake = poll_fn(|cx| self.poll_wake(cx)).await?;
+                self.serve(wake).await?;
+            }
+            Ok(())
+        };
+        let Ok(answered) = timeout(load.deadline, answers).await else {
+            load.tally.fail(&Failure::JoinDeadline);
+            return Ok(());
+        };
+        answered
+    }
+
+    /// Whether every channel was joined.
+    pub(super) const fn is_joined(&self) -> bool {
+        self.joins_awaited == 0 && self.joins_refused == 0
+    }
+
+    /// Receives until the connection ends, and counts that as a failure.
+    pub(super) async fn view(mut self) {
+        loop {
+            let wake = poll_fn(|cx| self.poll_wake(cx)).await;
+            let served = match wake {
+                Ok(wake) => self.serve(wake).await,
+                Err(failure) => Err(failure),
+            };
+            if let Err(failure) = served {
+                self.load.tally.fail(&failure);
+                return;
+            }
+        }
+    }
+
+    /// Receives until the next of `ticks`, and gives the time at which it was due.
+    ///
+    /// # Errors
+    /// The [`Failure`] that ended the connection.
+    pub(super) async fn next_tick(&mut self, ticks: &mut Interval) -> Result<Instant, Failure> {
+        loop {
+            let wake = poll_fn(|cx| match self.poll_wake(cx) {
+                // Frames first: who never reads its acknowledgements is a slow consumer.
+                Poll::Pending => ticks.poll_tick(cx).map(|due| Ok(Wake::Tick(due))),
+                ready @ Poll::Ready(_) => ready,
+            });
+            match wake.await? {
+                Wake::Tick(due) => return Ok(due),
+                wake => self.serve(wake).await?,
+            }
+        }
+    }
+
+    /// A ref that this connection has not used.
+    pub(super) const fn next_ref(&mut self) -> u64 {
+        self.last_ref += 1;
+        self.last_ref
+    }
+
+    /// Writes masked frames.
+    ///
+    /// # Errors
+    /// [`Failure::Lost`], and [`Failure::WriteDeadline`] when the server does not read.
+    pub(super) async fn write(&mut self, bytes: &[u8]) -> Result<(), Failure> {
+        timeout(self.load.deadline, self.stream.write_all(bytes))
+            .await
+            .map_err(|_elapsed| Failure::WriteDeadline)?
+            .map_err(lost)
+    }
+
+    async fn serve(&mut self, wake: Wake) -> Result<(), Failure> {
+        match wake {
+            Wake::Beat => {
+                let mut beat = Vec::new();
+                let reference = self.next_ref();
+                self.load.vsn.push_heartbeat(reference, &mut beat);
+                self.write(&beat).await
+            }
+            Wake::Owed => {
+                let owed = mem::take(&mut self.owed);
+                self.write(&owed).await
+            }
+            Wake::Answered | Wake::Tick(_) => Ok(()),
+        }
+    }
+
+    /// Receives whatever is there; ready when something must be done besides.
+    fn poll_wake(&mut self, cx: &mut Context<'_>) -> Poll<Result<Wake, Failure>> {
+        loop {
+            let mut space = [const { MaybeUninit::uninit() }; READ_BYTES];
+            let mut buffer = ReadBuf::uninit(&mut space);
+            let read = Pin::new(&mut self.stream).poll_read(cx, &mut buffer);
+            if read.is_pending() {
+                // Timers are asked once a wake, when there is nothing left to read.
+                ready!(self.beat.poll_tick(cx));
+                return Poll::Ready(Ok(Wake::Beat));
+            }
+            let joining = self.joins_awaited > 0;
+            match read {
+                Poll::Ready(Err(error)) => return Poll::Ready(Err(lost(error))),
+                Poll::Ready(Ok(())) if buffer.filled().is_empty() => {
+                    return Poll::Ready(Err(Failure::Closed));
+                }
+                Poll::Ready(Ok(())) | Poll::Pending => self.receive(buffer.filled())?,
+            }
+            if !self.owed.is_empty() {
+                return Poll::Ready(Ok(Wake::Owed));
+            }
+            if joining && self.joins_awaited == 0 {
+                return Poll::Ready(Ok(Wake::Answered));
+            }
+        }
+    }
+
+    fn receive(&mut self, input: &[u8]) -> Result<(), Failure> {
+        let now = self.load.tally.now();
+        let mut reader = mem::take(&mut self.reader);
+        let read = reader.read(input, |frame| self.take(frame, now));
+        self.reader = reader;
+        read
+    }
+
+    fn take(&mut self, frame: Frame<'_>, now: Duration) -> Result<(), Failure> {
+        match frame {
+            Frame::Text(payload) | Frame::Binary(payload) => {
+                let tally = &self.load.tally;
+                if let Some(sent) = tally.stamps.sent(payload) {
+                    let merged_count = merged_count(payload);
+                    tally.delivered(sent, now, merged_count, || frame.to_server_bytes());
+                } else if matches!(frame, Frame::Text(_)) {
+                    match self.load.vsn.read(payload) {
+                        Some(event) => self.take_event(event, now),
+                        None => tally.fail(&Failure::NotUnderstood),
+                    }
+                }
+                Ok(())
+            }
+            Frame::Ping(payload) => {
+                push_pong(payload, &mut self.owed);
+                Ok(())
+            }
+            Frame::Pong => Ok(()),
+            Frame::Close(Some(code)) => Err(Failure::ClosedWith(code)),
+            Frame::Close(None) => Err(Failure::Closed),
+        }
+    }
+
+    fn take_event(&mut self, event: Event, now: Duration) {
+        let tally = &self.load.tally;
+        match event {
+            Event::Reply { reference, refusal } => match (self.joined_by(reference), refusal) {
+                (Some(channel), None) => {
+                    self.joins_awaited = self.joins_awaited.saturating_sub(1);
+                    if let Role::Viewer { .. } = self.role {
+                        tally.join_reply.record(now.saturating_sub(self.joins_sent));
+                        tally.joined(self.topic_of(channel));
+                    }
+                }
+                (Some(_), Some(reason)) => {
+                    self.joins_awaited = self.joins_awaited.saturating_sub(1);
+                    self.joins_refused += 1;
+                    tally.fail(&Failure::JoinRefused(reason));
+                }
+                (None, refusal) => match (self.role, refusal) {
+                    (_, Some(reason)) => tally.fail(&Failure::PublishRefused(reason)),
+                    (Role::Publisher { .. }, None) => tally.acknowledged(),
+                    (Role::Viewer { .. }, None) => {}
+                },
+            },
+            Event::SystemError(message) => tally.fail(&Failure::System(message)),
+            Event::ChannelEnded(event) => tally.fail(&Failure::ChannelEnded(event)),
+            Event::Other => {}
+        }
+    }
+
+    /// The channel whose join had this ref: the first refs of a connection are its joins'.
+    fn joined_by(&self, reference: u64) -> Option<usize> {
+        let channel = usize::try_from(reference).ok()?.checked_sub(1)?;
+        (channel < self.channel_count()).then_some(channel)
+    }
+
+    fn channel_count(&self) -> usize {
+        match self.role {
+            Role::Viewer { .. } => self.load.channels,
+            Role::Publisher { .. } => 1,
+        }
+    }
+
+    /// The index of a channel's topic.
+    fn topic_of(&self, channel: usize) -> usize {
+        match self.role {
+            Role::Viewer { number } => {
+                (number * self.load.channels + channel) % self.load.topics.len()
+            }
+            Role::Publisher { topic } => topic,
+        }
+    }
+}
+
+/// Connects and upgrades; gives the stream and what followed the answer's head.
+async fn handshake(load: &Load, role: Role) -> Result<(TcpStream, Vec<u8>), Failure> {
+    let connected = connect(load.target.address, role).await;
+    let mut stream = connected.map_err(|error| Failure::Connect(error.kind()))?;
+    let key = generate_key();
+    let path = match role {
+        Role::Viewer { .. } => &load.target.viewer_path,
+        Role::Publisher { .. } => &load.target.publisher_path,
+    };
+    let request = format!(
+        "GET {path} HTTP/1.1\r\nHost: {}\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
+         Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {key}\r\nUser-Agent: tidegate-bench\r\n\r\n",
+        load.target.host
+    );
+    stream.write_all(request.as_bytes()).await.map_err(lost)?;
+    let mut answer = Vec::with_capacity(512);
+    let head_length = loop {
+        if let Some(at) = answer.windows(4).position(|window| window == b"\r\n\r\n") {
+            break at + 4;
+        }
+        if answer.len() > HEAD_BYTES_MAX {
+            return Err(Failure::Handshake);
+        }
+        if stream.read_buf(&mut answer).await.map_err(lost)? == 0 {
+            return Err(Failure::Closed);
+        }
+    };
+    let rest = answer.split_off(head_length);
+    check_answer(&answer, &derive_accept_key(key.as_bytes()))?;
+    Ok((stream, rest))
+}
+
+async fn connect(address: SocketAddr, role: Role) -> io::Result<TcpStream> {
+    let socket = match address {
+        SocketAddr::V4(_) => TcpSocket::new_v4()?,
+        SocketAddr::V6(_) => TcpSocket::new_v6()?,
+    };
+    if let (IpAddr::V4(Ipv4Addr::LOCALHOST), Role::Viewer { number }) = (address.ip(), role) {
+        let last_octet = u8::try_from(1 + number / SOCKETS_PER_ADDRESS).unwrap_or(u8::MAX);
+        if last_octet > 1 {
+            socket.bind((Ipv4Addr::new(127, 0, 0, last_octet), 0).into())?;
+        }
+    }
+    let stream = socket.connect(address).await?;
+    stream.set_nodelay(true)?;
+    Ok(stream)
+}
+
+/// Checks the head of a handshake's answer: `HTTP/1.1 101 …` and the right `Sec-WebSocket-Accept`.
+fn check_answer(head: &[u8], accept: &str) -> Result<(), Failure> {
+    let head = str::from_utf8(head).map_err(|_not_text| Failure::Handshake)?;
+    let mut lines = head.lines();
+    let status = lines.next().and_then(|line| line.split(' ').nth(1)?.parse().ok());
+    match status {
+        None => return Err(Failure::Handshake),
+        Some(101) => {}
+        Some(status) => return Err(Failure::Refused(status)),
+    }
+    let accepted = lines.filter_map(|line| line.split_once(':')).any(|(name, value)| {
+        name.eq_ignore_ascii_case("sec-websocket-accept") && value.trim() == accept
+    });
+    if accepted { Ok(()) } else { Err(Failure::Handshake) }
+}
+
+#[expect(clippy::needless_pass_by_value, reason = "it is passed to map_err")]
+fn lost(error: io::Error) -> Failure {
+    Failure::Lost(error.kind())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_answer_must_be_101_and_name_the_key() {
+        let check = |head: &str| check_answer(head.as_bytes(), "abc=").map_err(|e| e.to_string());
+        assert_eq!(check("HTTP/1.1 101 Switching\r\nsec-websocket-accept: abc=\r\n\r\n"), Ok(()));
+        let text = |text: &str| Err(text.to_owned());
+        assert_eq!(
+            check("HTTP/1.1 101 Switching\r\nSec-WebSocket-Accept: abd=\r\n\r\n"),
+            text("handshake: not a WebSocket's answer")
+        );
+        assert_eq!(
+            check("HTTP/1.1 429 Too Many Requests\r\n\r\n"),
+            text("handshake: answered 429")
+        );
+        assert_eq!(check("SSH-2.0-x\r\n\r\n"), text("handshake: not a WebSocket's answer"));
+    }
+}
