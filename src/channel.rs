@@ -12,7 +12,7 @@ use tokio_tungstenite::tungstenite::Message as Frame;
 
 use crate::{
     auth::jwt::{Token, TokenError, unix_now},
-    hub::{FannedOut, Subscription, TopicKey},
+    hub::{Subscription, TopicKey},
     metrics::{Counted, Dropped},
     outbox::Outbox,
     protocol::{
@@ -190,14 +190,11 @@ impl Channel {
         }
     }
 
-    /// Does what a client's message asks of a joined channel.
-    pub(crate) async fn receive(&mut self, context: Context<'_>, message: Message) -> Fate {
+    /// Does what a client's message asks of a joined channel; broadcasts go to
+    /// [`Self::broadcast`].
+    pub(crate) fn receive(&mut self, context: Context<'_>, message: &Message) -> Fate {
         match &*message.event {
-            "broadcast" => {
-                self.broadcast(context, message).await;
-                Fate::Open
-            }
-            "access_token" => self.refresh(context, &message),
+            "access_token" => self.refresh(context, message),
             "presence" => {
                 let refused = error_reply("Presence is not offered by this server yet");
                 self.reply(context, message.reference.as_ref(), refused.as_str());
@@ -208,6 +205,72 @@ impl Channel {
                 Fate::Open
             }
         }
+    }
+
+    /// Fans out what a client broadcasts, several pushes that came together at once, and then
+    /// acknowledges them.
+    pub(crate) async fn broadcast(&self, context: Context<'_>, pushes: Vec<Message>) {
+        let services = context.services;
+        let (mut broadcasts, mut acks) = (Vec::with_capacity(pushes.len()), Vec::new());
+        for push in pushes {
+            match self.admit_broadcast(services, push.payload) {
+                Ok(broadcast) => {
+                    broadcasts.push(broadcast);
+                    acks.push((push.reference, OK));
+                }
+                Err(reason) => {
+                    services.metrics.count_dropped(reason);
+                    if reason == Dropped::TooLarge {
+                        acks.push((push.reference, PAYLOAD_TOO_LARGE));
+                    }
+                }
+            }
+        }
+        if !broadcasts.is_empty() {
+            let started = Instant::now();
+            let fanned_out = match &self.subscription {
+                Some(subscription) if !self.config.to_self => {
+                    subscription.publish_to_others(&broadcasts).await
+                }
+                Some(_) | None => services.hub.publish(&self.key, &broadcasts).await,
+            };
+            let metrics = &services.metrics;
+            metrics.count_fan_out(
+                &metrics.broadcasts_socket,
+                broadcasts.len(),
+                fanned_out,
+                started,
+            );
+        }
+        if self.config.ack {
+            for (reference, payload) in acks {
+                self.reply(context, reference.as_ref(), payload);
+            }
+        }
+    }
+
+    /// A client's payload as a broadcast, if it may be one. A denied write is never answered, as
+    /// upstream.
+    fn admit_broadcast(&self, services: &Services, payload: Payload) -> Result<Broadcast, Dropped> {
+        let (broadcast, size) = match payload {
+            Payload::Json(payload) if !payload.is_object() => return Err(Dropped::NotObject),
+            Payload::Json(payload) => {
+                let size = payload.len();
+                (Broadcast::Envelope(payload), size)
+            }
+            Payload::UserBroadcast(message) => {
+                let size = message.payload.len();
+                (Broadcast::User { message, metadata: None }, size)
+            }
+        };
+        if size > services.config.limits.payload_bytes_max {
+            return Err(Dropped::TooLarge);
+        }
+        let may_write = self
+            .rule
+            .as_ref()
+            .is_none_or(|(rule, captures)| rule.may_write(captures, &self.token.claims));
+        if may_write { Ok(broadcast) } else { Err(Dropped::WriteDenied) }
     }
 
     /// Says goodbye: `phx_close` carries the join's ref, so that a newer channel of the same
@@ -279,51 +342,6 @@ impl Channel {
             event,
             payload: payload.as_str(),
         });
-    }
-
-    async fn broadcast(&self, context: Context<'_>, message: Message) {
-        let services = context.services;
-        let (broadcast, size) = match message.payload {
-            Payload::Json(payload) if !payload.is_object() => {
-                return services.metrics.count_dropped(Dropped::NotObject);
-            }
-            Payload::Json(payload) => {
-                let size = payload.len();
-                (Broadcast::Envelope(payload), size)
-            }
-            Payload::UserBroadcast(message) => {
-                let size = message.payload.len();
-                (Broadcast::User { message, metadata: None }, size)
-            }
-        };
-        if size > services.config.limits.payload_bytes_max {
-            services.metrics.count_dropped(Dropped::TooLarge);
-            if self.config.ack {
-                self.reply(context, message.reference.as_ref(), PAYLOAD_TOO_LARGE);
-            }
-            return;
-        }
-        let may_write = self
-            .rule
-            .as_ref()
-            .is_none_or(|(rule, captures)| rule.may_write(captures, &self.token.claims));
-        if !may_write {
-            // Denied writes are never answered, as upstream.
-            return services.metrics.count_dropped(Dropped::WriteDenied);
-        }
-        let started = Instant::now();
-        let FannedOut { deliveries, .. } = match &self.subscription {
-            Some(subscription) if !self.config.to_self => {
-                subscription.publish_to_others(&broadcast).await
-            }
-            Some(_) | None => services.hub.publish(&self.key, &broadcast).await,
-        };
-        services.metrics.fanout_seconds.observe(started.elapsed().as_secs_f64());
-        services.metrics.broadcasts_socket.inc();
-        services.metrics.deliveries.inc_by(deliveries as u64);
-        if self.config.ack {
-            self.reply(context, message.reference.as_ref(), OK);
-        }
     }
 
     /// The `access_token` event: never answered; an equal, absent or opaque token changes nothing.

@@ -5,7 +5,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use futures_util::{SinkExt, StreamExt};
+use futures_util::{FutureExt, SinkExt, StreamExt};
 use tokio::{
     io::AsyncReadExt,
     net::TcpStream,
@@ -23,6 +23,7 @@ use tokio_tungstenite::{
 use crate::{
     metrics::Counted,
     outbox::{Ended, Outbox},
+    protocol::message::Message,
     server::Services,
     socket::Socket,
 };
@@ -33,6 +34,8 @@ const READ_BUFFER_BYTES: usize = 1024;
 const WRITE_BUFFER_BYTES: usize = 4096;
 /// How long a peer may take to answer a close frame.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
+/// Most frames that are handled together, so that a flood does not keep its own replies waiting.
+const RECEIVED_MAX: usize = 64;
 /// A batch's list is kept for the next one up to so many frames.
 const BATCH_KEPT: usize = 64;
 
@@ -136,9 +139,12 @@ impl From<Ended> for CloseReason {
     }
 }
 
+/// What the WebSocket gives; nothing at its end.
+type Received = Option<Result<Frame, WsError>>;
+
 /// What the loop can be woken by.
 enum Event {
-    Received(Option<Result<Frame, WsError>>),
+    Received(Received),
     Drained(Result<(), Ended>),
     Due(Box<str>),
     Tick,
@@ -207,9 +213,7 @@ impl Connection {
             let step = match event {
                 Event::Drained(Ok(())) => self.write(&mut batch).await,
                 Event::Drained(Err(ended)) => Err(ended.into()),
-                Event::Received(Some(Ok(frame))) => self.receive(frame).await,
-                Event::Received(Some(Err(error))) => Err(broken(&error)),
-                Event::Received(None) => Err(CloseReason::PeerGone),
+                Event::Received(received) => self.receive(received).await,
                 Event::Due(topic) => {
                     self.socket.answer(&topic).await;
                     Ok(())
@@ -228,7 +232,29 @@ impl Connection {
         }
     }
 
-    async fn receive(&mut self, frame: Frame) -> Result<(), CloseReason> {
+    /// Handles what has been received, and what has come behind it, together.
+    async fn receive(&mut self, first: Received) -> Result<(), CloseReason> {
+        let mut messages = Vec::new();
+        let mut end = self.read(first, &mut messages);
+        for _ in 1..RECEIVED_MAX {
+            if end.is_err() {
+                break;
+            }
+            let Some(received) = self.websocket.next().now_or_never() else {
+                break;
+            };
+            end = self.read(received, &mut messages);
+        }
+        self.socket.handle(messages).await;
+        end
+    }
+
+    fn read(&mut self, received: Received, messages: &mut Vec<Message>) -> Result<(), CloseReason> {
+        let frame = match received {
+            Some(Ok(frame)) => frame,
+            Some(Err(error)) => return Err(broken(&error)),
+            None => return Err(CloseReason::PeerGone),
+        };
         match frame {
             Frame::Text(_) | Frame::Binary(_) => {}
             // Answered by the library. They do not count as a sign of life: a frozen page's
@@ -243,7 +269,7 @@ impl Connection {
         metrics.frames_in.inc();
         metrics.bytes_in.inc_by(frame.len() as u64);
         match self.outbox.serializer().decode(frame) {
-            Ok(message) => self.socket.handle(message).await,
+            Ok(message) => messages.push(message),
             Err(malformed) => {
                 metrics.malformed.with_label_values(&[malformed.kind()]).inc();
                 tracing::debug!(reason = malformed.kind(), "malformed frame");

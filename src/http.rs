@@ -12,7 +12,7 @@ use hyper::{
     body::Incoming,
     header::{self, HeaderName, HeaderValue},
     service::service_fn,
-    upgrade::{OnUpgrade, Upgraded},
+    upgrade::OnUpgrade,
 };
 use hyper_util::rt::{TokioIo, TokioTimer};
 use percent_encoding::percent_decode_str;
@@ -161,16 +161,21 @@ async fn open(
     outbox: Arc<Outbox>,
     token: Arc<Token>,
 ) {
-    let parts = upgraded.await.map(Upgraded::downcast::<TokioIo<TcpStream>>);
-    let Ok(Ok(parts)) = parts else {
+    let Some((stream, read)) = taken_over(upgraded).await else {
         let refused = &services.metrics.connections_refused;
         refused.with_label_values(&[RefusedUpgrade::Abandoned.kind()]).inc();
         return;
     };
     let socket = Socket::new(Arc::clone(&services), Arc::clone(&outbox), token);
-    let stream = parts.io.into_inner();
-    Connection::new(services, stream, parts.read_buf.into(), outbox, socket).await.run().await;
+    Connection::new(services, stream, read, outbox, socket).await.run().await;
     drop(place);
+}
+
+/// The stream, and what the client has sent behind the head. That is copied: the library's buffer,
+/// in which the head was read, has 8 KiB and would live as long as the socket.
+async fn taken_over(upgraded: OnUpgrade) -> Option<(TcpStream, Vec<u8>)> {
+    let parts = upgraded.await.ok()?.downcast::<TokioIo<TcpStream>>().ok()?;
+    Some((parts.io.into_inner(), parts.read_buf.to_vec()))
 }
 
 /// The value of `Sec-WebSocket-Accept`, if the request is an upgrade of version 13.
@@ -227,7 +232,7 @@ async fn broadcast_batch(services: &Services, ask: Ask) -> Answer {
     for message in checked.into_iter().flatten() {
         let RestMessage { topic, privacy, broadcast } = message;
         // What may not be written is skipped, and the answer is the same, as upstream.
-        let _ = publish(services, &token, &topic, privacy, &broadcast).await;
+        let _ = publish(services, &token, &topic, privacy, broadcast).await;
     }
     empty(StatusCode::ACCEPTED)
 }
@@ -273,7 +278,7 @@ async fn broadcast_single(services: &Services, ask: Ask, topic: &str, event: &st
     };
     let message = UserBroadcast { user_event: event.into(), payload };
     let broadcast = Broadcast::User { message, metadata: None };
-    match publish(services, &token, topic, privacy, &broadcast).await {
+    match publish(services, &token, topic, privacy, broadcast).await {
         Ok(()) => empty(StatusCode::ACCEPTED),
         Err(Denied) => object(StatusCode::FORBIDDEN, &json!({ "message": "Unauthorized" })),
     }
@@ -288,7 +293,7 @@ async fn publish(
     token: &Token,
     sub_topic: &str,
     privacy: Privacy,
-    broadcast: &Broadcast,
+    broadcast: Broadcast,
 ) -> Result<(), Denied> {
     let may_write = match services.rules.find(sub_topic) {
         Found::Rule(rule, captures) => rule.may_write(&captures, &token.claims),
@@ -302,10 +307,8 @@ async fn publish(
     }
     let key = TopicKey { sub_topic: sub_topic.into(), privacy: Privacy::Public };
     let started = Instant::now();
-    let fanned_out = services.hub.publish(&key, broadcast).await;
-    services.metrics.fanout_seconds.observe(started.elapsed().as_secs_f64());
-    services.metrics.broadcasts_rest.inc();
-    services.metrics.deliveries.inc_by(fanned_out.deliveries as u64);
+    let fanned_out = services.hub.publish(&key, &[broadcast]).await;
+    services.metrics.count_fan_out(&services.metrics.broadcasts_rest, 1, fanned_out, started);
     Ok(())
 }
 

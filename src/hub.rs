@@ -56,6 +56,13 @@ pub struct FannedOut {
     pub deliveries: usize,
 }
 
+impl std::ops::AddAssign for FannedOut {
+    fn add_assign(&mut self, other: Self) {
+        self.subscribers += other.subscribers;
+        self.deliveries += other.deliveries;
+    }
+}
+
 /// A place among a topic's subscribers; dropping it unsubscribes.
 #[derive(Debug)]
 pub struct Subscription {
@@ -80,9 +87,10 @@ impl Hub {
         Subscription { hub: Arc::clone(self), key, slot }
     }
 
-    /// Pushes `broadcast` to every subscriber of the topic.
-    pub async fn publish(&self, key: &TopicKey, broadcast: &Broadcast) -> FannedOut {
-        self.fan_out(key, broadcast, None).await
+    /// Pushes `broadcasts` to every subscriber of the topic: to each all of them at once, so that
+    /// they leave in one write.
+    pub async fn publish(&self, key: &TopicKey, broadcasts: &[Broadcast]) -> FannedOut {
+        self.fan_out(key, broadcasts, None).await
     }
 
     /// Topics with at least one subscriber.
@@ -96,28 +104,29 @@ impl Hub {
     async fn fan_out(
         &self,
         key: &TopicKey,
-        broadcast: &Broadcast,
+        broadcasts: &[Broadcast],
         except: Option<usize>,
     ) -> FannedOut {
         let Some(subscribers) = self.shard(key).lock().get(key).map(Arc::clone) else {
             return FannedOut::default();
         };
-        let frames = Frames::new(&key.sub_topic, broadcast);
-        let mut result = FannedOut::default();
-        for (position, (slot, outbox)) in subscribers.iter().enumerate() {
-            if position % PUSHES_PER_YIELD == PUSHES_PER_YIELD - 1 {
+        let topic = format!("{TOPIC_PREFIX}{}", key.sub_topic);
+        let frames: Vec<_> = broadcasts.iter().map(|it| Frames::new(&topic, it)).collect();
+        let (mut result, mut pushed) = (FannedOut::default(), 0);
+        for (slot, outbox) in subscribers.iter() {
+            if pushed >= PUSHES_PER_YIELD {
+                pushed = 0;
                 tokio::task::yield_now().await;
             }
             if except == Some(slot) {
                 continue;
             }
             result.subscribers += 1;
+            pushed += frames.len();
+            let serializer = outbox.serializer();
+            let frames = frames.iter().filter_map(|frames| frames.get(serializer).cloned());
             // A full outbox closes its own connection; the others must not notice.
-            if let Some(frame) = frames.get(outbox.serializer())
-                && outbox.push(frame.clone()).is_ok()
-            {
-                result.deliveries += 1;
-            }
+            result.deliveries += outbox.push_all(frames).unwrap_or(0);
         }
         result
     }
@@ -130,9 +139,9 @@ impl Hub {
 }
 
 impl Subscription {
-    /// Pushes `broadcast` to the topic's other subscribers.
-    pub async fn publish_to_others(&self, broadcast: &Broadcast) -> FannedOut {
-        self.hub.fan_out(&self.key, broadcast, Some(self.slot)).await
+    /// Pushes `broadcasts` to the topic's other subscribers.
+    pub async fn publish_to_others(&self, broadcasts: &[Broadcast]) -> FannedOut {
+        self.hub.fan_out(&self.key, broadcasts, Some(self.slot)).await
     }
 }
 
@@ -151,15 +160,14 @@ impl Drop for Subscription {
 
 /// One broadcast's frames, each made when its first receiver needs it.
 struct Frames<'a> {
-    topic: String,
+    topic: &'a str,
     broadcast: &'a Broadcast,
     v1: OnceLock<Option<Frame>>,
     v2: OnceLock<Option<Frame>>,
 }
 
 impl<'a> Frames<'a> {
-    fn new(sub_topic: &str, broadcast: &'a Broadcast) -> Self {
-        let topic = format!("{TOPIC_PREFIX}{sub_topic}");
+    fn new(topic: &'a str, broadcast: &'a Broadcast) -> Self {
         Self { topic, broadcast, v1: OnceLock::new(), v2: OnceLock::new() }
     }
 
@@ -168,7 +176,7 @@ impl<'a> Frames<'a> {
             Serializer::V1 => &self.v1,
             Serializer::V2 => &self.v2,
         };
-        frame.get_or_init(|| serializer.encode_broadcast(&self.topic, self.broadcast)).as_ref()
+        frame.get_or_init(|| serializer.encode_broadcast(self.topic, self.broadcast)).as_ref()
     }
 }
 
@@ -188,7 +196,7 @@ mod tests {
     #[tokio::test]
     async fn the_sender_is_skipped_and_the_others_are_served() {
         let hub = Arc::new(Hub::default());
-        let broadcast = Broadcast::Envelope(Json::EMPTY);
+        let broadcast = [Broadcast::Envelope(Json::EMPTY)];
         let (a, b) = (outbox(), outbox());
         let from = hub.subscribe(key("room"), Arc::clone(&a));
         let _to = hub.subscribe(key("room"), Arc::clone(&b));
@@ -210,7 +218,7 @@ mod tests {
         let hub = Arc::new(Hub::default());
         let _public = hub.subscribe(key("room"), outbox());
         let private = TopicKey { privacy: Privacy::Private, ..key("room") };
-        let fanned_out = hub.publish(&private, &Broadcast::Envelope(Json::EMPTY)).await;
+        let fanned_out = hub.publish(&private, &[Broadcast::Envelope(Json::EMPTY)]).await;
         assert_eq!(fanned_out.subscribers, 0);
     }
 
@@ -221,7 +229,7 @@ mod tests {
         for _ in 0..8 {
             let hub = Arc::clone(&hub);
             tasks.spawn(async move {
-                let broadcast = Broadcast::Envelope(Json::EMPTY);
+                let broadcast = [Broadcast::Envelope(Json::EMPTY)];
                 for _ in 0..2_000 {
                     let joined = hub.subscribe(key("race"), outbox());
                     assert!(hub.publish(&key("race"), &broadcast).await.deliveries >= 1);

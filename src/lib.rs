@@ -27,7 +27,7 @@
 //! | [`http`], [`admin`] | public and admin routes |
 //! | [`server`] | listen, accept, cap, drain |
 //! | [`metrics`], [`config`] | what is measured, what can be set |
-//! | [`demo`], [`bench`] | the other commands |
+//! | [`mod@demo`], [`mod@bench`] | the other commands |
 //!
 //! Invariants everything serves: every byte to a client goes through its outbox, so order is the
 //! order of pushes; everything has a bound; a broadcast is encoded once per serializer and its user

@@ -2,7 +2,13 @@
 
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a command speaks to a terminal")]
 
-use std::{error::Error, io, path::PathBuf, process::ExitCode, time::Duration};
+use std::{
+    error::Error,
+    io::{self, IsTerminal},
+    path::PathBuf,
+    process::ExitCode,
+    time::Duration,
+};
 
 use clap::{Parser, Subcommand};
 use tidegate::{
@@ -99,7 +105,11 @@ fn usage(error: impl Error + 'static) -> Failure {
 async fn run(cli: Cli) -> Result<(), Failure> {
     let mut out = io::stdout();
     match cli.command.unwrap_or(Command::Serve) {
-        Command::Bench(args) => return Ok(bench::run(*args, &mut out).await?),
+        Command::Bench(args) => {
+            return bench::run(*args, &mut out)
+                .await
+                .map_err(|error| Failure { exit: error.exit_code(), error: Box::new(error) });
+        }
         Command::Demo(args) => {
             start_logs("warn,tidegate=info")?;
             return Ok(demo::run(args, terminated()?).await?);
@@ -108,7 +118,7 @@ async fn run(cli: Cli) -> Result<(), Failure> {
             let (config, _) = settings()?;
             start_logs(&config.log)?;
             raise_file_limit()?;
-            let server = Server::bind(config).await?;
+            let server = Server::bind(config)?;
             let (public, admin) = server.addresses()?;
             println!("listening public={public} admin={admin}");
             server.run(terminated()?).await;
@@ -142,7 +152,11 @@ fn settings() -> Result<(Config, tidegate::config::Effective), Failure> {
 
 fn start_logs(filter: &str) -> Result<(), Failure> {
     let filter = tracing_subscriber::EnvFilter::try_new(filter).map_err(usage)?;
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(io::stderr)
+        .with_ansi(io::stderr().is_terminal())
+        .init();
     Ok(())
 }
 

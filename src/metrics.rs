@@ -10,9 +10,12 @@ use prometheus::{
     process_collector::ProcessCollector,
 };
 
+use tokio::time::Instant;
+
 use crate::{
     auth::jwt::TokenError,
     connection::CloseReason,
+    hub::FannedOut,
     protocol::{error_code::ErrorCode, message::Malformed},
     relay::{LinkError, Outcome},
 };
@@ -263,6 +266,19 @@ impl Metrics {
     pub(crate) fn count_token<T>(&self, result: &Result<T, TokenError>) {
         let label = result.as_ref().map_or_else(TokenError::kind, |_| "ok");
         self.tokens.with_label_values(&[label]).inc();
+    }
+
+    /// Counts broadcasts that were fanned out together since `started`.
+    pub(crate) fn count_fan_out(
+        &self,
+        broadcasts: &IntCounter,
+        count: usize,
+        fanned_out: FannedOut,
+        started: Instant,
+    ) {
+        self.fanout_seconds.observe(started.elapsed().as_secs_f64());
+        broadcasts.inc_by(count as u64);
+        self.deliveries.inc_by(fanned_out.deliveries as u64);
     }
 
     /// Counts a message that is dropped.

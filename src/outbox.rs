@@ -61,21 +61,30 @@ impl Outbox {
     /// queue is then emptied at once, so that a stuck peer costs no memory while its connection
     /// closes.
     pub fn push(&self, frame: Frame) -> Result<(), Ended> {
+        self.push_all(std::iter::once(frame)).map(drop)
+    }
+
+    /// Queues `frames` together, so that they can leave together. Gives how many there were.
+    ///
+    /// # Errors
+    /// As [`Self::push`], as soon as one of them does not fit.
+    pub fn push_all(&self, frames: impl Iterator<Item = Frame>) -> Result<usize, Ended> {
         let (waker, pushed) = {
             let mut state = self.state.lock();
-            let bytes = state.bytes + frame.len();
-            if state.ended.is_none() && bytes > self.bytes_max && !state.frames.is_empty() {
-                state.end(Ended::SlowConsumer);
-            }
-            let pushed = match state.ended {
-                Some(ended) => Err(ended),
-                None => {
-                    state.bytes = bytes;
-                    state.frames.push(frame);
-                    Ok(())
+            let mut count = 0;
+            for frame in frames {
+                let bytes = state.bytes + frame.len();
+                if state.ended.is_none() && bytes > self.bytes_max && !state.frames.is_empty() {
+                    state.end(Ended::SlowConsumer);
                 }
-            };
-            (state.waker.take(), pushed)
+                if state.ended.is_some() {
+                    break;
+                }
+                state.bytes = bytes;
+                state.frames.push(frame);
+                count += 1;
+            }
+            (state.waker.take(), state.ended.map_or(Ok(count), Err))
         };
         // Outside the lock: waking may run the scheduler, which must not find it held.
         if let Some(waker) = waker {

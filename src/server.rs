@@ -8,7 +8,7 @@ use std::{error::Error, io, net::SocketAddr, sync::Arc, time::Duration};
 use parking_lot::Mutex;
 use slab::Slab;
 use tokio::{
-    net::{TcpListener, TcpStream},
+    net::{TcpListener, TcpSocket, TcpStream},
     sync::Semaphore,
     time::{Instant, sleep, timeout_at},
 };
@@ -26,6 +26,9 @@ use crate::{
     topic_rules::TopicRules,
 };
 
+/// Connections that the system holds for us to accept: when all clients come back at once, a SYN
+/// that finds no place is sent again only a second later.
+const ACCEPT_BACKLOG: u32 = 4096;
 /// Waits after a failed accept: no descriptor, no memory.
 const ACCEPT_BACKOFF: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
 /// Most connections that are not sockets: heads being read, requests being answered, refusals
@@ -138,12 +141,12 @@ impl Server {
     ///
     /// # Errors
     /// [`StartError`] if there is no secret, or an address cannot be had.
-    pub async fn bind(config: Config) -> Result<Self, StartError> {
+    pub fn bind(config: Config) -> Result<Self, StartError> {
         if config.jwt_secret.is_empty() {
             return Err(StartError::NoSecret);
         }
-        let public = bind(config.listen, "listen").await?;
-        let admin = bind(config.admin_listen, "admin_listen").await?;
+        let public = bind(config.listen, "listen")?;
+        let admin = bind(config.admin_listen, "admin_listen")?;
         Ok(Self { services: Services::new(config), public, admin, fallback: None })
     }
 
@@ -229,8 +232,14 @@ async fn drain(services: &Services) {
     tracing::info!(complete = closed.is_ok() && ended.is_ok(), "drained");
 }
 
-async fn bind(address: SocketAddr, name: &'static str) -> Result<TcpListener, StartError> {
-    TcpListener::bind(address).await.map_err(|source| StartError::Bind { address, name, source })
+fn bind(address: SocketAddr, name: &'static str) -> Result<TcpListener, StartError> {
+    let listen = || {
+        let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+        socket.set_reuseaddr(true)?;
+        socket.bind(address)?;
+        socket.listen(ACCEPT_BACKLOG)
+    };
+    listen().map_err(|source| StartError::Bind { address, name, source })
 }
 
 /// Accepts for good, each connection in a task of its own.

@@ -71,21 +71,34 @@ impl Socket {
         }
     }
 
-    /// Does what a client's message asks for; answers through the outbox.
-    pub async fn handle(&mut self, message: Message) {
-        if let Some(Slot::Waiting(waiting)) = self.channels.get_mut(&message.topic) {
-            if waiting.backlog.len() < BACKLOG_MAX {
-                waiting.backlog.push(message);
-            } else {
-                self.services.metrics.count_dropped(Dropped::Backlog);
+    /// Does what a client's messages ask for, one after the other; answers through the outbox.
+    pub async fn handle(&mut self, messages: impl IntoIterator<Item = Message>) {
+        let mut messages = messages.into_iter().peekable();
+        while let Some(message) = messages.next() {
+            if let Some(Slot::Waiting(waiting)) = self.channels.get_mut(&message.topic) {
+                if waiting.backlog.len() < BACKLOG_MAX {
+                    waiting.backlog.push(message);
+                } else {
+                    self.services.metrics.count_dropped(Dropped::Backlog);
+                }
+                continue;
             }
-            return;
-        }
-        match (&*message.topic, &*message.event) {
-            ("phoenix", "heartbeat") => self.reply_unjoined(&message, None, OK),
-            (_, "phx_join") => self.join(message),
-            (_, "phx_leave") => self.leave(&message),
-            (_, _) => self.route(message).await,
+            match (&*message.topic, &*message.event) {
+                ("phoenix", "heartbeat") => self.reply_unjoined(&message, None, OK),
+                (_, "phx_join") => self.join(message),
+                (_, "phx_leave") => self.leave(&message),
+                (_, "broadcast") => {
+                    // Neighbours on one topic are fanned out together.
+                    let topic = message.topic.clone();
+                    let mut pushes = vec![message];
+                    let is_next = |it: &Message| &*it.event == "broadcast" && it.topic == topic;
+                    while let Some(next) = messages.next_if(is_next) {
+                        pushes.push(next);
+                    }
+                    self.broadcast(&topic, pushes).await;
+                }
+                (_, _) => self.route(&message),
+            }
         }
     }
 
@@ -116,9 +129,7 @@ impl Socket {
                 }
             }
         }
-        for message in backlog {
-            self.handle(message).await;
-        }
+        self.handle(backlog).await;
         self.note_emptiness();
     }
 
@@ -268,15 +279,28 @@ impl Socket {
         }
     }
 
-    /// Hands a message to its channel.
-    async fn route(&mut self, message: Message) {
+    /// Hands broadcasts to their channel.
+    async fn broadcast(&mut self, topic: &str, pushes: Vec<Message>) {
+        let Self { services, outbox, apikey, channels, .. } = self;
+        let context = Context { services, outbox, apikey };
+        match channels.get(topic) {
+            Some(Slot::Joined(channel)) => channel.broadcast(context, pushes).await,
+            Some(Slot::Waiting(_)) | None => {
+                for push in &pushes {
+                    self.reply_unmatched(push);
+                }
+            }
+        }
+    }
+
+    /// Hands any other message to its channel.
+    fn route(&mut self, message: &Message) {
         let Self { services, outbox, apikey, channels, .. } = self;
         let Some(Slot::Joined(channel)) = channels.get_mut(&message.topic) else {
-            return self.reply_unmatched(&message);
+            return self.reply_unmatched(message);
         };
-        let topic = message.topic.clone();
-        let fate = channel.receive(Context { services, outbox, apikey }, message).await;
-        self.settle(&topic, fate);
+        let fate = channel.receive(Context { services, outbox, apikey }, message);
+        self.settle(&message.topic, fate);
     }
 
     fn settle(&mut self, topic: &str, fate: Fate) {

@@ -11,6 +11,7 @@ use std::{
 use tokio::{sync::mpsc, time::Instant};
 
 use crate::{
+    hub::FannedOut,
     protocol::{
         message::{Json, UserBroadcast, UserPayload},
         serializer::Broadcast,
@@ -24,6 +25,9 @@ pub(crate) const STATS_CHANNEL: &str = "global_cache_stats";
 /// Notifications that may wait between the session and the fan-out; beyond, the session waits and
 /// they stay in Postgres' queue.
 pub(crate) const BACKLOG_MAX: usize = 1024;
+
+/// Most notifications that are handled together.
+const BATCH_MAX: usize = 64;
 
 /// One notification as the session received it.
 #[derive(Debug)]
@@ -90,47 +94,61 @@ impl Outcome {
 
 /// Broadcasts notifications until the session's end of the queue is dropped.
 pub(crate) async fn run(services: Arc<Services>, mut queue: mpsc::Receiver<Notification>) {
-    while let Some(notification) = queue.recv().await {
+    let mut batch = Vec::new();
+    while queue.recv_many(&mut batch, BATCH_MAX).await > 0 {
         services.metrics.relay_last_notification.set(unix_seconds());
-        let channel = notification.channel.clone();
-        let (source, outcome) = ingest(&services, notification).await;
-        tracing::trace!(channel = &*channel, outcome = outcome.kind(), "notification");
-        services.metrics.notifications.with_label_values(&[source, outcome.kind()]).inc();
+        // Neighbours of one channel leave together; the order of all stays.
+        let mut rest = batch.drain(..).peekable();
+        while let Some(first) = rest.next() {
+            let channel = first.channel;
+            let mut payloads = vec![first.payload];
+            while let Some(next) = rest.next_if(|next| next.channel == channel) {
+                payloads.push(next.payload);
+            }
+            ingest(&services, &channel, payloads).await;
+        }
     }
 }
 
-async fn ingest(
-    services: &Services,
-    Notification { channel, payload }: Notification,
-) -> (&'static str, Outcome) {
-    if *channel == *STATS_CHANNEL {
-        let checked = check(services, payload);
-        return ("stats", checked.map_or_else(|outcome| outcome, |_noted| Outcome::Noted));
-    }
-    let Some(source) = services.listens.source(&channel) else {
-        return ("other", Outcome::UnknownChannel);
-    };
-    let payload = match check(services, payload) {
-        Ok(payload) => payload,
-        Err(outcome) => return ("event", outcome),
-    };
-    let broadcast = Broadcast::User {
-        message: UserBroadcast {
-            user_event: source.user_event.clone(),
-            payload: UserPayload::Json(payload),
-        },
-        metadata: None,
-    };
-    let started = Instant::now();
-    let mut deliveries = 0;
-    for topic in &source.topics {
-        deliveries += services.hub.publish(topic, &broadcast).await.deliveries;
-    }
+async fn ingest(services: &Services, channel: &str, payloads: Vec<String>) {
     let metrics = &services.metrics;
-    metrics.fanout_seconds.observe(started.elapsed().as_secs_f64());
-    metrics.broadcasts_database.inc();
-    metrics.deliveries.inc_by(deliveries as u64);
-    ("event", if deliveries > 0 { Outcome::Delivered } else { Outcome::NoViewer })
+    let count = |source, outcome: Outcome, count: usize| {
+        tracing::trace!(channel, outcome = outcome.kind(), count, "notifications");
+        metrics.notifications.with_label_values(&[source, outcome.kind()]).inc_by(count as u64);
+    };
+    if channel == STATS_CHANNEL {
+        for payload in payloads {
+            let checked = check(services, payload);
+            count("stats", checked.map_or_else(|outcome| outcome, |_noted| Outcome::Noted), 1);
+        }
+        return;
+    }
+    let Some(source) = services.listens.source(channel) else {
+        return count("other", Outcome::UnknownChannel, payloads.len());
+    };
+    let mut broadcasts = Vec::with_capacity(payloads.len());
+    for payload in payloads {
+        match check(services, payload) {
+            Ok(payload) => broadcasts.push(Broadcast::User {
+                message: UserBroadcast {
+                    user_event: source.user_event.clone(),
+                    payload: UserPayload::Json(payload),
+                },
+                metadata: None,
+            }),
+            Err(outcome) => count("event", outcome, 1),
+        }
+    }
+    if broadcasts.is_empty() {
+        return;
+    }
+    let (started, mut fanned_out) = (Instant::now(), FannedOut::default());
+    for topic in &source.topics {
+        fanned_out += services.hub.publish(topic, &broadcasts).await;
+    }
+    metrics.count_fan_out(&metrics.broadcasts_database, broadcasts.len(), fanned_out, started);
+    let outcome = if fanned_out.deliveries > 0 { Outcome::Delivered } else { Outcome::NoViewer };
+    count("event", outcome, broadcasts.len());
 }
 
 fn check(services: &Services, payload: String) -> Result<Json, Outcome> {

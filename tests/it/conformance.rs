@@ -343,7 +343,7 @@ impl Peer {
         match &mut self.wire {
             Wire::Memory { socket, .. } => {
                 if let Ok(message) = self.serializer.decode(frame) {
-                    socket.handle(message).await;
+                    socket.handle([message]).await;
                 }
             }
             Wire::Network(client) => client.send_frame(frame).await,

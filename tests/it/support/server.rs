@@ -2,6 +2,7 @@
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
+use serde_json::{Value, json};
 use tidegate::{
     auth::jwt::Secret,
     config::Config,
@@ -15,7 +16,7 @@ use tokio::{
     time::timeout,
 };
 
-use super::token::SECRET;
+use super::token::{SECRET, of_role};
 
 /// How long anything may take that is expected to happen.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(10);
@@ -55,7 +56,7 @@ impl TestServer {
 
     /// With these settings.
     pub(crate) async fn start_with(config: Config) -> Self {
-        let server = Server::bind(config).await.unwrap();
+        let server = Server::bind(config).unwrap();
         let (public, admin) = server.addresses().unwrap();
         let services = Arc::clone(server.services());
         let (stop, stopped) = oneshot::channel();
@@ -67,10 +68,24 @@ impl TestServer {
     /// Drains, and fails if a socket, a channel or a topic is left.
     pub(crate) async fn stop(mut self) {
         drop(self.stop.take());
-        timeout(DEADLINE, self.task.join_next()).await.expect("the server drains in time");
+        self.ended().await;
         assert_eq!(self.services.hub.topic_count(), 0, "topics are left");
         assert_eq!(self.services.metrics.channels.get(), 0, "channels are left");
         assert_eq!(self.services.metrics.connections.get(), 0, "connections are left");
+    }
+
+    /// Waits until the server has drained; something has asked it to.
+    pub(crate) async fn ended(&mut self) {
+        timeout(DEADLINE, self.task.join_next()).await.expect("the server drains in time");
+    }
+
+    /// Broadcasts this payload as `service_role`, over HTTP.
+    pub(crate) async fn publish(&self, sub_topic: &str, payload: &Value) {
+        let token = of_role("service_role");
+        let head = format!("POST /api/broadcast HTTP/1.1\r\napikey: {token}");
+        let message = json!({ "topic": sub_topic, "event": "e", "payload": payload });
+        let body = json!({ "messages": [message] }).to_string();
+        assert_eq!(Self::request(self.public, &head, &body).await, (202, String::new()));
     }
 
     /// One request over a connection of its own: status and body.
@@ -112,6 +127,14 @@ impl TestServer {
             while self.metric(series).await < value {}
         };
         if timeout(DEADLINE, reached).await.is_err() {
+            panic!("{series} is {} and not {value}", self.metric(series).await);
+        }
+    }
+
+    /// Waits until a series has come down to `value`.
+    pub(crate) async fn metric_falls_to(&self, series: &str, value: f64) {
+        let fallen = async { while self.metric(series).await > value {} };
+        if timeout(DEADLINE, fallen).await.is_err() {
             panic!("{series} is {} and not {value}", self.metric(series).await);
         }
     }
