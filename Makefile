@@ -1,0 +1,84 @@
+# Each target does all of its own set-up; nothing is configured by hand first.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+export CARGO_INCREMENTAL ?= 1
+
+.PHONY: help demo test check bench fmt lint docs rust doctests client bench-short system node
+
+help:
+	@echo 'make demo    everything on one screen: database, gateway, simulated event, page'
+	@echo 'make test    everything that is tested'
+	@echo 'make check   fmt, clippy, unit tests: no database'
+	@echo 'make bench   the numbers of the README, measured on this machine'
+
+demo: system node
+	npm ci --prefix client/demo --ignore-scripts --no-audit --no-fund --loglevel=error
+	cargo build --release --locked
+	exec target/release/tidegate demo
+
+test: system node fmt lint docs rust doctests client bench-short
+
+check: fmt lint
+	cargo test --locked --lib
+
+bench: system
+	cargo bench --locked --bench reach
+
+fmt:
+	cargo fmt --check
+
+lint:
+	cargo clippy --all-targets --locked -- -D warnings
+
+docs:
+	RUSTDOCFLAGS=-Dwarnings cargo doc --no-deps --document-private-items --locked
+
+rust:
+	if cargo nextest --version >/dev/null 2>&1; \
+	then cargo nextest run --locked --no-fail-fast; \
+	else cargo test --locked --lib --bins --test it; fi
+
+doctests:
+	cargo test --locked --doc
+
+client:
+	cargo build --locked
+	npm ci --prefix tests/js --ignore-scripts --no-audit --no-fund --loglevel=error
+	npm test --prefix tests/js
+
+bench-short:
+	cargo test --locked --bench reach -- --short
+
+# What the targets need and a fresh machine lacks. Debian and Ubuntu get it by apt; elsewhere it is
+# named. No database cluster is made: the tests and the demo make their own, and remove it.
+system:
+	@missing=(); \
+	command -v cargo >/dev/null || { echo 'missing: a Rust toolchain (https://rustup.rs)'; exit 1; }; \
+	command -v cc >/dev/null || missing+=(gcc libc6-dev); \
+	compgen -G '/usr/lib/postgresql/*/bin/postgres' >/dev/null || command -v postgres >/dev/null \
+		|| missing+=(postgresql); \
+	command -v openssl >/dev/null || missing+=(openssl); \
+	$(install)
+
+node:
+	@missing=(); \
+	command -v node >/dev/null || missing+=(nodejs); \
+	command -v npm >/dev/null || missing+=(npm); \
+	$(install)
+
+define install
+if [ $${#missing[@]} -gt 0 ]; then \
+	command -v apt-get >/dev/null || { echo "missing: $${missing[*]}"; exit 1; }; \
+	sudo=; [ "$$(id -u)" = 0 ] || sudo=sudo; \
+	echo "installing $${missing[*]}"; \
+	$$sudo apt-get update -qq; \
+	if [ ! -e /etc/postgresql-common/createcluster.conf ]; then \
+		$$sudo mkdir -p /etc/postgresql-common; \
+		echo 'create_main_cluster = false' | $$sudo tee /etc/postgresql-common/createcluster.conf >/dev/null; \
+	fi; \
+	$$sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+		-o Dpkg::Options::=--force-confold "$${missing[@]}"; \
+fi
+endef

@@ -1,0 +1,139 @@
+//! The numbers of the README, measured in one run on this machine: `make bench`.
+//!
+//! With `--short` each measurement is small and takes a second, so that none of them rots.
+
+#![expect(clippy::print_stdout, reason = "a benchmark prints")]
+#![expect(clippy::unwrap_used, reason = "a benchmark that cannot measure ends")]
+
+use std::process::Stdio;
+
+use serde_json::Value;
+use tidegate::{
+    auth::jwt::{Secret, sign, unix_now},
+    demo::cluster::Cluster,
+};
+use tokio::{
+    io::{AsyncBufReadExt, BufReader},
+    process::{Child, Command},
+};
+
+const TIDEGATE: &str = env!("CARGO_BIN_EXE_tidegate");
+const SECRET: &str = "the-secret-of-the-benchmark";
+
+/// A gateway of its own for each measurement: memory says little on a warm one.
+struct Gateway {
+    process: Child,
+    url: String,
+}
+
+impl Gateway {
+    async fn start(database_url: &str) -> Self {
+        let mut process = Command::new(TIDEGATE)
+            .arg("serve")
+            .env("TIDEGATE_LISTEN", "127.0.0.1:0")
+            .env("TIDEGATE_ADMIN_LISTEN", "127.0.0.1:0")
+            .env("TIDEGATE_JWT_SECRET", SECRET)
+            .env("TIDEGATE_DATABASE_URL", database_url)
+            .env("TIDEGATE_LOG", "error")
+            .stdout(Stdio::piped())
+            .kill_on_drop(true)
+            .spawn()
+            .unwrap();
+        let mut line = String::new();
+        BufReader::new(process.stdout.take().unwrap()).read_line(&mut line).await.unwrap();
+        let address = line.split(['=', ' ']).nth(2).unwrap();
+        Self { url: format!("ws://{address}/realtime/v1"), process }
+    }
+
+    /// One run of `tidegate bench` against it.
+    async fn measure(&self, arguments: &str) -> Value {
+        let token = |role: &str| {
+            let claims = serde_json::json!({ "role": role, "exp": unix_now() + 86_400 });
+            sign(&Secret::from(SECRET), &claims).unwrap()
+        };
+        let output = Command::new(TIDEGATE)
+            .args(["bench", "--json", "--url", &self.url, "--apikey", &token("anon")])
+            .args(["--publisher-apikey", &token("service_role")])
+            .args(["--pid", &self.process.id().unwrap().to_string()])
+            .args(arguments.split_whitespace())
+            .stderr(Stdio::inherit())
+            .output()
+            .await
+            .unwrap();
+        assert!(output.status.success(), "tidegate bench {arguments} failed");
+        serde_json::from_slice(&output.stdout).unwrap()
+    }
+}
+
+fn row(what: &str, measured: &str, aim: &str) {
+    println!("| {what} | {measured} | {aim} |");
+}
+
+fn number(report: &Value, path: &str) -> f64 {
+    let value = report.pointer(path).unwrap_or_else(|| panic!("no {path} in {report}"));
+    value.as_f64().unwrap()
+}
+
+#[tokio::main]
+async fn main() {
+    let short = std::env::args().any(|argument| argument == "--short");
+    let (idle, fan_out, viewers, seconds) =
+        if short { (50, 50, 50, 1) } else { (10_000, 5_000, 1_000, 10) };
+
+    println!("| what | measured | aim |\n|---|---|---|");
+    let report = Gateway::start("")
+        .await
+        .measure(&format!("--sockets {idle} --in-flight 100 --seconds 0"))
+        .await;
+    let (kib, joins, cpu) = (
+        number(&report, "/server/rss_kib_per_socket"),
+        number(&report, "/opening/joins_per_second"),
+        number(&report, "/server/cpu_us_per_join"),
+    );
+    row(
+        &format!("resident memory per idle joined socket, {idle} sockets"),
+        &format!("{kib:.1} KiB"),
+        "≤ 8 KiB",
+    );
+    row(
+        &format!("joins, each with its handshake, {idle} sockets"),
+        &format!("{joins:.0}/s, {cpu:.0} µs of server CPU each"),
+        "",
+    );
+
+    for (what, rate, aim) in
+        [("single messages", "--rate 4", "≤ 1.5"), ("bursts of 20", "--rate 1 --burst 20", "≤ 0.3")]
+    {
+        let arguments = format!("--sockets {fan_out} {rate} --seconds {seconds} --baseline");
+        let report = Gateway::start("").await.measure(&arguments).await;
+        row(
+            &format!("server CPU per delivery ÷ a bare write, {what} to {fan_out} sockets"),
+            &format!(
+                "{:.2} ({:.1} µs ÷ {:.1} µs)",
+                number(&report, "/bare/server_to_bare_ratio"),
+                number(&report, "/server/cpu_us_per_delivery"),
+                number(&report, "/bare/cpu_us_per_write"),
+            ),
+            aim,
+        );
+    }
+
+    let cluster = Cluster::start().await.unwrap();
+    let database = cluster.url("postgres");
+    let gateway = Gateway::start(&database).await;
+    let report = gateway
+        .measure(&format!(
+            "--sockets {viewers} --rate 10 --seconds {seconds} --publish sql \
+             --database-url {database} --topic auction_winner_{{n}}"
+        ))
+        .await;
+    row(
+        &format!("commit → client, {viewers} viewers, 10 notifications/s"),
+        &format!(
+            "p50 {:.1} ms, p99 {:.1} ms",
+            number(&report, "/publishing/latency_us/p50") / 1000.0,
+            number(&report, "/publishing/latency_us/p99") / 1000.0,
+        ),
+        "p50 < 10 ms, p99 < 20 ms",
+    );
+}
