@@ -12,7 +12,7 @@ use figment::{
 };
 use serde::{Deserialize, Deserializer, de};
 
-use crate::{auth::jwt::Secret, topic_rules::Rule};
+use crate::{auth::jwt::Secret, db, topic_rules::Rule};
 
 const DEFAULTS: &str = include_str!("defaults.toml");
 
@@ -228,6 +228,15 @@ impl Config {
                 self.admin_listen
             ));
         }
+        for (name, url) in [
+            ("database_url", &self.database_url),
+            ("notify_database_url", &self.notify_database_url),
+            ("migrate_database_url", &self.migrate_database_url),
+        ] {
+            if !url.is_empty() && db::options(url).is_err() {
+                mistakes.push(format!("{name}: expected postgres://USER:PASSWORD@HOST/DATABASE"));
+            }
+        }
         for (name, value) in [
             ("limits.connections_max", self.limits.connections_max),
             ("limits.channels_per_socket_max", self.limits.channels_per_socket_max),
@@ -264,7 +273,30 @@ impl Config {
 #[derive(Debug)]
 pub struct Effective(Dict);
 
-/// The settings whose values are never shown.
+/// Stands for what is not shown.
+const HIDDEN: &str = "<hidden>";
+
+/// The URL with `<hidden>` for its password, wherever that stands.
+fn hide_password(url: &str) -> String {
+    let (address, query) = url.split_once('?').unwrap_or((url, ""));
+    let (scheme, rest) = address.split_once("://").unwrap_or(("", address));
+    let user_and_host =
+        rest.rsplit_once('@').and_then(|(user, host)| Some((user.split_once(':')?.0, host)));
+    let mut shown = match user_and_host {
+        Some((user, host)) => format!("{scheme}://{user}:{HIDDEN}@{host}"),
+        None => address.to_owned(),
+    };
+    for (number, pair) in query.split('&').filter(|pair| !pair.is_empty()).enumerate() {
+        shown.push(if number == 0 { '?' } else { '&' });
+        match pair.split_once('=') {
+            Some((key, _)) if key.contains("pass") => shown.push_str(&format!("{key}={HIDDEN}")),
+            Some(_) | None => shown.push_str(pair),
+        }
+    }
+    shown
+}
+
+/// The settings whose values are never shown whole.
 const SECRETS: [&str; 5] =
     ["admin_token", "database_url", "notify_database_url", "migrate_database_url", "jwt_secret"];
 
@@ -276,11 +308,10 @@ impl Effective {
     pub fn to_toml(&self) -> Result<String, ConfigError> {
         let mut values = self.0.clone();
         for name in SECRETS {
-            if let Some(value) = values.get_mut(name)
-                && value.as_str().is_some_and(|text| !text.is_empty())
-            {
-                *value = "<hidden>".into();
-            }
+            let Some(value) = values.get_mut(name) else { continue };
+            let Some(text) = value.as_str().filter(|text| !text.is_empty()) else { continue };
+            *value =
+                if name.ends_with("_url") { hide_password(text).into() } else { HIDDEN.into() };
         }
         toml::to_string(&values).map_err(|error| ConfigError(vec![error.to_string()]))
     }
@@ -487,6 +518,18 @@ mod tests {
         }
         assert_eq!(mistakes.len(), 6, "{mistakes:?}");
         assert!(!mistakes.iter().any(|text| text.contains("hidden-secret")));
+    }
+
+    #[test]
+    fn a_urls_password_is_hidden_wherever_it_stands() {
+        for (url, shown) in [
+            ("postgres://u:p@h/d", "postgres://u:<hidden>@h/d"),
+            ("postgres://u:p:@//x@h/d?a=b", "postgres://u:<hidden>@h/d?a=b"),
+            ("postgres://u@h/d?sslmode=require", "postgres://u@h/d?sslmode=require"),
+            ("postgres://h/d?password=p&user=u", "postgres://h/d?password=<hidden>&user=u"),
+        ] {
+            assert_eq!(hide_password(url), shown);
+        }
     }
 
     #[test]

@@ -3,15 +3,20 @@
 use std::{str::FromStr, time::Duration};
 
 use sqlx::{
-    ConnectOptions, Executor, PgPool, Row, SqlSafeStr,
+    ConnectOptions, Connection, Executor, PgPool, Row, SqlSafeStr,
     migrate::{Migration, MigrationType, Migrator},
     postgres::{PgConnectOptions, PgListener, PgPoolOptions},
 };
+
+use tokio::time::timeout;
 
 use crate::auth::jwt::Secret;
 
 /// The re-runnable file of triggers and functions.
 pub const SYSTEM_SQL: &str = include_str!("../migrations/broadcast_cache_invalidation_system.sql");
+
+/// How long `migrate` waits for a connection.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The gateway's own schema, one migration after the other.
 const SCHEMA: [(i64, &str, &str); 1] =
@@ -20,9 +25,15 @@ const SCHEMA: [(i64, &str, &str); 1] =
 /// Why `migrate` could not do its work.
 #[derive(Debug, thiserror::Error)]
 pub enum MigrateError {
+    /// No database was named.
+    #[error("no database: set TIDEGATE_MIGRATE_DATABASE_URL or TIDEGATE_DATABASE_URL")]
+    NoUrl,
     /// The URL cannot be read or nobody answers.
     #[error("no connection to the database")]
     Connect(#[source] sqlx::Error),
+    /// Somebody took the connection and said nothing in time.
+    #[error("the database does not answer")]
+    Unanswered,
     /// The gateway's schema.
     #[error("the migrations of schema tidegate failed")]
     Schema(#[source] sqlx::migrate::MigrateError),
@@ -31,26 +42,36 @@ pub enum MigrateError {
     System(#[source] sqlx::Error),
 }
 
-/// A pool of one connection, made anew for each session: fresh DNS, nothing left over.
+/// What the URL says, and our name.
 ///
 /// # Errors
-/// The URL cannot be read.
-pub(crate) fn single(url: &Secret, connect_timeout: Duration) -> Result<PgPool, sqlx::Error> {
-    let options = PgConnectOptions::from_str(url.expose())?
-        .application_name("tidegate")
-        .disable_statement_logging();
-    Ok(PgPoolOptions::new()
+/// The URL is not one of Postgres, or cannot be read.
+pub(crate) fn options(url: &Secret) -> Result<PgConnectOptions, sqlx::Error> {
+    let text = url.expose();
+    if !["postgres://", "postgresql://"].iter().any(|scheme| text.starts_with(scheme)) {
+        return Err(sqlx::Error::Configuration("expected postgres://".into()));
+    }
+    let options = PgConnectOptions::from_str(text)?;
+    Ok(options.application_name("tidegate").disable_statement_logging())
+}
+
+/// A pool of one connection, made anew for each session: fresh DNS, nothing left over.
+pub(crate) fn single(options: PgConnectOptions, connect_timeout: Duration) -> PgPool {
+    PgPoolOptions::new()
         .max_connections(1)
         .acquire_timeout(connect_timeout)
         .test_before_acquire(false)
         .max_lifetime(None)
         .idle_timeout(None)
-        .connect_lazy_with(options))
+        .connect_lazy_with(options)
 }
 
-/// Whether the server is a standby.
-pub(crate) async fn is_in_recovery(listener: &mut PgListener) -> Result<bool, sqlx::Error> {
-    listener.fetch_one("SELECT pg_is_in_recovery()").await?.try_get(0)
+/// Whether the server is a standby, asked over a connection of its own.
+pub(crate) async fn is_in_recovery(options: &PgConnectOptions) -> Result<bool, sqlx::Error> {
+    let mut connection = options.connect().await?;
+    let answer = connection.fetch_one("SELECT pg_is_in_recovery()").await?.try_get(0);
+    connection.close().await?;
+    answer
 }
 
 /// Asks the session for a sign of life.
@@ -63,8 +84,14 @@ pub(crate) async fn heartbeat(listener: &mut PgListener) -> Result<(), sqlx::Err
 /// # Errors
 /// [`MigrateError`]; what was done before stays, and running again goes on from there.
 pub async fn migrate(url: &Secret) -> Result<(), MigrateError> {
-    let pool = single(url, Duration::from_secs(10)).map_err(MigrateError::Connect)?;
-    let mut connection = pool.acquire().await.map_err(MigrateError::Connect)?;
+    if url.is_empty() {
+        return Err(MigrateError::NoUrl);
+    }
+    let options = options(url).map_err(MigrateError::Connect)?;
+    let mut connection = timeout(CONNECT_TIMEOUT, options.connect())
+        .await
+        .map_err(|_elapsed| MigrateError::Unanswered)?
+        .map_err(MigrateError::Connect)?;
     let mut migrator = Migrator::with_migrations(
         SCHEMA
             .into_iter()
@@ -77,7 +104,7 @@ pub async fn migrate(url: &Secret) -> Result<(), MigrateError> {
     // In a schema of our own: nothing is left in `public` but what the system file names.
     migrator.dangerous_set_table_name("tidegate.migrations");
     migrator.create_schema("tidegate");
-    migrator.run(&mut *connection).await.map_err(MigrateError::Schema)?;
-    sqlx::raw_sql(SYSTEM_SQL).execute(&mut *connection).await.map_err(MigrateError::System)?;
-    Ok(())
+    migrator.run(&mut connection).await.map_err(MigrateError::Schema)?;
+    sqlx::raw_sql(SYSTEM_SQL).execute(&mut connection).await.map_err(MigrateError::System)?;
+    connection.close().await.map_err(MigrateError::Connect)
 }

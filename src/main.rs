@@ -120,8 +120,10 @@ async fn run(cli: Cli) -> Result<(), Failure> {
             raise_file_limit()?;
             let server = Server::bind(config)?;
             let (public, admin) = server.addresses()?;
+            // Before the line, which says that a signal may come.
+            let terminated = terminated()?;
             println!("listening public={public} admin={admin}");
-            server.run(terminated()?).await;
+            server.run(terminated).await;
         }
         Command::Migrate => {
             let (config, _) = settings()?;

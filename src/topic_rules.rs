@@ -400,7 +400,7 @@ mod tests {
         TopicRules::new(config.topic, config.topics.allow_other)
     }
 
-    fn claims(value: serde_json::Value) -> Claims {
+    fn claims(value: &serde_json::Value) -> Claims {
         Claims::try_from(value.as_object().unwrap().clone()).unwrap()
     }
 
@@ -422,9 +422,9 @@ mod tests {
 
     #[test]
     fn the_built_in_rules_serve_the_production_topics() {
-        let anon = claims(json!({ "role": "anon", "exp": 1 }));
-        let service = claims(json!({ "role": "service_role", "exp": 1 }));
-        let producer = claims(json!({
+        let anon = claims(&json!({ "role": "anon", "exp": 1 }));
+        let service = claims(&json!({ "role": "service_role", "exp": 1 }));
+        let producer = claims(&json!({
             "role": "authenticated", "exp": 1, "person_id": PERSON,
             "admin_events": { "AB3028": "producer" },
         }));
@@ -478,7 +478,7 @@ mod tests {
             "read": [{ "claim": "levels.{rest}", "any_of": ["super"] }],
         }))
         .unwrap();
-        let claims = claims(json!({
+        let claims = claims(&json!({
             "role": "authenticated", "exp": 1, "levels": { "a": { "b": "super" } },
         }));
         let captures = rule.pattern[0].captures("x-a.b").unwrap();

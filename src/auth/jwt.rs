@@ -330,10 +330,9 @@ pub fn sign_role(
     let mut claims: Map<String, Value> = serde_json::from_str(claims).map_err(SignError::Claims)?;
     let now = unix_now();
     let ttl = i64::try_from(ttl.as_secs()).unwrap_or(i64::MAX);
-    for (name, value) in
-        [("role", role.into()), ("iat", now.into()), ("exp", now.saturating_add(ttl).into())]
-    {
-        claims.entry(name).or_insert(value);
+    claims.insert("role".to_owned(), role.into());
+    for (name, value) in [("iat", now), ("exp", now.saturating_add(ttl))] {
+        claims.entry(name).or_insert(value.into());
     }
     sign(secret, &claims.into()).map_err(SignError::Sign)
 }

@@ -180,13 +180,13 @@ fn with_id(mut binding: Map<String, Value>) -> Map<String, Value> {
 mod tests {
     use super::*;
 
-    fn parse(payload: Value) -> Result<JoinConfig, Refusal> {
-        JoinConfig::parse(&Json::from_value(&payload), "room", true)
+    fn parse(payload: &Value) -> Result<JoinConfig, Refusal> {
+        JoinConfig::parse(&Json::from_value(payload), "room", true)
     }
 
     #[test]
     fn an_empty_config_has_the_reference_servers_defaults() {
-        let config = parse(json!({ "config": {} })).unwrap();
+        let config = parse(&json!({ "config": {} })).unwrap();
         assert_eq!(config.privacy, Privacy::Public);
         assert!(!config.ack && !config.to_self && !config.presence);
         assert!(config.bindings.is_empty() && config.token.is_none());
@@ -194,7 +194,7 @@ mod tests {
 
     #[test]
     fn private_fails_closed_unless_it_can_be_read() {
-        let privacy = |value: Value| parse(json!({ "config": { "private": value } }));
+        let privacy = |value: Value| parse(&json!({ "config": { "private": value } }));
         assert_eq!(privacy(json!("TRUE")).unwrap().privacy, Privacy::Private);
         assert_eq!(privacy(json!("false")).unwrap().privacy, Privacy::Public);
         assert_eq!(privacy(json!("yes")).unwrap_err().code, ErrorCode::InvalidJoinPayload);
@@ -203,7 +203,7 @@ mod tests {
 
     #[test]
     fn old_clients_that_send_a_presence_key_wait_for_a_state() {
-        let presence = |value: Value| parse(json!({ "config": { "presence": value } })).unwrap();
+        let presence = |value: Value| parse(&json!({ "config": { "presence": value } })).unwrap();
         assert!(presence(json!({ "key": "" })).presence);
         assert!(!presence(json!({ "key": "", "enabled": false })).presence);
         assert!(presence(json!({ "enabled": "true" })).presence);
@@ -212,7 +212,7 @@ mod tests {
 
     #[test]
     fn a_binding_is_echoed_as_sent_with_a_stable_id_and_without_nulls() {
-        let config = parse(json!({ "config": { "postgres_changes": [
+        let config = parse(&json!({ "config": { "postgres_changes": [
             { "event": "*", "schema": "public", "table": "art", "filter": null }, null, "x",
             { "event": "*", "schema": "public", "table": "art" },
         ] } }))
@@ -226,11 +226,11 @@ mod tests {
     #[test]
     fn the_users_token_goes_before_the_keys() {
         let config =
-            parse(json!({ "access_token": "a", "user_token": "u", "config": {} })).unwrap();
+            parse(&json!({ "access_token": "a", "user_token": "u", "config": {} })).unwrap();
         assert_eq!(config.token.as_deref(), Some("u"));
-        let config = parse(json!({ "access_token": "a", "user_token": null })).unwrap();
+        let config = parse(&json!({ "access_token": "a", "user_token": null })).unwrap();
         assert_eq!(config.token.as_deref(), Some("a"));
-        let config = parse(json!({ "access_token": "sb_x", "user_token": "u" })).unwrap();
+        let config = parse(&json!({ "access_token": "sb_x", "user_token": "u" })).unwrap();
         assert_eq!(config.token, None);
     }
 }

@@ -6,17 +6,14 @@
 
 use std::{error::Error, sync::Arc, time::Duration};
 
-use sqlx::{
-    PgPool,
-    postgres::{PgListener, PgNotification},
-};
+use sqlx::postgres::{PgListener, PgNotification};
 use tokio::{
     sync::mpsc,
     time::{MissedTickBehavior, interval, sleep, timeout},
 };
 
 use super::ingest::{self, Notification, STATS_CHANNEL};
-use crate::{db, server::Services};
+use crate::{auth::jwt::Secret, db, server::Services};
 
 /// The first wait after a session has ended.
 const BACKOFF_MIN: Duration = Duration::from_millis(100);
@@ -33,6 +30,9 @@ pub enum LinkError {
     /// No connection was made.
     #[error("no connection to the database")]
     Connect(#[source] sqlx::Error),
+    /// Somebody took the connection and said nothing in time.
+    #[error("the database does not answer")]
+    Unanswered,
     /// The server is a standby: it refuses LISTEN.
     #[error("the database is in recovery: LISTEN needs the primary")]
     InRecovery,
@@ -60,7 +60,7 @@ impl LinkError {
     pub fn kind(&self) -> &'static str {
         match self {
             Self::Url(_) => "url",
-            Self::Connect(_) => "connect",
+            Self::Connect(_) | Self::Unanswered => "connect",
             Self::InRecovery => "in_recovery",
             Self::Statement(_) => "statement",
             Self::Silent => "silent",
@@ -119,9 +119,11 @@ async fn listen(
     was_up: &mut bool,
 ) -> Result<Never, LinkError> {
     let relay = &services.config.relay;
-    let pool =
-        db::single(services.config.notify_url(), relay.connect_timeout).map_err(LinkError::Url)?;
-    let mut session = Session { listener: open(&pool).await?, deadline: relay.heartbeat_timeout };
+    let url = services.config.notify_url();
+    let listener = timeout(relay.connect_timeout, open(url, relay.connect_timeout))
+        .await
+        .map_err(|_elapsed| LinkError::Unanswered)??;
+    let mut session = Session { listener: Some(listener), deadline: relay.heartbeat_timeout };
     session.run(|listener| Box::pin(listener.listen(STATS_CHANNEL))).await?;
     session.sync(services).await?;
     *was_up = true;
@@ -136,7 +138,7 @@ async fn listen(
     }
     loop {
         tokio::select! {
-            received = session.listener.try_recv() => match received {
+            received = session.listener().try_recv() => match received {
                 Ok(Some(notification)) => forward(queue, &notification).await,
                 Ok(None) => return Err(LinkError::Closed),
                 Err(error) => return Err(LinkError::Broken(error)),
@@ -151,14 +153,18 @@ async fn listen(
     }
 }
 
-async fn open(pool: &PgPool) -> Result<PgListener, LinkError> {
-    let mut listener = PgListener::connect_with(pool).await.map_err(LinkError::Connect)?;
+async fn open(url: &Secret, connect_timeout: Duration) -> Result<PgListener, LinkError> {
+    let options = db::options(url).map_err(LinkError::Url)?;
+    // A connection of its own asks first: a pool tries a refused connection again until its time
+    // is over, and then does not say why.
+    if db::is_in_recovery(&options).await.map_err(LinkError::Connect)? {
+        return Err(LinkError::InRecovery);
+    }
+    let pool = db::single(options, connect_timeout);
+    let mut listener = PgListener::connect_with(&pool).await.map_err(LinkError::Connect)?;
     // A lost connection is told, never mended behind our back.
     listener.eager_reconnect(false);
     listener.ignore_pool_close_event(true);
-    if db::is_in_recovery(&mut listener).await.map_err(LinkError::Connect)? {
-        return Err(LinkError::InRecovery);
-    }
     Ok(listener)
 }
 
@@ -173,19 +179,40 @@ async fn forward(queue: &mpsc::Sender<Notification>, notification: &PgNotificati
 }
 
 struct Session {
-    listener: PgListener,
+    /// Taken when the session ends.
+    listener: Option<PgListener>,
     deadline: Duration,
+}
+
+impl Drop for Session {
+    /// Closes the connection at once. A listener that is dropped spawns a last `UNLISTEN`, which
+    /// on a frozen connection holds that and the server's session until TCP gives up; on a runtime
+    /// that never runs it, it is dropped with its connection.
+    fn drop(&mut self) {
+        let listener = self.listener.take();
+        if let Ok(runtime) = tokio::runtime::Builder::new_current_thread().build() {
+            let entered = runtime.enter();
+            drop(listener);
+            drop(entered);
+            runtime.shutdown_background();
+        }
+    }
 }
 
 type Statement<'a> = std::pin::Pin<Box<dyn Future<Output = Result<(), sqlx::Error>> + Send + 'a>>;
 
 impl Session {
+    #[expect(clippy::expect_used, reason = "only `drop` takes it")]
+    fn listener(&mut self) -> &mut PgListener {
+        self.listener.as_mut().expect("a session has its listener until it is dropped")
+    }
+
     /// Runs statements on the session, under the deadline.
     async fn run(
         &mut self,
         statement: impl FnOnce(&mut PgListener) -> Statement<'_>,
     ) -> Result<(), LinkError> {
-        match timeout(self.deadline, statement(&mut self.listener)).await {
+        match timeout(self.deadline, statement(self.listener())).await {
             Ok(result) => result.map_err(LinkError::Statement),
             Err(_elapsed) => Err(LinkError::Silent),
         }

@@ -99,7 +99,11 @@ impl Listens {
         let (listening, is_new) = {
             let mut wanted = self.wanted.lock();
             if wanted.len() >= self.max && !wanted.contains_key(&source.channel) {
-                return Err(Unlistenable::Full);
+                // What nobody holds and nobody listens to only waits to be forgotten.
+                wanted.retain(|_, wanted| wanted.holders > 0 || *wanted.active.borrow());
+                if wanted.len() >= self.max {
+                    return Err(Unlistenable::Full);
+                }
             }
             let mut is_new = false;
             let entry = wanted.entry(source.channel.clone()).or_insert_with(|| {
