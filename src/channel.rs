@@ -2,7 +2,8 @@
 //!
 //! Invariants: a channel is subscribed exactly while its claims allow reading; the reply to a join
 //! is pushed before the channel subscribes, with no `.await` between, so that it precedes every
-//! broadcast and no broadcast after it is missed; nothing here touches the WebSocket.
+//! broadcast and no broadcast after it is missed (a channel that replaces another goes on where
+//! that was); nothing here touches the WebSocket.
 
 use std::sync::Arc;
 
@@ -140,20 +141,14 @@ impl Channel {
         context: Context<'_>,
     ) -> Option<impl Future<Output = ()> + Send + use<>> {
         let (rule, captures) = self.rule.as_ref()?;
-        if !self.may_read() {
+        let has_database = !context.services.config.notify_url().is_empty();
+        if self.listening.is_some() || !has_database || !self.may_read() {
             return None;
         }
         let source = Source {
             channel: rule.listen.as_ref()?.fill(captures).into(),
             user_event: rule.event.clone()?,
-            topics: rule
-                .pattern
-                .iter()
-                .map(|pattern| TopicKey {
-                    sub_topic: pattern.fill(captures).into(),
-                    privacy: Privacy::Public,
-                })
-                .collect(),
+            topics: rule.topics(&self.key.sub_topic, captures),
         };
         match context.services.listens.hold(source) {
             Ok(listening) => {
@@ -228,12 +223,17 @@ impl Channel {
         }
         if !broadcasts.is_empty() {
             let started = Instant::now();
-            let fanned_out = match &self.subscription {
+            let mut fanned_out = match &self.subscription {
                 Some(subscription) if !self.config.to_self => {
                     subscription.publish_to_others(&broadcasts).await
                 }
                 Some(_) | None => services.hub.publish(&self.key, &broadcasts).await,
             };
+            if let Some((rule, captures)) = &self.rule {
+                for spelling in rule.topics(&self.key.sub_topic, captures).iter().skip(1) {
+                    fanned_out += services.hub.publish(spelling, &broadcasts).await;
+                }
+            }
             let metrics = &services.metrics;
             metrics.count_fan_out(
                 &metrics.broadcasts_socket,

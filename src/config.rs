@@ -83,6 +83,9 @@ pub struct Limits {
     /// From accept to the end of the request's head.
     #[serde(deserialize_with = "duration")]
     pub handshake_timeout: Duration,
+    /// For the body of a request; then 408.
+    #[serde(deserialize_with = "duration")]
+    pub body_timeout: Duration,
     /// Without a data frame for so long, a socket is closed with 1000.
     #[serde(deserialize_with = "duration")]
     pub silence_timeout: Duration,
@@ -172,7 +175,13 @@ impl Config {
         let mut values: Dict = match figment.extract() {
             Ok(values) => values,
             Err(error) => {
-                mistakes.extend(error.into_iter().map(|error| error.to_string()));
+                // The first line says where; the next would show the line, which may be a secret.
+                let place = |error: figment::Error| {
+                    let text = error.to_string();
+                    let line = text.lines().next().unwrap_or_default();
+                    format!("{}: {line}", file.unwrap_or(Path::new("settings")).display())
+                };
+                mistakes.extend(error.into_iter().map(place));
                 return Err(ConfigError(mistakes));
             }
         };
@@ -250,6 +259,7 @@ impl Config {
         }
         for (name, value) in [
             ("limits.handshake_timeout", self.limits.handshake_timeout),
+            ("limits.body_timeout", self.limits.body_timeout),
             ("limits.silence_timeout", self.limits.silence_timeout),
             ("limits.write_timeout", self.limits.write_timeout),
             ("relay.heartbeat_interval", self.relay.heartbeat_interval),
@@ -260,7 +270,11 @@ impl Config {
                 mistakes.push(format!("{name}: must be longer than 0s"));
             }
         }
-        for rule in &self.topic {
+        for (number, rule) in self.topic.iter().enumerate() {
+            let before = &self.topic[..number];
+            if rule.listen.is_some() && before.iter().any(|it| it.listen == rule.listen) {
+                mistakes.push(format!("topic \"{}\": another rule listens to the same", rule.name));
+            }
             mistakes.extend(
                 rule.mistakes().into_iter().map(|text| format!("topic \"{}\": {text}", rule.name)),
             );
@@ -518,6 +532,16 @@ mod tests {
         }
         assert_eq!(mistakes.len(), 6, "{mistakes:?}");
         assert!(!mistakes.iter().any(|text| text.contains("hidden-secret")));
+    }
+
+    #[test]
+    fn a_file_that_is_no_toml_is_named_without_the_line_that_may_be_a_secret() {
+        let file = std::env::temp_dir().join(format!("tidegate-{}.toml", uuid::Uuid::new_v4()));
+        std::fs::write(&file, "log = \"info\"\njwt_secret = \"hidden-secret\n").unwrap();
+        let ConfigError(mistakes) = Config::load(Some(&file), Vec::new()).unwrap_err();
+        std::fs::remove_file(&file).unwrap();
+        let [mistake] = mistakes.as_slice() else { panic!("{mistakes:?}") };
+        assert!(mistake.contains("line 2") && !mistake.contains("hidden"), "{mistake}");
     }
 
     #[test]

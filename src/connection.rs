@@ -36,6 +36,8 @@ const WRITE_BUFFER_BYTES: usize = 4096;
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 /// Most frames that are handled together, so that a flood does not keep its own replies waiting.
 const RECEIVED_MAX: usize = 64;
+/// No more are read once so many bytes of payload have been.
+const RECEIVED_BYTES_MAX: usize = 64 * 1024;
 /// A batch's list is kept for the next one up to so many frames.
 const BATCH_KEPT: usize = 64;
 
@@ -99,11 +101,12 @@ impl CloseReason {
     fn code(self) -> Option<u16> {
         match self {
             Self::Peer(code) => code,
-            Self::PeerGone => None,
+            // Nothing can be said to a peer that does not read.
+            Self::PeerGone | Self::WriteTimeout => None,
             Self::Silent | Self::NoChannels => Some(1000),
             Self::Protocol => Some(1002),
             Self::InvalidUtf8 => Some(1007),
-            Self::SlowConsumer | Self::WriteTimeout => Some(1008),
+            Self::SlowConsumer => Some(1008),
             Self::TooLarge => Some(1009),
             Self::Draining => Some(1012),
         }
@@ -176,7 +179,10 @@ impl Connection {
             // A batch is at most an outbox and one frame of any size, which is a message of ours
             // or a client's and its envelope.
             .max_write_buffer_size(
-                WRITE_BUFFER_BYTES + 2 * (limits.outbox_bytes_max + limits.message_bytes_max),
+                WRITE_BUFFER_BYTES
+                    + 2 * (limits.outbox_bytes_max
+                        + limits.message_bytes_max
+                        + limits.payload_bytes_max),
             )
             .max_message_size(Some(limits.message_bytes_max))
             .max_frame_size(Some(limits.message_bytes_max));
@@ -234,10 +240,11 @@ impl Connection {
 
     /// Handles what has been received, and what has come behind it, together.
     async fn receive(&mut self, first: Received) -> Result<(), CloseReason> {
-        let mut messages = Vec::new();
+        let mut messages: Vec<Message> = Vec::new();
         let mut end = self.read(first, &mut messages);
         for _ in 1..RECEIVED_MAX {
-            if end.is_err() {
+            let bytes = messages.iter().map(|it| it.payload.len()).sum::<usize>();
+            if end.is_err() || bytes > RECEIVED_BYTES_MAX {
                 break;
             }
             let Some(received) = self.websocket.next().now_or_never() else {
@@ -296,7 +303,9 @@ impl Connection {
         match written {
             Ok(Ok(())) => Ok(()),
             Ok(Err(error)) => Err(broken(&error)),
-            Err(_elapsed) => Err(CloseReason::WriteTimeout),
+            Err(_elapsed) => {
+                Err(self.outbox.ended().map_or(CloseReason::WriteTimeout, CloseReason::from))
+            }
         }
     }
 

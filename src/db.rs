@@ -15,6 +15,29 @@ use crate::auth::jwt::Secret;
 /// The re-runnable file of triggers and functions.
 pub const SYSTEM_SQL: &str = include_str!("../migrations/broadcast_cache_invalidation_system.sql");
 
+/// The parameters of a URL that the library reads. It warns of others with their values, which may
+/// be secrets.
+const PARAMETERS: [&str; 18] = [
+    "sslmode",
+    "ssl-mode",
+    "sslrootcert",
+    "ssl-root-cert",
+    "ssl-ca",
+    "sslcert",
+    "ssl-cert",
+    "sslkey",
+    "ssl-key",
+    "statement-cache-capacity",
+    "host",
+    "hostaddr",
+    "port",
+    "dbname",
+    "user",
+    "password",
+    "application_name",
+    "options",
+];
+
 /// How long `migrate` waits for a connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -50,6 +73,14 @@ pub(crate) fn options(url: &Secret) -> Result<PgConnectOptions, sqlx::Error> {
     let text = url.expose();
     if !["postgres://", "postgresql://"].iter().any(|scheme| text.starts_with(scheme)) {
         return Err(sqlx::Error::Configuration("expected postgres://".into()));
+    }
+    let query = text.split_once('?').map_or("", |(_, query)| query);
+    let is_known = |pair: &str| {
+        let key = pair.split('=').next().unwrap_or_default();
+        PARAMETERS.contains(&key) || key.starts_with("options[")
+    };
+    if !query.split('&').filter(|pair| !pair.is_empty()).all(is_known) {
+        return Err(sqlx::Error::Configuration("a parameter of the URL is unknown".into()));
     }
     let options = PgConnectOptions::from_str(text)?;
     Ok(options.application_name("tidegate").disable_statement_logging())

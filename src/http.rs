@@ -1,15 +1,15 @@
 //! The public routes: the WebSocket upgrade, REST broadcasts, health.
 //!
-//! Invariants: one `match` decides the route; a body is read up to its bound and no further; a
-//! refused upgrade is answered after `error_delay`, overload at once.
+//! Invariants: one `match` decides the route; a body is read up to its bound, in its time, and no
+//! further; an upgrade is refused for its token after `error_delay`, for anything else at once.
 
-use std::{borrow::Cow, error::Error, net::SocketAddr, pin::Pin, sync::Arc};
+use std::{borrow::Cow, error::Error, net::SocketAddr, pin::Pin, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
 use hyper::{
     Method, Request, Response, StatusCode,
-    body::Incoming,
+    body::{Body, Incoming},
     header::{self, HeaderName, HeaderValue},
     service::service_fn,
     upgrade::OnUpgrade,
@@ -20,14 +20,14 @@ use serde::Deserialize;
 use serde_json::{Value, json, value::RawValue};
 use tokio::{
     net::TcpStream,
-    time::{Instant, sleep},
+    time::{Instant, sleep, timeout},
 };
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 
 use crate::{
     auth::jwt::{Token, TokenError, unix_now},
     connection::Connection,
-    hub::TopicKey,
+    hub::{FannedOut, TopicKey},
     metrics::{Dropped, RefusedUpgrade},
     outbox::Outbox,
     protocol::{
@@ -43,8 +43,12 @@ use crate::{
 
 /// Largest head of a request; a long JWT in the URL and in headers fits.
 const HEAD_BYTES_MAX: usize = 32 * 1024;
+/// How long a request may still take when everything else has ended.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(1);
 /// Largest body of a REST broadcast.
 const BODY_BYTES_MAX: usize = 8_000_000;
+/// Up to here a body needs no place of its own.
+const SMALL_BODY_BYTES: u64 = 64 * 1024;
 
 /// A whole answer.
 pub type Answer = Response<Full<Bytes>>;
@@ -68,22 +72,29 @@ pub(crate) async fn serve(
     peer: SocketAddr,
     fallback: Option<Fallback>,
 ) {
-    let (timeout, stopped) = (services.config.limits.handshake_timeout, services.stopped.clone());
+    let (head_timeout, stopped) =
+        (services.config.limits.handshake_timeout, services.stopped.clone());
     let service = service_fn(|ask| {
         let (services, fallback) = (Arc::clone(&services), fallback.clone());
         async move { Ok::<_, std::convert::Infallible>(route(services, ask, fallback).await) }
     });
     let connection = hyper::server::conn::http1::Builder::new()
         .timer(TokioTimer::new())
-        .header_read_timeout(timeout)
+        .header_read_timeout(head_timeout)
         .max_buf_size(HEAD_BYTES_MAX)
         .serve_connection(TokioIo::new(stream), service)
         .with_upgrades();
-    tokio::select! {
-        served = connection => if let Err(error) = served {
-            tracing::debug!(error = &error as &dyn Error, %peer, "request failed");
-        },
-        () = stopped.cancelled() => {}
+    tokio::pin!(connection);
+    let served = tokio::select! {
+        served = connection.as_mut() => served,
+        () = stopped.cancelled() => {
+            // What is being answered is still answered; a head that is being sent is not waited for.
+            connection.as_mut().graceful_shutdown();
+            timeout(ANSWER_TIMEOUT, connection).await.unwrap_or(Ok(()))
+        }
+    };
+    if let Err(error) = served {
+        tracing::debug!(error = &error as &dyn Error, %peer, "request failed");
     }
 }
 
@@ -119,8 +130,7 @@ async fn upgrade(services: Arc<Services>, mut ask: Ask) -> Answer {
         return refuse(&services, RefusedUpgrade::Version, empty(StatusCode::FORBIDDEN));
     };
     if services.draining.is_cancelled() {
-        let refusal = Refusal::new(ErrorCode::RealtimeRestarting);
-        return refuse(&services, RefusedUpgrade::Draining, refused_upgrade(&refusal));
+        return draining(&services);
     }
     let apikey = header_text(&ask, "x-api-key").or_else(|| query_value(&query, "apikey"));
     let verified = match apikey {
@@ -138,9 +148,13 @@ async fn upgrade(services: Arc<Services>, mut ask: Ask) -> Answer {
         }
     };
     let outbox = Arc::new(Outbox::new(serializer, services.config.limits.outbox_bytes_max));
-    let Some(place) = Place::take(&services, &outbox) else {
-        let refusal = Refusal::new(ErrorCode::ConnectionRateLimitReached);
-        return refuse(&services, RefusedUpgrade::Full, refused_upgrade(&refusal));
+    let place = match Place::take(&services, &outbox) {
+        Ok(place) => place,
+        Err(RefusedUpgrade::Draining) => return draining(&services),
+        Err(reason) => {
+            let refusal = Refusal::new(ErrorCode::ConnectionRateLimitReached);
+            return refuse(&services, reason, refused_upgrade(&refusal));
+        }
     };
     let upgraded = hyper::upgrade::on(&mut ask);
     let connections = services.connections.clone();
@@ -200,6 +214,11 @@ fn refuse(services: &Services, reason: RefusedUpgrade, answer: Answer) -> Answer
     answer
 }
 
+fn draining(services: &Services) -> Answer {
+    let refusal = Refusal::new(ErrorCode::RealtimeRestarting);
+    refuse(services, RefusedUpgrade::Draining, refused_upgrade(&refusal))
+}
+
 fn refused_upgrade(refusal: &Refusal) -> Answer {
     let status = StatusCode::from_u16(refusal.code.status()).unwrap_or(StatusCode::BAD_REQUEST);
     object(status, &json!({ "error": refusal.text() }))
@@ -212,18 +231,19 @@ async fn broadcast_batch(services: &Services, ask: Ask) -> Answer {
     let Ok(token) = rest_token(services, &ask) else {
         return unauthorized();
     };
-    let body = match body(ask).await {
+    let body = match body(services, ask).await {
         Ok(body) => body,
         Err(status) => return empty(status),
     };
     let Ok(batch) = serde_json::from_slice::<Batch<'_>>(&body) else {
         return object(StatusCode::BAD_REQUEST, &json!({ "message": "Bad Request" }));
     };
-    if batch.messages.is_empty() {
+    let messages = batch.messages.unwrap_or_default();
+    if messages.is_empty() {
         return invalid(&json!({ "messages": ["can't be blank"] }));
     }
     let checked: Vec<_> =
-        batch.messages.iter().map(|message| RestMessage::check(services, message)).collect();
+        messages.iter().map(|message| RestMessage::check(services, message)).collect();
     if checked.iter().any(Result::is_err) {
         let errors: Vec<_> =
             checked.into_iter().map(|it| it.err().unwrap_or_else(|| json!({}))).collect();
@@ -258,7 +278,7 @@ async fn broadcast_single(services: &Services, ask: Ask, topic: &str, event: &st
     let is_private = query_value(ask.uri().query().unwrap_or_default(), "private");
     let privacy =
         if is_private.as_deref() == Some("true") { Privacy::Private } else { Privacy::Public };
-    let body = match body(ask).await {
+    let body = match body(services, ask).await {
         Ok(body) => body,
         Err(status) => return empty(status),
     };
@@ -295,19 +315,24 @@ async fn publish(
     privacy: Privacy,
     broadcast: Broadcast,
 ) -> Result<(), Denied> {
-    let may_write = match services.rules.find(sub_topic) {
-        Found::Rule(rule, captures) => rule.may_write(&captures, &token.claims),
-        // Private ones are the database's to decide, which is not asked yet.
-        Found::Other => privacy == Privacy::Public,
-        Found::Refused => false,
+    let topics = match services.rules.find(sub_topic) {
+        Found::Rule(rule, captures) if rule.may_write(&captures, &token.claims) => {
+            rule.topics(sub_topic, &captures)
+        }
+        Found::Other if privacy == Privacy::Public => {
+            vec![TopicKey { sub_topic: sub_topic.into(), privacy }]
+        }
+        // Private topics are the database's to decide, which is not asked yet.
+        Found::Rule(..) | Found::Other | Found::Refused => {
+            services.metrics.count_dropped(Dropped::WriteDenied);
+            return Err(Denied);
+        }
     };
-    if !may_write {
-        services.metrics.count_dropped(Dropped::WriteDenied);
-        return Err(Denied);
+    let (started, broadcasts) = (Instant::now(), [broadcast]);
+    let mut fanned_out = FannedOut::default();
+    for topic in &topics {
+        fanned_out += services.hub.publish(topic, &broadcasts).await;
     }
-    let key = TopicKey { sub_topic: sub_topic.into(), privacy: Privacy::Public };
-    let started = Instant::now();
-    let fanned_out = services.hub.publish(&key, &[broadcast]).await;
     services.metrics.count_fan_out(&services.metrics.broadcasts_rest, 1, fanned_out, started);
     Ok(())
 }
@@ -337,8 +362,8 @@ fn rest_token(services: &Services, ask: &Ask) -> Result<Arc<Token>, TokenError> 
 
 #[derive(Deserialize)]
 struct Batch<'a> {
-    #[serde(borrow, default)]
-    messages: Vec<&'a RawValue>,
+    #[serde(borrow)]
+    messages: Option<Vec<&'a RawValue>>,
 }
 
 #[derive(Deserialize)]
@@ -362,7 +387,10 @@ struct RestMessage {
 
 impl RestMessage {
     fn check(services: &Services, message: &RawValue) -> Result<Self, Value> {
-        let Ok(fields) = serde_json::from_str::<RestFields<'_>>(message.get()) else {
+        // The derived reader would take an array of the fields, too.
+        let is_object = message.get().starts_with('{');
+        let fields = serde_json::from_str::<RestFields<'_>>(message.get());
+        let Some(fields) = fields.ok().filter(|_| is_object) else {
             return Err(json!({ "topic": ["is invalid"] }));
         };
         let mut errors = serde_json::Map::new();
@@ -442,12 +470,18 @@ fn single_target(rest: &str) -> Option<(String, String)> {
     Some((decode(topic)?, decode(event)?))
 }
 
-/// The whole body, or the status that says why not.
-async fn body(ask: Ask) -> Result<Bytes, StatusCode> {
-    match Limited::new(ask.into_body(), BODY_BYTES_MAX).collect().await {
-        Ok(body) => Ok(body.to_bytes()),
-        Err(error) if error.is::<LengthLimitError>() => Err(StatusCode::PAYLOAD_TOO_LARGE),
-        Err(_broken) => Err(StatusCode::BAD_REQUEST),
+/// The whole body, or the status that says why not. Large ones are read a few at a time.
+async fn body(services: &Services, ask: Ask) -> Result<Bytes, StatusCode> {
+    let is_small = ask.body().size_hint().upper().is_some_and(|it| it <= SMALL_BODY_BYTES);
+    let read = async {
+        let _permit = if is_small { None } else { Some(services.bodies.acquire().await) };
+        Limited::new(ask.into_body(), BODY_BYTES_MAX).collect().await
+    };
+    match timeout(services.config.limits.body_timeout, read).await {
+        Ok(Ok(body)) => Ok(body.to_bytes()),
+        Ok(Err(error)) if error.is::<LengthLimitError>() => Err(StatusCode::PAYLOAD_TOO_LARGE),
+        Ok(Err(_broken)) => Err(StatusCode::BAD_REQUEST),
+        Err(_elapsed) => Err(StatusCode::REQUEST_TIMEOUT),
     }
 }
 

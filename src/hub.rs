@@ -1,7 +1,8 @@
 //! Who is joined to which topic, and the fan-out of a broadcast to them.
 //!
 //! Invariants: a topic with no subscriber is not in the map; no lock is held while frames are
-//! pushed; no two locks are held at once; a broadcast is encoded at most once per serializer.
+//! pushed; no two locks are held at once; a broadcast is encoded at most once per serializer. What
+//! is absent on purpose: a fan-out that has begun may still reach who has unsubscribed meanwhile.
 
 use std::{
     array,
@@ -111,7 +112,7 @@ impl Hub {
             return FannedOut::default();
         };
         let topic = format!("{TOPIC_PREFIX}{}", key.sub_topic);
-        let frames: Vec<_> = broadcasts.iter().map(|it| Frames::new(&topic, it)).collect();
+        let frames = Frames { topic: &topic, broadcasts, v1: OnceLock::new(), v2: OnceLock::new() };
         let (mut result, mut pushed) = (FannedOut::default(), 0);
         for (slot, outbox) in subscribers.iter() {
             if pushed >= PUSHES_PER_YIELD {
@@ -122,11 +123,10 @@ impl Hub {
                 continue;
             }
             result.subscribers += 1;
+            let frames = frames.get(outbox.serializer());
             pushed += frames.len();
-            let serializer = outbox.serializer();
-            let frames = frames.iter().filter_map(|frames| frames.get(serializer).cloned());
             // A full outbox closes its own connection; the others must not notice.
-            result.deliveries += outbox.push_all(frames).unwrap_or(0);
+            result.deliveries += outbox.push_all(frames.iter().cloned()).unwrap_or(0);
         }
         result
     }
@@ -158,25 +158,24 @@ impl Drop for Subscription {
     }
 }
 
-/// One broadcast's frames, each made when its first receiver needs it.
+/// The frames of broadcasts, made for a serializer when its first receiver needs them.
 struct Frames<'a> {
     topic: &'a str,
-    broadcast: &'a Broadcast,
-    v1: OnceLock<Option<Frame>>,
-    v2: OnceLock<Option<Frame>>,
+    broadcasts: &'a [Broadcast],
+    v1: OnceLock<Vec<Frame>>,
+    v2: OnceLock<Vec<Frame>>,
 }
 
-impl<'a> Frames<'a> {
-    fn new(topic: &'a str, broadcast: &'a Broadcast) -> Self {
-        Self { topic, broadcast, v1: OnceLock::new(), v2: OnceLock::new() }
-    }
-
-    fn get(&self, serializer: Serializer) -> Option<&Frame> {
-        let frame = match serializer {
+impl Frames<'_> {
+    fn get(&self, serializer: Serializer) -> &[Frame] {
+        let frames = match serializer {
             Serializer::V1 => &self.v1,
             Serializer::V2 => &self.v2,
         };
-        frame.get_or_init(|| serializer.encode_broadcast(self.topic, self.broadcast)).as_ref()
+        frames.get_or_init(|| {
+            let encode = |it| serializer.encode_broadcast(self.topic, it);
+            self.broadcasts.iter().filter_map(encode).collect()
+        })
     }
 }
 

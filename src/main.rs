@@ -149,7 +149,13 @@ async fn run(cli: Cli) -> Result<(), Failure> {
 #[expect(clippy::disallowed_methods, reason = "this is the one reader of the environment")]
 fn settings() -> Result<(Config, tidegate::config::Effective), Failure> {
     let file = std::env::var_os("TIDEGATE_CONFIG").map(PathBuf::from);
-    Config::load(file.as_deref(), std::env::vars().collect()).map_err(usage)
+    Config::load(
+        file.as_deref(),
+        std::env::vars_os()
+            .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
+            .collect(),
+    )
+    .map_err(usage)
 }
 
 fn start_logs(filter: &str) -> Result<(), Failure> {

@@ -79,8 +79,10 @@ pub enum RefusedUpgrade {
     Version,
     /// The key is missing or wrong.
     Token,
-    /// All places are taken.
+    /// All places of sockets are taken.
     Full,
+    /// Too many connections are still asking.
+    Pending,
     /// The server is draining.
     Draining,
     /// The peer went away between the answer and the first frame.
@@ -89,8 +91,15 @@ pub enum RefusedUpgrade {
 
 impl RefusedUpgrade {
     /// Every reason.
-    pub const ALL: [Self; 6] =
-        [Self::BadRequest, Self::Version, Self::Token, Self::Full, Self::Draining, Self::Abandoned];
+    pub const ALL: [Self; 7] = [
+        Self::BadRequest,
+        Self::Version,
+        Self::Token,
+        Self::Full,
+        Self::Pending,
+        Self::Draining,
+        Self::Abandoned,
+    ];
 
     /// The metric's label.
     #[must_use]
@@ -100,6 +109,7 @@ impl RefusedUpgrade {
             Self::Version => "version",
             Self::Token => "token",
             Self::Full => "full",
+            Self::Pending => "pending",
             Self::Draining => "draining",
             Self::Abandoned => "abandoned",
         }

@@ -1,7 +1,8 @@
 //! The frames waiting to be written to one client.
 //!
 //! Invariants: `bytes` is the sum of the queued frames' lengths; a backlog of two frames or more
-//! is at most `bytes_max`; once ended, an outbox stays empty and refuses everything.
+//! is at most `bytes_max`; once ended, an outbox refuses everything, and it has overflowed only if
+//! it is empty.
 
 use std::{
     future::poll_fn,
@@ -75,7 +76,11 @@ impl Outbox {
             for frame in frames {
                 let bytes = state.bytes + frame.len();
                 if state.ended.is_none() && bytes > self.bytes_max && !state.frames.is_empty() {
-                    state.end(Ended::SlowConsumer);
+                    *state = State {
+                        ended: Some(Ended::SlowConsumer),
+                        waker: state.waker.take(),
+                        ..State::default()
+                    };
                 }
                 if state.ended.is_some() {
                     break;
@@ -93,13 +98,18 @@ impl Outbox {
         pushed
     }
 
-    /// Ends the outbox: its connection closes for this reason, unless it already does for another.
+    /// Why the outbox takes nothing more, if it has ended.
+    #[must_use]
+    pub fn ended(&self) -> Option<Ended> {
+        self.state.lock().ended
+    }
+
+    /// Ends the outbox: its connection writes what is queued and closes for this reason, unless it
+    /// already does for another.
     pub fn end(&self, ended: Ended) {
         let waker = {
             let mut state = self.state.lock();
-            if state.ended.is_none() {
-                state.end(ended);
-            }
+            state.ended.get_or_insert(ended);
             state.waker.take()
         };
         if let Some(waker) = waker {
@@ -118,7 +128,9 @@ impl Outbox {
         debug_assert!(batch.is_empty());
         poll_fn(|cx| {
             let mut state = self.state.lock();
-            if let Some(ended) = state.ended {
+            if let Some(ended) = state.ended
+                && state.frames.is_empty()
+            {
                 return Poll::Ready(Err(ended));
             }
             if state.frames.is_empty() {
@@ -132,14 +144,6 @@ impl Outbox {
             Poll::Ready(Ok(()))
         })
         .await
-    }
-}
-
-impl State {
-    fn end(&mut self, ended: Ended) {
-        self.ended = Some(ended);
-        self.frames = Vec::new();
-        self.bytes = 0;
     }
 }
 
@@ -172,6 +176,18 @@ mod tests {
         outbox.push(Frame::text("abc")).unwrap();
         assert_eq!(outbox.push(Frame::text("d")), Ok(()));
         assert_eq!(outbox.push(Frame::text("e")), Err(Ended::SlowConsumer));
+    }
+
+    #[tokio::test]
+    async fn what_is_queued_when_an_outbox_is_ended_is_still_written() {
+        let outbox = outbox(16);
+        outbox.push(Frame::text("a")).unwrap();
+        outbox.end(Ended::Draining);
+        assert_eq!(outbox.push(Frame::text("b")), Err(Ended::Draining));
+        let mut batch = Vec::new();
+        outbox.drain(&mut batch).await.unwrap();
+        assert_eq!(batch, [Frame::text("a")]);
+        assert_eq!(outbox.drain(&mut Vec::new()).await, Err(Ended::Draining));
     }
 
     #[tokio::test]

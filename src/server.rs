@@ -20,7 +20,7 @@ use crate::{
     config::Config,
     http,
     hub::Hub,
-    metrics::Metrics,
+    metrics::{Metrics, RefusedUpgrade},
     outbox::{Ended, Outbox},
     relay::{listener, listens::Listens},
     topic_rules::TopicRules,
@@ -29,11 +29,20 @@ use crate::{
 /// Connections that the system holds for us to accept: when all clients come back at once, a SYN
 /// that finds no place is sent again only a second later.
 const ACCEPT_BACKLOG: u32 = 4096;
+/// What everything else may take once the sockets are closed, however long that took.
+const STOP_TIMEOUT: Duration = Duration::from_secs(2);
+/// The answer to a connection that finds no place.
+const OVERLOADED: &[u8] =
+    b"HTTP/1.1 503 Service Unavailable\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
 /// Waits after a failed accept: no descriptor, no memory.
 const ACCEPT_BACKOFF: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
 /// Most connections that are not sockets: heads being read, requests being answered, refusals
 /// being delayed.
 const PENDING_MAX: usize = 4096;
+/// Most connections of operators' tools.
+const ADMIN_CONNECTIONS_MAX: usize = 64;
+/// Most large bodies of requests that are read at a time, 8 MB each at most.
+const BODIES_MAX: usize = 16;
 
 /// What every part of one server shares.
 #[derive(Debug)]
@@ -54,6 +63,8 @@ pub struct Services {
     pub(crate) sockets: Mutex<Slab<Arc<Outbox>>>,
     /// The sockets' tasks.
     pub(crate) connections: TaskTracker,
+    /// Places for bodies of more than a few bytes.
+    pub(crate) bodies: Semaphore,
     /// All other tasks.
     pub(crate) tracker: TaskTracker,
     /// Cancelled when the drain begins: nothing new is taken.
@@ -75,6 +86,7 @@ impl Services {
             listens: Arc::new(Listens::new(config.relay.listens_max)),
             sockets: Mutex::default(),
             connections: TaskTracker::new(),
+            bodies: Semaphore::new(BODIES_MAX),
             tracker: TaskTracker::new(),
             draining: CancellationToken::new(),
             stopped: CancellationToken::new(),
@@ -91,14 +103,24 @@ pub(crate) struct Place {
 }
 
 impl Place {
-    /// Takes a place, if one is free.
-    pub(crate) fn take(services: &Arc<Services>, outbox: &Arc<Outbox>) -> Option<Self> {
+    /// Takes a place.
+    ///
+    /// # Errors
+    /// All are taken, or the server drains; that is asked under the lock under which the drain
+    /// looks for sockets, so that it finds each one that got in.
+    pub(crate) fn take(
+        services: &Arc<Services>,
+        outbox: &Arc<Outbox>,
+    ) -> Result<Self, RefusedUpgrade> {
         let mut sockets = services.sockets.lock();
+        if services.draining.is_cancelled() {
+            return Err(RefusedUpgrade::Draining);
+        }
         if sockets.len() >= services.config.limits.connections_max {
-            return None;
+            return Err(RefusedUpgrade::Full);
         }
         let slot = sockets.insert(Arc::clone(outbox));
-        Some(Self { services: Arc::clone(services), slot })
+        Ok(Self { services: Arc::clone(services), slot })
     }
 }
 
@@ -176,29 +198,25 @@ impl Server {
         if !services.config.notify_url().is_empty() {
             services.tracker.spawn(listener::run(Arc::clone(&services)));
         }
-        let pending = Arc::new(Semaphore::new(PENDING_MAX));
-        let accept_public = accept(&public, &services, move |services, stream, peer| {
-            let (fallback, pending) = (fallback.clone(), Arc::clone(&pending));
-            async move {
-                // Above the bound a connection is not answered at all: it is closed.
-                if let Ok(_permit) = pending.try_acquire() {
-                    http::serve(services, stream, peer, fallback).await;
-                }
-            }
+        let accept_public = accept(&public, &services, PENDING_MAX, |services, stream, peer| {
+            http::serve(services, stream, peer, fallback.clone())
         });
+        // The admin's port answers to the end.
         let accept_admin =
-            accept(&admin, &services, |services, stream, _peer| admin::serve(services, stream));
+            accept(&admin, &services, ADMIN_CONNECTIONS_MAX, |services, stream, _peer| {
+                admin::serve(services, stream)
+            });
+        tokio::pin!(accept_admin);
         tokio::select! {
             () = accept_public => {}
-            () = accept_admin => {}
+            () = &mut accept_admin => {}
             () = shutdown => {}
             () = services.draining.cancelled() => {}
         }
         drop(public);
         services.draining.cancel();
         tokio::select! {
-            // The admin's port answers to the end.
-            () = accept(&admin, &services, |services, stream, _peer| admin::serve(services, stream)) => {}
+            () = accept_admin => {}
             () = drain(&services) => {}
         }
     }
@@ -227,8 +245,7 @@ async fn drain(services: &Services) {
     services.tracker.close();
     // What still runs after the deadline is dropped with the runtime.
     let ended =
-        timeout_at(deadline.max(Instant::now() + Duration::from_secs(1)), services.tracker.wait())
-            .await;
+        timeout_at(deadline.max(Instant::now() + STOP_TIMEOUT), services.tracker.wait()).await;
     tracing::info!(complete = closed.is_ok() && ended.is_ok(), "drained");
 }
 
@@ -242,28 +259,45 @@ fn bind(address: SocketAddr, name: &'static str) -> Result<TcpListener, StartErr
     listen().map_err(|source| StartError::Bind { address, name, source })
 }
 
-/// Accepts for good, each connection in a task of its own.
-async fn accept<F, S>(listener: &TcpListener, services: &Arc<Services>, serve: S)
-where
+/// Accepts for good, each connection in a task of its own; those above `pending_max` are refused
+/// with an answer that needs no task.
+async fn accept<F, S>(
+    listener: &TcpListener,
+    services: &Arc<Services>,
+    pending_max: usize,
+    serve: S,
+) where
     F: Future<Output = ()> + Send + 'static,
     S: Fn(Arc<Services>, TcpStream, SocketAddr) -> F,
 {
+    let pending = Arc::new(Semaphore::new(pending_max));
     let mut backoff = ACCEPT_BACKOFF.0;
     loop {
-        match listener.accept().await {
-            Ok((stream, peer)) => {
-                backoff = ACCEPT_BACKOFF.0;
-                // Without it a reply waits for the acknowledgement of the frame before.
-                if stream.set_nodelay(true).is_ok() {
-                    services.tracker.spawn(serve(Arc::clone(services), stream, peer));
-                }
-            }
+        let (stream, peer) = match listener.accept().await {
+            Ok(accepted) => accepted,
             Err(error) => {
                 services.metrics.accept_errors.inc();
                 tracing::warn!(error = &error as &dyn Error, "cannot accept; waiting");
                 sleep(backoff).await;
                 backoff = (backoff * 2).min(ACCEPT_BACKOFF.1);
+                continue;
             }
+        };
+        backoff = ACCEPT_BACKOFF.0;
+        let Ok(permit) = Arc::clone(&pending).try_acquire_owned() else {
+            let reason = RefusedUpgrade::Pending.kind();
+            services.metrics.connections_refused.with_label_values(&[reason]).inc();
+            // What does not fit into the empty buffer of a new connection is not sent.
+            let _ = stream.try_write(OVERLOADED);
+            continue;
+        };
+        // Without it a reply waits for the acknowledgement of the frame before.
+        if stream.set_nodelay(true).is_ok() {
+            let served = serve(Arc::clone(services), stream, peer);
+            services.tracker.spawn(async move {
+                served.await;
+                drop(permit);
+            });
         }
     }
 }

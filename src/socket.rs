@@ -2,7 +2,8 @@
 //!
 //! Invariants: messages of one topic are handled in their order, also while its join waits for a
 //! LISTEN or its refusal for the delay; other topics go on meanwhile. A socket holds at most
-//! `channels_per_socket_max` channels and as many refusals that wait.
+//! `channels_per_socket_max` channels and as many refusals that wait, and no more bytes of messages
+//! behind them than may wait in its outbox.
 
 use std::{collections::HashMap, pin::Pin, sync::Arc, time::Duration};
 
@@ -36,6 +37,12 @@ pub struct Socket {
     channels: HashMap<Box<str>, Slot>,
     /// Gives the topic whose answer is due.
     waiting: FuturesUnordered<Pin<Box<dyn Future<Output = Box<str>> + Send>>>,
+    /// Topics that wait for the delay of a refusal.
+    refusals: usize,
+    /// Bytes of all backlogs' payloads.
+    backlog_bytes: usize,
+    /// Not later than the first token of a channel ends, in seconds since 1970.
+    expires_at: i64,
     /// Since when a socket that has had channels has none.
     empty_since: Option<Instant>,
 }
@@ -67,6 +74,9 @@ impl Socket {
             apikey,
             channels: HashMap::new(),
             waiting: FuturesUnordered::new(),
+            refusals: 0,
+            backlog_bytes: 0,
+            expires_at: i64::MAX,
             empty_since: None,
         }
     }
@@ -76,7 +86,10 @@ impl Socket {
         let mut messages = messages.into_iter().peekable();
         while let Some(message) = messages.next() {
             if let Some(Slot::Waiting(waiting)) = self.channels.get_mut(&message.topic) {
-                if waiting.backlog.len() < BACKLOG_MAX {
+                let bytes = self.backlog_bytes + message.payload.len();
+                let bytes_max = self.services.config.limits.outbox_bytes_max;
+                if waiting.backlog.len() < BACKLOG_MAX && bytes <= bytes_max {
+                    self.backlog_bytes = bytes;
                     waiting.backlog.push(message);
                 } else {
                     self.services.metrics.count_dropped(Dropped::Backlog);
@@ -120,9 +133,11 @@ impl Socket {
             return;
         };
         let Waiting { join_ref, reference, answer, replaced, backlog } = *waiting;
+        self.backlog_bytes -= backlog.iter().map(|it| it.payload.len()).sum::<usize>();
         match answer {
             Ok(channel) => self.open(channel, reference.as_ref(), replaced),
             Err(refusal) => {
+                self.refusals -= 1;
                 self.refuse(topic, join_ref.as_ref(), reference.as_ref(), &refusal);
                 if let Some(replaced) = replaced {
                     replaced.close(self.context());
@@ -136,29 +151,29 @@ impl Socket {
     /// How long until [`Self::tick`] has something to do, at most `at_most`.
     #[must_use]
     pub fn next_tick(&self, at_most: Duration) -> Duration {
-        let now = unix_now();
-        let expiry = self.joined().map(|channel| channel.expires_at().saturating_sub(now)).min();
-        let expiry = expiry.map(|seconds| Duration::from_secs(seconds.max(0).unsigned_abs()));
-        expiry.map_or(at_most, |expiry| expiry.min(at_most))
+        let seconds = self.expires_at.saturating_sub(unix_now());
+        Duration::from_secs(seconds.max(0).unsigned_abs()).min(at_most)
     }
 
-    /// Ends or changes the channels whose tokens have expired.
+    /// Ends or changes the channels whose tokens have expired, and tries again to listen for those
+    /// that found no place.
     pub fn tick(&mut self) {
         let now = unix_now();
         let Self { services, outbox, apikey, channels, .. } = self;
         let context = Context { services, outbox, apikey };
         let mut closed: Vec<Box<str>> = Vec::new();
         for (topic, slot) in channels {
-            if let Slot::Joined(channel) = slot
-                && channel.expires_at() <= now
-                && channel.check_expiry(context) == Fate::Closed
-            {
+            let Slot::Joined(channel) = slot else { continue };
+            if channel.expires_at() <= now && channel.check_expiry(context) == Fate::Closed {
                 closed.push(topic.clone());
+            } else {
+                drop(channel.listen(context));
             }
         }
         for topic in closed {
             self.settle(&topic, Fate::Closed);
         }
+        self.expires_at = self.joined().map(Channel::expires_at).min().unwrap_or(i64::MAX);
     }
 
     /// Since when a socket that has had channels has none.
@@ -192,13 +207,14 @@ impl Socket {
             Some(Slot::Joined(channel)) => Some(channel),
             Some(Slot::Waiting(_)) | None => None,
         };
+        let channels_max = self.services.config.limits.channels_per_socket_max;
         let (join_ref, reference) = (join.join_ref.clone(), join.reference.clone());
         let topic = join.topic.clone();
         let admitted = if is_nameless {
             Err(Refusal::new(ErrorCode::TopicNameRequired))
         } else if self.services.draining.is_cancelled() {
             Err(Refusal::new(ErrorCode::RealtimeRestarting))
-        } else if self.channels.len() >= self.services.config.limits.channels_per_socket_max {
+        } else if self.channels.len() - self.refusals >= channels_max {
             Err(Refusal::new(ErrorCode::ChannelRateLimitReached))
         } else {
             Channel::admit(self.context(), join)
@@ -213,6 +229,7 @@ impl Socket {
                     return;
                 }
                 Some(activation) => {
+                    self.empty_since = None;
                     let listen_wait = self.services.config.relay.listen_wait;
                     Box::pin(async move {
                         // Answered all the same when the time is over.
@@ -224,7 +241,7 @@ impl Socket {
                 if let Some(replaced) = &mut replaced {
                     replaced.unsubscribe();
                 }
-                if self.channels.len() >= 2 * self.services.config.limits.channels_per_socket_max {
+                if self.refusals >= channels_max {
                     // No place to wait in: the delay is a courtesy, the bound is not.
                     self.refuse(&topic, join_ref.as_ref(), reference.as_ref(), refusal);
                     if let Some(replaced) = replaced {
@@ -232,6 +249,7 @@ impl Socket {
                     }
                     return;
                 }
+                self.refusals += 1;
                 Box::pin(sleep(self.services.config.protocol.error_delay))
             }
         };
@@ -258,6 +276,7 @@ impl Socket {
             }
             None => channel.open(context, reference),
         }
+        self.expires_at = self.expires_at.min(channel.expires_at());
         self.channels.insert(channel.topic().into(), Slot::Joined(Box::new(channel)));
         self.empty_since = None;
     }
@@ -300,6 +319,7 @@ impl Socket {
             return self.reply_unmatched(message);
         };
         let fate = channel.receive(Context { services, outbox, apikey }, message);
+        self.expires_at = self.expires_at.min(channel.expires_at());
         self.settle(&message.topic, fate);
     }
 

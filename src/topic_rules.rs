@@ -9,7 +9,7 @@ use std::{collections::BTreeMap, fmt, sync::Arc};
 
 use serde::{Deserialize, Serialize};
 
-use crate::auth::jwt::Claims;
+use crate::{auth::jwt::Claims, hub::TopicKey, protocol::payload::Privacy};
 
 /// Longest NOTIFY channel: Postgres cuts identifiers there, silently.
 pub const NOTIFY_CHANNEL_BYTES_MAX: usize = 63;
@@ -127,6 +127,20 @@ impl Rule {
         self.write.iter().any(|grant| grant.holds(captures, claims))
     }
 
+    /// The topics that what is sent to `sub_topic` reaches: of a rule that listens all spellings,
+    /// which are one event, `sub_topic` first; of any other itself.
+    #[must_use]
+    pub fn topics(&self, sub_topic: &str, captures: &Captures) -> Vec<TopicKey> {
+        let key =
+            |sub_topic: &str| TopicKey { sub_topic: sub_topic.into(), privacy: Privacy::Public };
+        let spellings = if self.listen.is_some() { &*self.pattern } else { &[] };
+        let others = spellings
+            .iter()
+            .map(|pattern| pattern.fill(captures))
+            .filter(|spelling| spelling != sub_topic);
+        std::iter::once(key(sub_topic)).chain(others.map(|spelling| key(&spelling))).collect()
+    }
+
     /// What is wrong with the rule itself; empty if nothing is.
     #[must_use]
     pub fn mistakes(&self) -> Vec<String> {
@@ -141,6 +155,9 @@ impl Rule {
                     "`{pattern}` does not capture the same names as the first pattern"
                 ));
             }
+        }
+        if names.windows(2).any(|pair| pair[0] == pair[1]) {
+            mistakes.push("a pattern captures one name twice".to_owned());
         }
         if self.listen.is_some() != self.event.is_some() {
             mistakes.push("`listen` and `event` go together".to_owned());
@@ -184,8 +201,10 @@ impl Grant {
             return Some("`claim` goes with one of `any_of` and `equals`".to_owned());
         }
         [&self.claim, &self.equals].into_iter().flatten().find_map(|text| {
-            let name = text.split('{').nth(1)?.split('}').next()?;
-            (!names.contains(&name)).then(|| format!("`{text}` names no capture of the patterns"))
+            let mut named = text.split('{').skip(1).filter_map(|part| part.split('}').next());
+            named
+                .any(|name| !names.contains(&name))
+                .then(|| format!("`{text}` names no capture of the patterns"))
         })
     }
 }

@@ -21,7 +21,9 @@ use serde_json::{Map, Value};
 use crate::protocol::error_code::{ErrorCode, Refusal};
 
 /// Most verified tokens that are remembered; 10,000 viewers share one anon key.
-const REMEMBERED_MAX: usize = 4096;
+const REMEMBERED_MAX: usize = 16_384;
+/// Between two looks for remembered tokens that nobody holds, seconds.
+const FORGET_INTERVAL: i64 = 1;
 
 /// A secret of the settings; its `Debug` hides it.
 #[derive(Clone, PartialEq, Eq, Default, serde::Deserialize)]
@@ -207,6 +209,13 @@ impl TokenError {
     }
 }
 
+#[derive(Default)]
+struct Remembered {
+    tokens: HashMap<Box<str>, Arc<Token>>,
+    /// When those that nobody holds were last forgotten, in seconds since 1970.
+    forgotten_at: i64,
+}
+
 /// Verifies tokens with the project's key.
 pub struct Verifier {
     key: DecodingKey,
@@ -214,7 +223,7 @@ pub struct Verifier {
     token_bytes_max: usize,
     /// Tokens whose signature has been verified, so that one anon key is parsed and kept once.
     /// At the bound those that nobody holds are forgotten; if all are held, the next is not kept.
-    remembered: Mutex<HashMap<Box<str>, Arc<Token>>>,
+    remembered: Mutex<Remembered>,
     anonymous: Arc<Token>,
 }
 
@@ -250,7 +259,7 @@ impl Verifier {
     /// # Errors
     /// [`TokenError`]; signature before expiry before claims.
     pub fn verify(&self, text: &str, now: i64) -> Result<Arc<Token>, TokenError> {
-        let remembered = self.remembered.lock().get(text).cloned();
+        let remembered = self.remembered.lock().tokens.get(text).cloned();
         if let Some(token) = remembered {
             token.check_expiry(now)?;
             return Ok(token);
@@ -261,6 +270,9 @@ impl Verifier {
         let all = decode::<Map<String, Value>>(text, &self.key, &self.validation)
             .map_err(|error| classify(text, error.kind()))?
             .claims;
+        if all.get("iat").is_some_and(|iat| !iat.is_number()) {
+            return Err(TokenError::Malformed);
+        }
         if let Some(exp) = all.get("exp").and_then(Value::as_f64) {
             #[expect(clippy::cast_possible_truncation, reason = "saturates, which is meant")]
             let seconds = now.saturating_sub(exp.round() as i64);
@@ -269,17 +281,19 @@ impl Verifier {
             }
         }
         let token = Arc::new(Token { text: text.into(), claims: all.try_into()? });
-        self.remember(&token);
+        self.remember(&token, now);
         Ok(token)
     }
 
-    fn remember(&self, token: &Arc<Token>) {
+    fn remember(&self, token: &Arc<Token>, now: i64) {
         let mut remembered = self.remembered.lock();
-        if remembered.len() >= REMEMBERED_MAX {
-            remembered.retain(|_, token| Arc::strong_count(token) > 1);
+        let is_due = remembered.forgotten_at.saturating_add(FORGET_INTERVAL) <= now;
+        if remembered.tokens.len() >= REMEMBERED_MAX && is_due {
+            remembered.forgotten_at = now;
+            remembered.tokens.retain(|_, token| Arc::strong_count(token) > 1);
         }
-        if remembered.len() < REMEMBERED_MAX {
-            remembered.insert(token.text.clone(), Arc::clone(token));
+        if remembered.tokens.len() < REMEMBERED_MAX {
+            remembered.tokens.insert(token.text.clone(), Arc::clone(token));
         }
     }
 }

@@ -577,6 +577,7 @@ mod tests {
     /// The name under which the next test runs itself as the process to be killed.
     const VICTIM: &str = "TIDEGATE_TEST_CLUSTER_VICTIM";
 
+    #[expect(clippy::disallowed_methods, reason = "how the test tells its own copy what to do")]
     #[tokio::test]
     async fn a_killed_process_leaves_neither_postgres_nor_files() {
         if let Some(told) = std::env::var_os(VICTIM) {

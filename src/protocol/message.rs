@@ -44,6 +44,23 @@ pub enum Payload {
     UserBroadcast(UserBroadcast),
 }
 
+impl Payload {
+    /// Length in bytes.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        match self {
+            Self::Json(json) => json.len(),
+            Self::UserBroadcast(broadcast) => broadcast.payload.len(),
+        }
+    }
+
+    /// Whether there is no byte.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
 /// A user's event with its payload apart from the envelope.
 #[derive(Debug, Clone, PartialEq)]
 pub struct UserBroadcast {

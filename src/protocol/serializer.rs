@@ -92,6 +92,8 @@ impl Serializer {
 
     fn decode_text(self, text: &Utf8Bytes) -> Result<Message, Malformed> {
         let envelope = match self {
+            // The derived reader would take an array of the fields, too.
+            Self::V1 if text.trim_start().starts_with('[') => return Err(Malformed::WrongShape),
             Self::V1 => serde_json::from_str::<ObjectEnvelope<'_>>(text).map(Envelope::from),
             Self::V2 => serde_json::from_str::<ArrayEnvelope<'_>>(text).map(|array| array.0),
         };
@@ -315,6 +317,12 @@ mod tests {
         let frame = Frame::text(r#"[null,1e2,"phoenix","heartbeat",{}]"#);
         let message = Serializer::V2.decode(frame).unwrap();
         assert_eq!(message.reference, Some(Ref::Number("1e2".into())));
+    }
+
+    #[test]
+    fn an_array_is_no_message_of_v1_whatever_is_in_it() {
+        let frame = Frame::text(r#"["phoenix","heartbeat",{},"1"]"#);
+        assert_eq!(Serializer::V1.decode(frame), Err(Malformed::WrongShape));
     }
 
     #[test]

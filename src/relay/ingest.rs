@@ -22,8 +22,8 @@ use crate::{
 /// The channel of the database's monitoring notifications, which name every event.
 pub(crate) const STATS_CHANNEL: &str = "global_cache_stats";
 
-/// Notifications that may wait between the session and the fan-out; beyond, the session waits and
-/// they stay in Postgres' queue.
+/// Notifications that may wait between the session and the fan-out; beyond, the session waits,
+/// and what the server has sent waits in its connection.
 pub(crate) const BACKLOG_MAX: usize = 1024;
 
 /// Most notifications that are handled together.

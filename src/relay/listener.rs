@@ -4,7 +4,7 @@
 //! nothing goes on half; every statement has a deadline, because a half-open TCP connection says
 //! nothing; a channel is called active only after its LISTEN has been answered.
 
-use std::{error::Error, sync::Arc, time::Duration};
+use std::{convert::Infallible, error::Error, sync::Arc, time::Duration};
 
 use sqlx::postgres::{PgListener, PgNotification};
 use tokio::{
@@ -18,8 +18,9 @@ use crate::{auth::jwt::Secret, db, server::Services};
 /// The first wait after a session has ended.
 const BACKOFF_MIN: Duration = Duration::from_millis(100);
 
-/// How often idle LISTENs are looked for.
+/// How often idle LISTENs are looked for; oftener only if they linger for less.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(5);
+const SWEEP_INTERVAL_MIN: Duration = Duration::from_millis(10);
 
 /// Why a listening session ended, or never began.
 #[derive(Debug, thiserror::Error)]
@@ -85,6 +86,8 @@ pub(crate) async fn run(services: Arc<Services>) {
         services.metrics.relay_listens.set(0);
         services.metrics.relay_reconnects.with_label_values(&[ended.kind()]).inc();
         services.listens.deactivate_all();
+        // What nobody holds any more is forgotten without a session, too.
+        drop(services.listens.changes(services.config.relay.linger));
         if was_up {
             backoff = BACKOFF_MIN;
         }
@@ -104,53 +107,20 @@ async fn session(
     queue: &mpsc::Sender<Notification>,
     was_up: &mut bool,
 ) -> LinkError {
-    match listen(services, queue, was_up).await {
-        Ok(never) => match never {},
-        Err(error) => error,
-    }
-}
-
-/// What cannot be returned: a session only ends by an error.
-enum Never {}
-
-async fn listen(
-    services: &Services,
-    queue: &mpsc::Sender<Notification>,
-    was_up: &mut bool,
-) -> Result<Never, LinkError> {
     let relay = &services.config.relay;
-    let url = services.config.notify_url();
-    let listener = timeout(relay.connect_timeout, open(url, relay.connect_timeout))
-        .await
-        .map_err(|_elapsed| LinkError::Unanswered)??;
+    let connect = open(services.config.notify_url(), relay.connect_timeout);
+    let listener = match timeout(relay.connect_timeout, connect).await {
+        Ok(Ok(listener)) => listener,
+        Ok(Err(error)) => return error,
+        Err(_elapsed) => return LinkError::Unanswered,
+    };
     let mut session = Session { listener: Some(listener), deadline: relay.heartbeat_timeout };
-    session.run(|listener| Box::pin(listener.listen(STATS_CHANNEL))).await?;
-    session.sync(services).await?;
-    *was_up = true;
-    services.metrics.relay_link_up.set(1);
-    services.metrics.relay_last_heartbeat.set(ingest::unix_seconds());
-    tracing::info!("database link is up");
-
-    let mut heartbeat = interval(relay.heartbeat_interval);
-    let mut sweep = interval(SWEEP_INTERVAL.min(relay.linger.max(Duration::from_millis(10))));
-    for timer in [&mut heartbeat, &mut sweep] {
-        timer.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let Err(error) = session.serve(services, queue, was_up).await;
+    // What arrived while a statement waited for its answer.
+    while let Some(notification) = session.listener().next_buffered() {
+        forward(queue, &notification).await;
     }
-    loop {
-        tokio::select! {
-            received = session.listener().try_recv() => match received {
-                Ok(Some(notification)) => forward(queue, &notification).await,
-                Ok(None) => return Err(LinkError::Closed),
-                Err(error) => return Err(LinkError::Broken(error)),
-            },
-            () = services.listens.changed() => session.sync(services).await?,
-            _ = sweep.tick() => session.sync(services).await?,
-            _ = heartbeat.tick() => {
-                session.run(|listener| Box::pin(db::heartbeat(listener))).await?;
-                services.metrics.relay_last_heartbeat.set(ingest::unix_seconds());
-            }
-        }
-    }
+    error
 }
 
 async fn open(url: &Secret, connect_timeout: Duration) -> Result<PgListener, LinkError> {
@@ -205,6 +175,43 @@ impl Session {
     #[expect(clippy::expect_used, reason = "only `drop` takes it")]
     fn listener(&mut self) -> &mut PgListener {
         self.listener.as_mut().expect("a session has its listener until it is dropped")
+    }
+
+    /// Listens until an error ends the session.
+    async fn serve(
+        &mut self,
+        services: &Services,
+        queue: &mpsc::Sender<Notification>,
+        was_up: &mut bool,
+    ) -> Result<Infallible, LinkError> {
+        let relay = &services.config.relay;
+        self.run(|listener| Box::pin(listener.listen(STATS_CHANNEL))).await?;
+        self.sync(services).await?;
+        *was_up = true;
+        services.metrics.relay_link_up.set(1);
+        services.metrics.relay_last_heartbeat.set(ingest::unix_seconds());
+        tracing::info!("database link is up");
+
+        let mut heartbeat = interval(relay.heartbeat_interval);
+        let mut sweep = interval(SWEEP_INTERVAL.min(relay.linger.max(SWEEP_INTERVAL_MIN)));
+        for timer in [&mut heartbeat, &mut sweep] {
+            timer.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        }
+        loop {
+            tokio::select! {
+                received = self.listener().try_recv() => match received {
+                    Ok(Some(notification)) => forward(queue, &notification).await,
+                    Ok(None) => return Err(LinkError::Closed),
+                    Err(error) => return Err(LinkError::Broken(error)),
+                },
+                () = services.listens.changed() => self.sync(services).await?,
+                _ = sweep.tick() => self.sync(services).await?,
+                _ = heartbeat.tick() => {
+                    self.run(|listener| Box::pin(db::heartbeat(listener))).await?;
+                    services.metrics.relay_last_heartbeat.set(ingest::unix_seconds());
+                }
+            }
+        }
     }
 
     /// Runs statements on the session, under the deadline.

@@ -4,7 +4,8 @@
 //! holder by `linger`, so that a page reload does not cost one. Nothing but what rules name can
 //! get in here: this is the allow-list.
 //!
-//! Invariants: at most `max` channels; no lock is held while anybody is woken.
+//! Invariants: at most `max` channels are held, and at most twice as many are remembered; a channel
+//! is forgotten only by the session's [`Listens::changes`], so that what it listens to is known.
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
@@ -15,6 +16,9 @@ use tokio::{
 };
 
 use crate::{hub::TopicKey, topic_rules::NOTIFY_CHANNEL_BYTES_MAX};
+
+/// Most UNLISTENs of one look, each an exchange with the server while joins wait for theirs.
+const UNLISTENS_MAX: usize = 16;
 
 /// A NOTIFY channel and where its notifications go.
 #[derive(Debug, PartialEq, Eq)]
@@ -30,9 +34,16 @@ pub struct Source {
 /// The channels that are wanted.
 #[derive(Debug)]
 pub struct Listens {
-    wanted: Mutex<HashMap<Box<str>, Wanted>>,
+    state: Mutex<State>,
     changed: Notify,
     max: usize,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    wanted: HashMap<Box<str>, Wanted>,
+    /// How many of them somebody holds.
+    held: usize,
 }
 
 #[derive(Debug)]
@@ -85,7 +96,7 @@ impl Listens {
     /// At most `max` channels.
     #[must_use]
     pub fn new(max: usize) -> Self {
-        Self { wanted: Mutex::default(), changed: Notify::new(), max }
+        Self { state: Mutex::default(), changed: Notify::new(), max }
     }
 
     /// Holds a NOTIFY channel, and has it listened to.
@@ -97,24 +108,20 @@ impl Listens {
             return Err(Unlistenable::TooLong);
         }
         let (listening, is_new) = {
-            let mut wanted = self.wanted.lock();
-            if wanted.len() >= self.max && !wanted.contains_key(&source.channel) {
-                // What nobody holds and nobody listens to only waits to be forgotten.
-                wanted.retain(|_, wanted| wanted.holders > 0 || *wanted.active.borrow());
-                if wanted.len() >= self.max {
-                    return Err(Unlistenable::Full);
-                }
+            let mut state = self.state.lock();
+            let State { wanted, held } = &mut *state;
+            let entry = wanted.get(&source.channel);
+            let (is_new, is_held) = (entry.is_none(), entry.is_some_and(|it| it.holders > 0));
+            if !is_held && *held >= self.max || is_new && wanted.len() >= 2 * self.max {
+                return Err(Unlistenable::Full);
             }
-            let mut is_new = false;
-            let entry = wanted.entry(source.channel.clone()).or_insert_with(|| {
-                is_new = true;
-                Wanted {
-                    source: Arc::new(source),
-                    holders: 0,
-                    idle_since: None,
-                    active: watch::Sender::new(false),
-                }
+            let entry = wanted.entry(source.channel.clone()).or_insert_with(|| Wanted {
+                source: Arc::new(source),
+                holders: 0,
+                idle_since: None,
+                active: watch::Sender::new(false),
             });
+            *held += usize::from(!is_held);
             entry.holders += 1;
             entry.idle_since = None;
             let listening = Listening {
@@ -132,7 +139,7 @@ impl Listens {
 
     /// Where notifications on `channel` go, if anybody wanted it.
     pub(crate) fn source(&self, channel: &str) -> Option<Arc<Source>> {
-        self.wanted.lock().get(channel).map(|wanted| Arc::clone(&wanted.source))
+        self.state.lock().wanted.get(channel).map(|wanted| Arc::clone(&wanted.source))
     }
 
     /// Waits until a channel is wanted that was not.
@@ -143,20 +150,26 @@ impl Listens {
         self.changed.notified().await;
     }
 
-    /// What differs from what the session listens to: channels to listen to, and channels that
-    /// nobody has held for `linger`, which are forgotten here.
+    /// What differs from what the session listens to: channels to listen to, and some of the
+    /// channels that nobody has held for `linger`, which are forgotten here. While more are
+    /// remembered than may be held, nothing lingers.
     pub(crate) fn changes(&self, linger: Duration) -> Changes {
         let now = Instant::now();
         let mut changes = Changes::default();
-        self.wanted.lock().retain(|channel, wanted| {
+        let mut state = self.state.lock();
+        let mut surplus = state.wanted.len().saturating_sub(self.max);
+        state.wanted.retain(|channel, wanted| {
             let is_active = *wanted.active.borrow();
-            let is_over =
-                wanted.idle_since.is_some_and(|since| now.duration_since(since) >= linger);
+            let is_over = wanted
+                .idle_since
+                .is_some_and(|since| surplus > 0 || now.duration_since(since) >= linger);
             match (is_over, is_active) {
+                (true, true) if changes.unlisten.len() >= UNLISTENS_MAX => return true,
                 (true, true) => changes.unlisten.push(channel.clone()),
                 (false, false) => changes.listen.push(channel.clone()),
                 (true, false) | (false, true) => {}
             }
+            surplus = surplus.saturating_sub(usize::from(is_over));
             !is_over
         });
         changes
@@ -164,9 +177,9 @@ impl Listens {
 
     /// Says that these channels are listened to, and wakes who waits for them.
     pub(crate) fn activate(&self, channels: &[Box<str>]) {
-        let wanted = self.wanted.lock();
+        let state = self.state.lock();
         for channel in channels {
-            if let Some(wanted) = wanted.get(channel) {
+            if let Some(wanted) = state.wanted.get(channel) {
                 wanted.active.send_replace(true);
             }
         }
@@ -174,7 +187,7 @@ impl Listens {
 
     /// Says that no channel is listened to: the session is gone.
     pub(crate) fn deactivate_all(&self) {
-        for wanted in self.wanted.lock().values() {
+        for wanted in self.state.lock().wanted.values() {
             wanted.active.send_replace(false);
         }
     }
@@ -202,11 +215,13 @@ impl Listening {
 
 impl Drop for Listening {
     fn drop(&mut self) {
-        let mut wanted = self.listens.wanted.lock();
+        let mut state = self.listens.state.lock();
+        let State { wanted, held } = &mut *state;
         if let Some(wanted) = wanted.get_mut(&self.source.channel) {
             wanted.holders -= 1;
             if wanted.holders == 0 {
                 wanted.idle_since = Some(Instant::now());
+                *held -= 1;
             }
         }
     }
@@ -255,6 +270,17 @@ mod tests {
         let _held = listens.hold(source(&"a".repeat(63))).unwrap();
         assert_eq!(listens.hold(source("b")).unwrap_err(), Unlistenable::Full);
         assert_eq!(listens.hold(source(&"a".repeat(64))).unwrap_err(), Unlistenable::TooLong);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_only_lingers_makes_room_for_who_comes() {
+        let listens = Arc::new(Listens::new(1));
+        drop(listens.hold(source("a")).unwrap());
+        listens.activate(&["a".into()]);
+        let _held = listens.hold(source("b")).unwrap();
+        let changes = listens.changes(LINGER);
+        assert_eq!((changes.listen, changes.unlisten), (vec!["b".into()], vec!["a".into()]));
+        assert_eq!(listens.hold(source("c")).unwrap_err(), Unlistenable::Full);
     }
 
     #[tokio::test]

@@ -16,7 +16,7 @@ use tidegate::{
     outbox::Outbox,
     protocol::{
         error_code::ErrorCode,
-        message::{Json, Payload, Ref, UserBroadcast, UserPayload},
+        message::{Json, Malformed, Payload, Ref, UserBroadcast, UserPayload},
         serializer::{Broadcast, Push, Serializer},
     },
     server::Services,
@@ -88,7 +88,7 @@ fn every_clients_frame_decodes_as_its_vector_says() {
         let decoded =
             serializer_of(vector["serializer"].as_str().unwrap()).decode(frame_of(&vector));
         if let Some(reason) = vector.get("malformed") {
-            let kind = decoded.map_err(|malformed| malformed.kind());
+            let kind = decoded.map_err(Malformed::kind);
             assert_eq!(
                 kind.as_ref().map_err(|kind| Value::from(*kind)),
                 Err(reason.clone()).as_ref().map_err(Clone::clone),
@@ -200,7 +200,7 @@ async fn every_transcript_plays_against_a_socket_in_memory() {
 async fn every_transcript_plays_over_a_real_websocket() {
     for (file, transcript) in transcripts() {
         for vsn in &transcript.given.vsn {
-            let server = TestServer::start().await;
+            let server = TestServer::start();
             play(&format!("{file} at {vsn}"), &transcript, vsn, &Wires::Network(&server)).await;
             server.stop().await;
         }

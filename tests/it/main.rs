@@ -1,5 +1,27 @@
 //! Behaviour, tested against a real server on a port of its own and, where it matters, a real
 //! Postgres.
 
+#![expect(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "the exception for tests does not reach their helpers"
+)]
+
+mod access_token;
+mod admin;
+mod bad_input;
+mod broadcast;
+mod commands;
 mod conformance;
+mod database_link;
+mod database_notify;
+mod database_objects;
+mod demo;
+mod drain;
+mod handshake;
+mod http_broadcast;
+mod join;
+mod leave;
+mod readme;
 mod support;
+mod tidy;

@@ -1,6 +1,8 @@
 //! A client that speaks the protocol frame by frame, in the form of V2 whatever the version:
 //! `[join_ref, ref, topic, event, payload]`.
 
+use std::net::SocketAddr;
+
 use futures_util::{SinkExt, StreamExt};
 use serde_json::{Value, json};
 use tidegate::protocol::serializer::Serializer;
@@ -29,11 +31,39 @@ impl Client {
     }
 
     /// Connects with this token.
-    pub(crate) async fn with_token(server: &TestServer, serializer: Serializer, token: &str) -> Self {
-        let vsn = vsn(serializer);
-        let path = format!("/realtime/v1/websocket?apikey={token}&vsn={vsn}");
+    pub(crate) async fn with_token(
+        server: &TestServer,
+        serializer: Serializer,
+        token: &str,
+    ) -> Self {
         let stream = TcpStream::connect(server.public).await.unwrap();
-        let url = format!("ws://{}{path}", server.public);
+        Self::over(server, stream, serializer, token).await
+    }
+
+    /// Connects with this token over a stream of the test's own.
+    pub(crate) async fn over(
+        server: &TestServer,
+        stream: TcpStream,
+        serializer: Serializer,
+        token: &str,
+    ) -> Self {
+        Self::open(server.public, stream, serializer, token).await
+    }
+
+    /// Connects with this token to the server at this address, which another process may be.
+    pub(crate) async fn at(address: SocketAddr, serializer: Serializer, token: &str) -> Self {
+        let stream = TcpStream::connect(address).await.unwrap();
+        Self::open(address, stream, serializer, token).await
+    }
+
+    async fn open(
+        address: SocketAddr,
+        stream: TcpStream,
+        serializer: Serializer,
+        token: &str,
+    ) -> Self {
+        let vsn = vsn(serializer);
+        let url = format!("ws://{address}/realtime/v1/websocket?apikey={token}&vsn={vsn}");
         let (websocket, _) = client_async(url, stream).await.unwrap();
         Self { websocket, serializer, reference: 0 }
     }
@@ -132,6 +162,19 @@ impl Client {
         }
     }
 
+    /// Broadcasts this payload on a joined topic, without asking for an answer.
+    pub(crate) async fn publish(&mut self, sub_topic: &str, payload: Value) {
+        let envelope = json!({ "type": "broadcast", "event": "e", "payload": payload });
+        let topic = format!("realtime:{sub_topic}");
+        self.send(json!([null, null, topic, "broadcast", envelope])).await;
+    }
+
+    /// Fails unless the next thing to arrive is a broadcast of this payload on this topic.
+    pub(crate) async fn hears(&mut self, sub_topic: &str, payload: Value) {
+        let envelope = json!({ "type": "broadcast", "event": "e", "payload": payload });
+        assert_eq!(self.broadcast().await, (format!("realtime:{sub_topic}"), envelope));
+    }
+
     /// The code with which the server closes, after whatever else it sends; none if it just goes.
     pub(crate) async fn closed(mut self) -> Option<u16> {
         loop {
@@ -146,7 +189,13 @@ impl Client {
     /// Closes with 1000 and waits for the server's answer.
     pub(crate) async fn close(mut self) {
         drop(self.websocket.close(None).await);
-        drop(self.closed().await);
+        self.closed().await;
+    }
+
+    /// Fails if anything has arrived that was not expected, then closes.
+    pub(crate) async fn ends(mut self) {
+        self.expect_nothing().await;
+        self.close().await;
     }
 
     /// The stream under the WebSocket.

@@ -1,5 +1,8 @@
 //! The only helpers of the tests.
 
 pub(crate) mod client;
+pub(crate) mod postgres;
+pub(crate) mod proxy;
+pub(crate) mod raw;
 pub(crate) mod server;
 pub(crate) mod token;

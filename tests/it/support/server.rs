@@ -43,19 +43,12 @@ pub(crate) fn config() -> Config {
 
 impl TestServer {
     /// With the built-in rules and without a database.
-    pub(crate) async fn start() -> Self {
-        Self::start_with(config()).await
-    }
-
-    /// With the built-in rules and this database.
-    pub(crate) async fn with_database(url: &str) -> Self {
-        let mut config = config();
-        config.database_url = Secret::from(url);
-        Self::start_with(config).await
+    pub(crate) fn start() -> Self {
+        Self::start_with(config())
     }
 
     /// With these settings.
-    pub(crate) async fn start_with(config: Config) -> Self {
+    pub(crate) fn start_with(config: Config) -> Self {
         let server = Server::bind(config).unwrap();
         let (public, admin) = server.addresses().unwrap();
         let services = Arc::clone(server.services());

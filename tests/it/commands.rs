@@ -1,0 +1,659 @@
+//! The binary: what its commands print, with which code they exit, and what the environment does.
+
+use std::{
+    fs,
+    net::SocketAddr,
+    os::unix::process::ExitStatusExt,
+    path::PathBuf,
+    process::{Output, Stdio},
+};
+
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use serde_json::{Value, json};
+use tidegate::{
+    auth::jwt::{Secret, Verifier, unix_now},
+    protocol::serializer::Serializer::{V1, V2},
+};
+use tokio::{
+    io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
+    net::{TcpListener, TcpStream},
+    process::{Child, ChildStdout, Command},
+    time::{Instant, timeout},
+};
+
+use crate::support::{
+    client::Client,
+    postgres::Database,
+    server::{DEADLINE, TestServer},
+    token::{self, SECRET},
+};
+
+const BINARY: &str = env!("CARGO_BIN_EXE_tidegate");
+
+/// Settings of a server that needs nothing else.
+const SERVE: [(&str, &str); 3] = [
+    ("TIDEGATE_LISTEN", "127.0.0.1:0"),
+    ("TIDEGATE_ADMIN_LISTEN", "127.0.0.1:0"),
+    ("TIDEGATE_JWT_SECRET", SECRET),
+];
+
+type Variables<'a> = &'a [(&'a str, &'a str)];
+
+fn command(program: &str, arguments: &[&str], variables: Variables<'_>) -> Command {
+    let mut command = Command::new(program);
+    command.args(arguments).env_clear().envs(variables.iter().copied());
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command.kill_on_drop(true);
+    command
+}
+
+/// What a command that ends says.
+struct Said {
+    code: Option<i32>,
+    out: String,
+    err: String,
+}
+
+impl From<Output> for Said {
+    fn from(output: Output) -> Self {
+        let text = |bytes| String::from_utf8(bytes).unwrap();
+        assert_eq!(output.status.signal(), None, "ended by a signal");
+        Self { code: output.status.code(), out: text(output.stdout), err: text(output.stderr) }
+    }
+}
+
+/// Runs a command until it ends, with nothing in its environment but `variables`.
+async fn run(arguments: &[&str], variables: Variables<'_>) -> Said {
+    let output = timeout(DEADLINE, command(BINARY, arguments, variables).output()).await;
+    output.expect("the command ends in time").unwrap().into()
+}
+
+/// A server in a process of its own.
+struct Serving {
+    child: Child,
+    out: BufReader<ChildStdout>,
+    public: SocketAddr,
+    admin: SocketAddr,
+}
+
+impl Serving {
+    async fn start(variables: Variables<'_>) -> Self {
+        Self::spawn(command(BINARY, &["serve"], variables), variables).await
+    }
+
+    /// After a shell has run `prelude`, in the same process.
+    async fn after(prelude: &str, variables: Variables<'_>) -> Self {
+        let script = format!("{prelude} && exec \"$0\"");
+        Self::spawn(command("/bin/sh", &["-c", &script, BINARY], variables), variables).await
+    }
+
+    async fn spawn(mut command: Command, variables: Variables<'_>) -> Self {
+        command.envs(SERVE).envs(variables.iter().copied());
+        let mut child = command.spawn().unwrap();
+        let mut out = BufReader::new(child.stdout.take().unwrap());
+        let mut line = String::new();
+        timeout(DEADLINE, out.read_line(&mut line)).await.expect("it listens in time").unwrap();
+        let addresses = line.strip_prefix("listening public=").and_then(|it| it.strip_suffix('\n'));
+        let Some((public, admin)) = addresses.and_then(|it| it.split_once(" admin=")) else {
+            let output = child.wait_with_output().await.unwrap();
+            panic!("said {line:?}, then {}", String::from_utf8_lossy(&output.stderr));
+        };
+        let (public, admin) = (public.parse().unwrap(), admin.parse().unwrap());
+        Self { child, out, public, admin }
+    }
+
+    fn signal(&self, signal: Signal) {
+        let pid = i32::try_from(self.child.id().expect("it runs")).unwrap();
+        kill(Pid::from_raw(pid), signal).unwrap();
+    }
+
+    /// Ends it by a signal, and gives what it has said since it listened.
+    async fn end(mut self, signal: Signal) -> Said {
+        self.signal(signal);
+        let mut out = String::new();
+        let read = timeout(DEADLINE, self.out.read_to_string(&mut out)).await;
+        read.expect("it ends in time").unwrap();
+        let said = timeout(DEADLINE, self.child.wait_with_output()).await;
+        Said { out, ..said.expect("it ends in time").unwrap().into() }
+    }
+}
+
+/// A file that is removed with this.
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn new(text: &str) -> Self {
+        let name = format!("tidegate-test-{:016x}.toml", fastrand::u64(..));
+        let path = std::env::temp_dir().join(name);
+        fs::write(&path, text).unwrap();
+        Self(path)
+    }
+
+    fn path(&self) -> &str {
+        self.0.to_str().unwrap()
+    }
+
+    fn name(&self) -> &str {
+        self.0.file_name().unwrap().to_str().unwrap()
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        fs::remove_file(&self.0).unwrap();
+    }
+}
+
+#[tokio::test]
+async fn the_version_is_the_packages() {
+    let said = run(&["--version"], &[]).await;
+    assert_eq!(said.out, format!("tidegate {}\n", env!("CARGO_PKG_VERSION")));
+    assert_eq!((said.code, &*said.err), (Some(0), ""));
+    let help = run(&["--help"], &[]).await;
+    assert_eq!((help.code, &*help.err), (Some(0), ""));
+    for command in ["serve", "migrate", "token", "config", "demo", "bench"] {
+        assert!(help.out.contains(&format!("  {command} ")), "{command}: {}", help.out);
+    }
+}
+
+#[tokio::test]
+async fn a_token_is_all_that_is_printed_and_opens_a_socket() {
+    let secret = [("TIDEGATE_JWT_SECRET", SECRET)];
+    let claims = r#"{"sub":"x","admin_events":{"AB3028":"producer"}}"#;
+    let arguments = ["token", "--role", "anon", "--claims", claims, "--ttl", "2h"];
+    let said = run(&arguments, &secret).await;
+    assert_eq!((said.code, &*said.err), (Some(0), ""));
+    let token = said.out.strip_suffix('\n').unwrap();
+    assert!(token.split('.').count() == 3 && !token.contains(char::is_whitespace), "{token:?}");
+
+    let verified = Verifier::new(&Secret::from(SECRET), 8192).verify(token, unix_now()).unwrap();
+    let claim = |path: &[&str]| {
+        verified.claims.text_at(path.iter().map(|part| (*part).to_owned())).unwrap().to_owned()
+    };
+    assert_eq!(&*verified.claims.role, "anon");
+    assert_eq!(
+        (claim(&["sub"]), claim(&["admin_events", "AB3028"])),
+        ("x".into(), "producer".into())
+    );
+    let lasts = verified.claims.exp - unix_now();
+    assert!((7140..=7200).contains(&lasts), "{lasts}");
+
+    let server = TestServer::start();
+    let mut client = Client::with_token(&server, V2, token).await;
+    client.join("cache_invalidate_AB3028").await;
+    client.close().await;
+    server.stop().await;
+
+    // An hour, unless said.
+    let said = run(&["token", "--role", "service_role"], &secret).await;
+    let verifier = Verifier::new(&Secret::from(SECRET), 8192);
+    let lasts = verifier.verify(said.out.trim_end(), unix_now()).unwrap().claims.exp - unix_now();
+    assert!((3540..=3600).contains(&lasts), "{lasts}");
+}
+
+#[tokio::test]
+async fn bad_arguments_exit_64_and_say_what_is_wrong() {
+    let secret = [("TIDEGATE_JWT_SECRET", SECRET)];
+    for (arguments, named) in [
+        (&["swim"][..], "swim"),
+        (&["serve", "--port", "1"], "--port"),
+        (&["--no-such-option"], "--no-such-option"),
+        (&["serve", "twice"], "twice"),
+        (&["token"], "--role"),
+        (&["token", "--role", "anon", "--ttl", "soon"], "--ttl"),
+        (&["token", "--role", "anon", "--ttl", "-1h"], "-1"),
+        (&["token", "--role", "anon", "--claims", "[]"], "claims"),
+        (&["token", "--role", "anon", "--claims", "{\"sub\":"], "claims"),
+        (&["config", "--chek"], "--chek"),
+    ] {
+        let said = run(arguments, &secret).await;
+        assert_eq!((said.code, &*said.out), (Some(64), ""), "{arguments:?}");
+        assert!(said.err.contains(named), "{arguments:?}: {}", said.err);
+        assert!(!said.err.contains(SECRET));
+    }
+    let said = run(&["token", "--role", "anon"], &[]).await;
+    assert_eq!((said.code, &*said.out), (Some(64), ""));
+    assert!(said.err.contains("TIDEGATE_JWT_SECRET"), "{}", said.err);
+}
+
+#[tokio::test]
+async fn all_mistakes_of_the_settings_are_told_in_one_go_and_no_secret_is() {
+    let file = Scratch::new(
+        "listne = \"0.0.0.0:4000\"\njwt_secret = 7\nadmin_token = [\"hidden-token\"]\n[limits]\nwrite_timeout = \"0s\"\n[relay]\nlinger = \"ages\"\n",
+    );
+    let variables = [
+        ("TIDEGATE_CONFIG", file.path()),
+        ("TIDEGATE_LISTEN", "nowhere"),
+        ("TIDEGATE_LIMITS__CONNECTIONS_MAX", "many"),
+        ("TIDEGATE_TOPICS__ALLOW_OTHER", "perhaps"),
+        ("TIDEGATE_NO_SUCH", "hidden-value"),
+        ("TIDEGATE_NOSUCH__SECTION", "1"),
+        ("TIDEGATE_PROTOCOL__ERROR_DELAY", "1501ms"),
+        ("TIDEGATE_DATABASE_URL", "postgres://a:hidden-password@127.0.0.1/a"),
+    ];
+    for arguments in [
+        &[][..],
+        &["serve"],
+        &["migrate"],
+        &["config"],
+        &["config", "--check"],
+        &["token", "--role", "anon"],
+    ] {
+        let said = run(arguments, &variables).await;
+        assert_eq!((said.code, &*said.out), (Some(64), ""), "{arguments:?}: {}", said.err);
+        for named in [
+            "listne",
+            "jwt_secret",
+            "admin_token",
+            "limits.write_timeout",
+            "relay.linger",
+            "listen",
+            "TIDEGATE_LIMITS__CONNECTIONS_MAX",
+            "TIDEGATE_TOPICS__ALLOW_OTHER",
+            "TIDEGATE_NO_SUCH",
+            "TIDEGATE_NOSUCH__SECTION",
+            "protocol.error_delay",
+        ] {
+            assert!(said.err.contains(named), "{arguments:?}, {named}: {}", said.err);
+        }
+        assert!(said.err.contains(file.name()), "where it is set: {}", said.err);
+        assert!(!said.err.contains("hidden"), "{}", said.err);
+    }
+}
+
+#[tokio::test]
+async fn the_printed_settings_hide_secrets_and_can_be_read_again() {
+    let secrets = [
+        ("TIDEGATE_JWT_SECRET", "hidden-1"),
+        ("TIDEGATE_ADMIN_TOKEN", "hidden-2"),
+        ("DATABASE_URL", "postgres://a:hidden-3@127.0.0.1/a"),
+        ("TIDEGATE_NOTIFY_DATABASE_URL", "postgres://a:hidden-4@127.0.0.1/a"),
+        ("TIDEGATE_MIGRATE_DATABASE_URL", "postgres://a:hidden-5@127.0.0.1/a"),
+    ];
+    let said = run(&["config"], &secrets).await;
+    assert_eq!((said.code, &*said.err), (Some(0), ""));
+    assert!(!said.out.contains("hidden-"), "{}", said.out);
+    assert_eq!(said.out.matches("<hidden>").count(), 5, "{}", said.out);
+    // Printed again from what was printed.
+    let file = Scratch::new(&said.out);
+    let again = run(&["config"], &[("TIDEGATE_CONFIG", file.path())]).await;
+    assert_eq!((again.code, &*again.err, again.out), (Some(0), "", said.out));
+
+    let checked = run(&["config", "--check"], &secrets).await;
+    assert_eq!((checked.code, &*checked.out, &*checked.err), (Some(0), "", ""));
+    let wrong = [("TIDEGATE_RELAY__LISTENS_MAX", "0")];
+    let checked = run(&["config", "--check"], &wrong).await;
+    assert_eq!((checked.code, &*checked.out), (Some(64), ""));
+    assert!(checked.err.contains("relay.listens_max"), "{}", checked.err);
+}
+
+#[tokio::test]
+async fn a_file_goes_over_the_defaults_and_the_environment_over_the_file() {
+    let file = Scratch::new(
+        "log = \"debug\"\njwt_secret = \"of-the-file\"\n[limits]\nconnections_max = 7\nchannels_per_socket_max = 8\n",
+    );
+    let variables = [
+        ("TIDEGATE_CONFIG", file.path()),
+        ("TIDEGATE_LIMITS__CHANNELS_PER_SOCKET_MAX", "9"),
+        ("TIDEGATE_LOG", "warn"),
+        ("DATABASE_URL", "postgres://over-the-other"),
+    ];
+    let said = run(&["config"], &variables).await;
+    assert_eq!((said.code, &*said.err), (Some(0), ""));
+    let has = |line: &str| said.out.lines().any(|it| it == line);
+    assert!(has("connections_max = 7"), "the file's: {}", said.out);
+    assert!(has("channels_per_socket_max = 9"), "the environment's: {}", said.out);
+    assert!(has("log = \"warn\""), "the environment's: {}", said.out);
+    assert!(has("silence_timeout = \"90s\""), "the default: {}", said.out);
+    assert!(has("jwt_secret = \"<hidden>\""), "the file's: {}", said.out);
+
+    // Each of the two may be wrong; what is right in the other does not mend it.
+    let missing = [("TIDEGATE_CONFIG", "/no/such/tidegate.toml"), SERVE[0], SERVE[1], SERVE[2]];
+    for arguments in [&["serve"][..], &["config", "--check"], &["migrate"]] {
+        let said = run(arguments, &missing).await;
+        assert_eq!((said.code, &*said.out), (Some(64), ""), "{arguments:?}");
+        assert!(said.err.contains("/no/such/tidegate.toml"), "{}", said.err);
+    }
+    let no_toml = Scratch::new("listen = \n");
+    let said = run(&["config"], &[("TIDEGATE_CONFIG", no_toml.path())]).await;
+    assert_eq!((said.code, &*said.out), (Some(64), ""));
+    assert!(said.err.contains(no_toml.name()), "{}", said.err);
+}
+
+#[tokio::test]
+async fn topic_rules_of_a_file_take_the_place_of_the_built_in_ones() {
+    let rules = "[topics]\nallow_other = false\n\
+        [[topic]]\nname = \"score\"\npattern = [\"score-{eid}\"]\nlisten = \"score_{eid}\"\nevent = \"goal\"\n\
+        read = [{ role = [\"anon\"] }]\nwrite = [{ claim = \"referee\", equals = \"{eid}\" }]\n";
+    let file = Scratch::new(rules);
+    let mut database = Database::create().await;
+    let serving = Serving::start(&[
+        ("TIDEGATE_CONFIG", file.path()),
+        ("TIDEGATE_DATABASE_URL", database.url()),
+        ("TIDEGATE_RELAY__LISTEN_WAIT", "1500ms"),
+        ("TIDEGATE_PROTOCOL__ERROR_DELAY", "1ms"),
+    ])
+    .await;
+    let (anon, referee) = (
+        token::of_role("anon"),
+        token::with_claims(json!({ "role": "anon", "referee": "AB3028" })),
+    );
+    let mut viewer = Client::at(serving.public, V1, &anon).await;
+    for refused in ["cache_invalidate_AB3028", "room", "score-", "score-AB 1"] {
+        let topic = format!("realtime:{refused}");
+        viewer.send(json!(["9", "9", topic, "phx_join", { "config": {} }])).await;
+        let error = json!({ "status": "error", "response": { "reason": "$any" } });
+        viewer.expect(json!(["9", "9", topic, "phx_reply", error])).await;
+    }
+    until_link_is_up(&serving).await;
+    viewer.join("score-AB3028").await;
+    viewer.join("score-AB3029").await;
+    database.notify("score_AB3028", "{}").await;
+    assert_eq!(
+        viewer.broadcast().await,
+        ("realtime:score-AB3028".into(), envelope("goal", &json!({})))
+    );
+
+    // The referee of one event writes to that event alone; who is none, to neither.
+    for (token, may_write) in [(&anon, &[][..]), (&referee, &["score-AB3028"])] {
+        let mut writer = Client::at(serving.public, V2, token).await;
+        for sub_topic in ["score-AB3028", "score-AB3029"] {
+            writer.join(sub_topic).await;
+            writer.publish(sub_topic, json!({ "by": sub_topic })).await;
+            writer.expect_nothing().await;
+            if may_write.contains(&sub_topic) {
+                viewer.hears(sub_topic, json!({ "by": sub_topic })).await;
+            }
+            viewer.expect_nothing().await;
+        }
+        writer.close().await;
+    }
+    viewer.close().await;
+    assert_eq!(serving.end(Signal::SIGTERM).await.code, Some(0));
+
+    let wrong = rules.replace("score_{eid}", "score_{who}").replace("equals", "eqals");
+    for (wrong, named) in [
+        (rules.replace("score_{eid}", "score_{who}"), "score"),
+        (rules.replace("equals", "eqals"), "eqals"),
+        (rules.replace("{ role = [\"anon\"] }", "{}"), "score"),
+        (wrong, "eqals"),
+    ] {
+        let file = Scratch::new(&wrong);
+        let said = run(&["config", "--check"], &[("TIDEGATE_CONFIG", file.path())]).await;
+        assert_eq!((said.code, &*said.out), (Some(64), ""), "{wrong}");
+        assert!(said.err.contains(named), "{wrong}\n{}", said.err);
+    }
+}
+
+fn envelope(event: &str, payload: &Value) -> Value {
+    json!({ "type": "broadcast", "event": event, "payload": payload })
+}
+
+async fn metrics(admin: SocketAddr) -> String {
+    TestServer::request(admin, "GET /metrics HTTP/1.1", "").await.1
+}
+
+/// The value of a series without labels.
+fn metric(metrics: &str, name: &str) -> Option<f64> {
+    metrics.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.parse().ok())
+}
+
+async fn until_link_is_up(serving: &Serving) {
+    let up = async {
+        while metric(&metrics(serving.admin).await, "tidegate_relay_link_up") != Some(1.0) {}
+    };
+    timeout(DEADLINE, up).await.expect("the link is up in time");
+}
+
+#[tokio::test]
+async fn sigterm_and_sigint_end_a_server_with_0_and_its_sockets_with_1012() {
+    for signal in [Signal::SIGTERM, Signal::SIGINT] {
+        let serving = Serving::start(&[]).await;
+        assert_ne!(serving.public.port(), 0);
+        assert_ne!(serving.public, serving.admin);
+        let head = "GET /healthz HTTP/1.1";
+        assert_eq!(TestServer::request(serving.public, head, "").await.0, 200);
+        let (_, ready) = TestServer::request(serving.admin, "GET /readyz HTTP/1.1", "").await;
+        assert_eq!(ready, r#"{"draining":false,"link":"none","ready":true}"#);
+        let mut client = Client::at(serving.public, V1, &token::of_role("anon")).await;
+        client.join("cache_invalidate_AB3028").await;
+        let public = serving.public;
+        let (said, closed) = tokio::join!(serving.end(signal), client.closed());
+        assert_eq!((said.code, &*said.out), (Some(0), ""), "one line is all: {}", said.err);
+        assert!(!said.err.contains(SECRET));
+        assert_eq!(closed, Some(1012));
+        assert!(TcpStream::connect(public).await.is_err());
+    }
+}
+
+/// Who starts it may change its mind; a signal that kills drains nothing.
+#[tokio::test]
+async fn from_the_line_on_a_signal_ends_a_server_orderly() {
+    for _ in 0..10 {
+        let serving = Serving::start(&[]).await;
+        assert_eq!(serving.end(Signal::SIGTERM).await.code, Some(0));
+    }
+}
+
+#[tokio::test]
+async fn a_server_that_cannot_start_says_why_in_one_line() {
+    let said = run(&["serve"], &SERVE[..2]).await;
+    assert!(matches!(said.code, Some(1 | 64)), "{:?}", said.code);
+    assert!(said.err.contains("TIDEGATE_JWT_SECRET"), "{}", said.err);
+    assert_eq!((said.out.lines().count(), said.err.lines().count()), (0, 1), "{}", said.err);
+
+    let taken = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = taken.local_addr().unwrap().to_string();
+    for (variable, name) in
+        [("TIDEGATE_LISTEN", "(listen)"), ("TIDEGATE_ADMIN_LISTEN", "(admin_listen)")]
+    {
+        let mut variables = SERVE.to_vec();
+        variables.push((variable, &address));
+        let said = run(&["serve"], &variables).await;
+        assert_eq!((said.code, &*said.out), (Some(1), ""), "{}", said.err);
+        assert_eq!(said.err.lines().count(), 1, "{}", said.err);
+        assert!(said.err.contains(&address) && said.err.contains(name), "{}", said.err);
+        assert!(said.err.contains("in use"), "{}", said.err);
+    }
+}
+
+#[tokio::test]
+async fn a_server_raises_its_limit_of_open_files_to_the_hard_one() {
+    let serving = Serving::after("ulimit -Sn 256 && ulimit -Hn 1024", &[]).await;
+    let file = format!("/proc/{}/limits", serving.child.id().unwrap());
+    let limits = fs::read_to_string(file).unwrap();
+    let files = limits.lines().find_map(|line| line.strip_prefix("Max open files")).unwrap();
+    let files: Vec<_> = files.split_whitespace().collect();
+    assert_eq!(files[..2], ["1024", "1024"], "{limits}");
+    assert!(!metrics(serving.admin).await.is_empty(), "it serves");
+    assert_eq!(serving.end(Signal::SIGTERM).await.code, Some(0));
+}
+
+#[tokio::test]
+async fn a_server_without_descriptors_survives_and_serves_again_when_there_are_some() {
+    let serving =
+        Serving::after("ulimit -n 64", &[("TIDEGATE_LIMITS__HANDSHAKE_TIMEOUT", "60s")]).await;
+    let token = token::of_role("anon");
+    let mut client = Client::at(serving.public, V1, &token).await;
+    client.join("cache_invalidate_AB3028").await;
+    // Before the flood: later there is no descriptor for it.
+    let mut admin = TcpStream::connect(serving.admin).await.unwrap();
+    let before = scrape(&mut admin).await;
+    assert_eq!(metric(&before, "tidegate_accept_errors_total"), Some(0.0));
+
+    let mut flood = Vec::new();
+    for _ in 0..100 {
+        flood.push(TcpStream::connect(serving.public).await.unwrap());
+    }
+    let counted = async {
+        loop {
+            let errors = metric(&scrape(&mut admin).await, "tidegate_accept_errors_total");
+            if errors.expect("the metric is there") >= 2.0 {
+                break;
+            }
+        }
+    };
+    timeout(DEADLINE, counted).await.expect("failed accepts are counted");
+    // Who is in stays in.
+    client.expect_nothing().await;
+    drop(flood);
+    let asked_at = Instant::now();
+    let mut late = timeout(DEADLINE, Client::at(serving.public, V2, &token)).await.unwrap();
+    late.join("cache_invalidate_AB3028").await;
+    assert!(asked_at.elapsed() < DEADLINE / 2, "{:?}", asked_at.elapsed());
+    assert_eq!(metric(&metrics(serving.admin).await, "tidegate_connections"), Some(2.0));
+    late.close().await;
+    client.close().await;
+    let said = serving.end(Signal::SIGTERM).await;
+    assert_eq!(said.code, Some(0), "{}", said.err);
+    // Told, not shouted.
+    let told = said.err.lines().filter(|line| line.contains("accept")).count();
+    assert!((1..50).contains(&told), "{told} lines");
+}
+
+/// The metrics, over a connection that is kept.
+async fn scrape(stream: &mut TcpStream) -> String {
+    stream.write_all(b"GET /metrics HTTP/1.1\r\nhost: test\r\n\r\n").await.unwrap();
+    let mut stream = BufReader::new(stream);
+    let mut length = 0;
+    loop {
+        let mut line = String::new();
+        let read = timeout(DEADLINE, stream.read_line(&mut line)).await;
+        assert!(read.expect("an answer in time").unwrap() > 0, "the admin connection lives");
+        if let Some(value) = line.to_ascii_lowercase().strip_prefix("content-length:") {
+            length = value.trim().parse().unwrap();
+        }
+        if line == "\r\n" {
+            break;
+        }
+    }
+    let mut body = vec![0; length];
+    stream.read_exact(&mut body).await.unwrap();
+    String::from_utf8(body).unwrap()
+}
+
+#[tokio::test]
+async fn migrate_makes_a_vote_reach_its_viewers_and_changes_nothing_the_second_time() {
+    let mut database = Database::create().await;
+    let url = database.url().to_owned();
+    let variables = [("TIDEGATE_DATABASE_URL", &*url)];
+    let objects = "select count(*) from pg_class c join pg_namespace n on n.oid = relnamespace
+        where nspname in ('tidegate', 'public')";
+    let mut counts = Vec::new();
+    for _ in 0..2 {
+        let said = run(&["migrate"], &variables).await;
+        assert_eq!(said.code, Some(0), "{}", said.err);
+        assert_eq!(said.out.lines().count(), 1, "{}", said.out);
+        counts.push(database.value::<i64>(objects).await);
+    }
+    assert!(counts[0] > 0 && counts[0] == counts[1], "{counts:?}");
+
+    database.run(include_str!("../../migrations/examples/production_tables.sql")).await;
+    // Again, now that there are tables to put triggers on.
+    assert_eq!(run(&["migrate"], &variables).await.code, Some(0));
+    database
+        .run(
+            "insert into events (id, eid) values
+                ('00000000-0000-4000-8000-000000003028', 'AB3028');
+            insert into art (id, art_code, event_id, round, easel) values
+                ('00000000-0000-4000-8000-0000000000a1', 'AB3028-2-3',
+                '00000000-0000-4000-8000-000000003028', 2, 3)",
+        )
+        .await;
+
+    let serving = Serving::start(&[
+        ("TIDEGATE_DATABASE_URL", &*url),
+        ("TIDEGATE_RELAY__LISTEN_WAIT", "1500ms"),
+    ])
+    .await;
+    until_link_is_up(&serving).await;
+    let token = token::of_role("anon");
+    let mut viewers = [
+        Client::at(serving.public, V1, &token).await,
+        Client::at(serving.public, V2, &token).await,
+    ];
+    viewers[0].join("cache_invalidate_AB3028").await;
+    viewers[1].join("cache_invalidate:AB3028").await;
+    database
+        .run(
+            "insert into votes (event_id, eid, round, easel, art_id, art_uuid, person_id) values
+                ('00000000-0000-4000-8000-000000003028', 'AB3028', 2, 3, 'AB3028-2-3',
+                '00000000-0000-4000-8000-0000000000a1', '00000000-0000-4000-8000-0000000000b1')",
+        )
+        .await;
+    for viewer in &mut viewers {
+        let (_, vote) = viewer.broadcast().await;
+        assert_eq!(vote["event"], "cache_invalidation");
+        assert_eq!(vote["payload"]["type"], "vote_cast");
+        assert_eq!(vote["payload"]["event_eid"], "AB3028");
+        assert_eq!(vote["payload"]["endpoints"], json!(["/live/event/AB3028"]));
+        viewer.expect_nothing().await;
+    }
+    database.run("select manual_cache_invalidation('AB3028')").await;
+    for viewer in &mut viewers {
+        let (_, manual) = viewer.broadcast().await;
+        assert_eq!(manual["payload"]["type"], "manual_invalidation");
+        let endpoints = json!(["/live/event/AB3028", "/live/event/AB3028/media"]);
+        assert_eq!(manual["payload"]["endpoints"], endpoints);
+    }
+    for viewer in viewers {
+        viewer.close().await;
+    }
+    let said = serving.end(Signal::SIGTERM).await;
+    assert_eq!(said.code, Some(0), "{}", said.err);
+    assert!(!said.err.contains("endpoints"), "payloads are not logged: {}", said.err);
+}
+
+#[tokio::test]
+async fn migrate_without_its_database_exits_1_and_says_why() {
+    // A port that nobody has: ours, and not listened to.
+    let port = tokio::net::TcpSocket::new_v4().unwrap();
+    port.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let url = format!("postgres://a:hidden-password@{}/a", port.local_addr().unwrap());
+    for variables in [
+        &[("TIDEGATE_DATABASE_URL", &*url)][..],
+        // The role that may create triggers goes first.
+        &[("TIDEGATE_DATABASE_URL", "postgres://b/b"), ("TIDEGATE_MIGRATE_DATABASE_URL", &*url)],
+    ] {
+        let running = command(BINARY, &["migrate"], variables).output();
+        // It may wait for a database that is starting.
+        let said: Said = timeout(2 * DEADLINE, running).await.unwrap().unwrap().into();
+        assert_eq!((said.code, &*said.out), (Some(1), ""), "{}", said.err);
+        assert!(said.err.contains("no connection to the database"), "{}", said.err);
+        assert!(said.err.contains("refused"), "the system's reason: {}", said.err);
+        assert!(!said.err.contains("hidden-password"), "{}", said.err);
+    }
+}
+
+#[tokio::test]
+async fn a_server_says_in_its_log_why_there_is_no_database_link() {
+    let port = tokio::net::TcpSocket::new_v4().unwrap();
+    port.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let url = format!("postgres://a:hidden-password@{}/a", port.local_addr().unwrap());
+    let serving = Serving::start(&[
+        ("TIDEGATE_DATABASE_URL", &url),
+        ("TIDEGATE_RELAY__CONNECT_TIMEOUT", "200ms"),
+    ])
+    .await;
+    let failed = async {
+        let series = "tidegate_relay_reconnects_total{cause=\"connect\"}";
+        while metric(&metrics(serving.admin).await, series) < Some(1.0) {}
+    };
+    timeout(DEADLINE, failed).await.expect("an attempt fails in time");
+    let said = serving.end(Signal::SIGTERM).await;
+    assert_eq!(said.code, Some(0));
+    let line = said.err.lines().find(|line| line.contains("no database link")).unwrap();
+    assert!(line.contains("WARN") && line.contains("cause=\"connect\""), "{line}");
+    assert!(line.contains("refused"), "the system's reason: {line}");
+    assert!(!said.err.contains("hidden-password"), "{}", said.err);
+}
+
+#[tokio::test]
+async fn migrate_without_a_url_names_the_setting() {
+    let said = run(&["migrate"], &[]).await;
+    assert!(matches!(said.code, Some(1 | 64)), "{:?}", said.code);
+    assert!(said.err.contains("TIDEGATE_DATABASE_URL"), "{}", said.err);
+}
