@@ -217,7 +217,11 @@ impl Connection {
                 () = &mut tick => Event::Tick,
             };
             let step = match event {
-                Event::Drained(Ok(())) => self.write(&mut batch).await,
+                Event::Drained(Ok(())) => match self.write(&mut batch).await {
+                    // No deadline has come nearer.
+                    Ok(()) => continue,
+                    Err(reason) => Err(reason),
+                },
                 Event::Drained(Err(ended)) => Err(ended.into()),
                 Event::Received(received) => self.receive(received).await,
                 Event::Due(topic) => {

@@ -1,55 +1,46 @@
-//! The public routes: the WebSocket upgrade, REST broadcasts, health.
+//! The public routes, and the upgrade to a WebSocket.
 //!
-//! Invariants: one `match` decides the route; a body is read up to its bound, in its time, and no
-//! further; an upgrade is refused for its token after `error_delay`, for anything else at once.
+//! Invariants: one `match` decides the route; an upgrade is refused for its token after
+//! `error_delay`, for anything else at once.
 
 use std::{borrow::Cow, error::Error, net::SocketAddr, pin::Pin, sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
+use http_body_util::Full;
 use hyper::{
     Method, Request, Response, StatusCode,
-    body::{Body, Incoming},
+    body::Incoming,
     header::{self, HeaderName, HeaderValue},
     service::service_fn,
     upgrade::OnUpgrade,
 };
 use hyper_util::rt::{TokioIo, TokioTimer};
 use percent_encoding::percent_decode_str;
-use serde::Deserialize;
-use serde_json::{Value, json, value::RawValue};
+use serde_json::{Value, json};
 use tokio::{
     net::TcpStream,
-    time::{Instant, sleep, timeout},
+    time::{sleep, timeout},
 };
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 
 use crate::{
     auth::jwt::{Token, TokenError, unix_now},
     connection::Connection,
-    hub::{FannedOut, TopicKey},
-    metrics::{Dropped, RefusedUpgrade},
+    metrics::RefusedUpgrade,
     outbox::Outbox,
     protocol::{
         error_code::{ErrorCode, Refusal},
-        message::{FIELD_BYTES_MAX, Json, UserBroadcast, UserPayload},
-        payload::Privacy,
-        serializer::{Broadcast, Serializer},
+        serializer::Serializer,
     },
+    rest,
     server::{Place, Services},
     socket::Socket,
-    topic_rules::Found,
 };
 
 /// Largest head of a request; a long JWT in the URL and in headers fits.
 const HEAD_BYTES_MAX: usize = 32 * 1024;
 /// How long a request may still take when everything else has ended.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(1);
-/// Largest body of a REST broadcast.
-const BODY_BYTES_MAX: usize = 8_000_000;
-/// Up to here a body needs no place of its own.
-const SMALL_BODY_BYTES: u64 = 64 * 1024;
-
 /// A whole answer.
 pub type Answer = Response<Full<Bytes>>;
 /// A request.
@@ -105,12 +96,10 @@ async fn route(services: Arc<Services>, ask: Ask, fallback: Option<Fallback>) ->
     match (ask.method(), path.as_str(), api) {
         (_, "/realtime/v1/websocket" | "/socket/websocket", _) => upgrade(services, ask).await,
         (&Method::GET | &Method::HEAD, "/healthz", _) => text(StatusCode::OK, "ok"),
-        (&Method::OPTIONS, _, Some(_)) => preflight(),
-        (&Method::POST, _, Some("")) => cross_origin(broadcast_batch(&services, ask).await),
-        (&Method::POST, _, Some(rest)) => match single_target(rest) {
-            Some((topic, event)) => {
-                cross_origin(broadcast_single(&services, ask, &topic, &event).await)
-            }
+        (&Method::OPTIONS, _, Some(_)) => rest::preflight(),
+        (&Method::POST, _, Some("")) => rest::broadcast_batch(&services, ask).await,
+        (&Method::POST, _, Some(target)) => match rest::target(target) {
+            Some((topic, event)) => rest::broadcast_single(&services, ask, &topic, &event).await,
             None => not_found(),
         },
         (_, _, _) => match fallback {
@@ -224,275 +213,15 @@ fn refused_upgrade(refusal: &Refusal) -> Answer {
     object(status, &json!({ "error": refusal.text() }))
 }
 
-/// `POST /api/broadcast`: `{"messages":[{"topic","event","payload","private"?,"id"?}]}`.
-///
-/// Source: supabase/realtime `broadcast_controller.ex`, `batch_broadcast.ex` @833cf36.
-async fn broadcast_batch(services: &Services, ask: Ask) -> Answer {
-    let Ok(token) = rest_token(services, &ask) else {
-        return unauthorized();
-    };
-    let body = match body(services, ask).await {
-        Ok(body) => body,
-        Err(status) => return empty(status),
-    };
-    let Ok(batch) = serde_json::from_slice::<Batch<'_>>(&body) else {
-        return object(StatusCode::BAD_REQUEST, &json!({ "message": "Bad Request" }));
-    };
-    let messages = batch.messages.unwrap_or_default();
-    if messages.is_empty() {
-        return invalid(&json!({ "messages": ["can't be blank"] }));
-    }
-    let checked: Vec<_> =
-        messages.iter().map(|message| RestMessage::check(services, message)).collect();
-    if checked.iter().any(Result::is_err) {
-        let errors: Vec<_> =
-            checked.into_iter().map(|it| it.err().unwrap_or_else(|| json!({}))).collect();
-        return invalid(&json!({ "messages": errors }));
-    }
-    for message in checked.into_iter().flatten() {
-        let RestMessage { topic, privacy, broadcast } = message;
-        // What may not be written is skipped, and the answer is the same, as upstream.
-        let _ = publish(services, &token, &topic, privacy, broadcast).await;
-    }
-    empty(StatusCode::ACCEPTED)
-}
-
-/// `POST /api/broadcast/{topic}/events/{event}[?private=true]`: the body is the payload.
-async fn broadcast_single(services: &Services, ask: Ask, topic: &str, event: &str) -> Answer {
-    let Ok(token) = rest_token(services, &ask) else {
-        return unauthorized();
-    };
-    let content_type = header_text(&ask, "content-type").unwrap_or_default();
-    let content_type = content_type.split(';').next().unwrap_or_default().trim();
-    let is_binary = match content_type {
-        "application/json" | "" => false,
-        "application/octet-stream" => true,
-        _ => {
-            return object(
-                StatusCode::UNSUPPORTED_MEDIA_TYPE,
-                &json!({ "error":
-                    "Unsupported Media Type. Use application/json or application/octet-stream" }),
-            );
-        }
-    };
-    let is_private = query_value(ask.uri().query().unwrap_or_default(), "private");
-    let privacy =
-        if is_private.as_deref() == Some("true") { Privacy::Private } else { Privacy::Public };
-    let body = match body(services, ask).await {
-        Ok(body) => body,
-        Err(status) => return empty(status),
-    };
-    if body.len() > services.config.limits.payload_bytes_max {
-        return invalid(&json!({ "payload": ["Payload size exceeds tenant limit"] }));
-    }
-    let payload = if is_binary {
-        UserPayload::Binary(body)
-    } else {
-        let body = if body.is_empty() { Bytes::from_static(b"{}") } else { body };
-        match Json::parse(body) {
-            Ok(json) => UserPayload::Json(json),
-            Err(_not_json) => {
-                return object(StatusCode::BAD_REQUEST, &json!({ "message": "Bad Request" }));
-            }
-        }
-    };
-    let message = UserBroadcast { user_event: event.into(), payload };
-    let broadcast = Broadcast::User { message, metadata: None };
-    match publish(services, &token, topic, privacy, broadcast).await {
-        Ok(()) => empty(StatusCode::ACCEPTED),
-        Err(Denied) => object(StatusCode::FORBIDDEN, &json!({ "message": "Unauthorized" })),
-    }
-}
-
-/// The topic may not be written to with this token.
-struct Denied;
-
-/// Broadcasts to a topic if its rule lets the token write.
-async fn publish(
-    services: &Services,
-    token: &Token,
-    sub_topic: &str,
-    privacy: Privacy,
-    broadcast: Broadcast,
-) -> Result<(), Denied> {
-    let topics = match services.rules.find(sub_topic) {
-        Found::Rule(rule, captures) if rule.may_write(&captures, &token.claims) => {
-            rule.topics(sub_topic, &captures)
-        }
-        Found::Other if privacy == Privacy::Public => {
-            vec![TopicKey { sub_topic: sub_topic.into(), privacy }]
-        }
-        // Private topics are the database's to decide, which is not asked yet.
-        Found::Rule(..) | Found::Other | Found::Refused => {
-            services.metrics.count_dropped(Dropped::WriteDenied);
-            return Err(Denied);
-        }
-    };
-    let (started, broadcasts) = (Instant::now(), [broadcast]);
-    let mut fanned_out = FannedOut::default();
-    for topic in &topics {
-        fanned_out += services.hub.publish(topic, &broadcasts).await;
-    }
-    services.metrics.count_fan_out(&services.metrics.broadcasts_rest, 1, fanned_out, started);
-    Ok(())
-}
-
-/// The token of `Authorization: Bearer`, or of `apikey` where that is absent, empty or of another
-/// scheme. A bare token in `Authorization` is accepted.
-fn rest_token(services: &Services, ask: &Ask) -> Result<Arc<Token>, TokenError> {
-    let authorization = header_text(ask, "authorization").unwrap_or_default();
-    let bearer = match authorization.trim().split_once(' ') {
-        Some((scheme, token)) if scheme.eq_ignore_ascii_case("bearer") => token.trim(),
-        Some(_) => "",
-        None => authorization.trim(),
-    };
-    let text = if bearer.is_empty() || bearer.eq_ignore_ascii_case("bearer") {
-        header_text(ask, "apikey").unwrap_or_default()
-    } else {
-        bearer.to_owned()
-    };
-    let verified = if text.is_empty() {
-        Err(TokenError::Missing)
-    } else {
-        services.verifier.verify(&text, unix_now())
-    };
-    services.metrics.count_token(&verified);
-    verified
-}
-
-#[derive(Deserialize)]
-struct Batch<'a> {
-    #[serde(borrow)]
-    messages: Option<Vec<&'a RawValue>>,
-}
-
-#[derive(Deserialize)]
-struct RestFields<'a> {
-    #[serde(borrow)]
-    topic: Option<&'a RawValue>,
-    #[serde(borrow)]
-    event: Option<&'a RawValue>,
-    #[serde(borrow)]
-    payload: Option<&'a RawValue>,
-    private: Option<Value>,
-    id: Option<Value>,
-}
-
-/// One message of a batch, checked.
-struct RestMessage {
-    topic: String,
-    privacy: Privacy,
-    broadcast: Broadcast,
-}
-
-impl RestMessage {
-    fn check(services: &Services, message: &RawValue) -> Result<Self, Value> {
-        // The derived reader would take an array of the fields, too.
-        let is_object = message.get().starts_with('{');
-        let fields = serde_json::from_str::<RestFields<'_>>(message.get());
-        let Some(fields) = fields.ok().filter(|_| is_object) else {
-            return Err(json!({ "topic": ["is invalid"] }));
-        };
-        let mut errors = serde_json::Map::new();
-        let topic = text_field("topic", fields.topic, &mut errors);
-        let event = text_field("event", fields.event, &mut errors);
-        let privacy = match &fields.private {
-            None | Some(Value::Null | Value::Bool(false)) => Privacy::Public,
-            Some(Value::Bool(true)) => Privacy::Private,
-            Some(Value::String(text)) if matches!(text.as_str(), "true" | "1") => Privacy::Private,
-            Some(Value::String(text)) if matches!(text.as_str(), "false" | "0") => Privacy::Public,
-            Some(_) => {
-                errors.insert("private".to_owned(), json!(["is invalid"]));
-                Privacy::Private
-            }
-        };
-        let payload = fields.payload.map(RawValue::get).filter(|it| *it != "null");
-        match payload {
-            None => drop(errors.insert("payload".to_owned(), json!(["can't be blank"]))),
-            Some(payload) if !payload.starts_with('{') => {
-                errors.insert("payload".to_owned(), json!(["is invalid"]));
-            }
-            Some(payload) if payload.len() > services.config.limits.payload_bytes_max => {
-                let text = "Payload size exceeds tenant limit";
-                errors.insert("payload".to_owned(), json!([text]));
-            }
-            Some(_) => {}
-        }
-        if !errors.is_empty() {
-            return Err(errors.into());
-        }
-        let meta = match fields.id {
-            Some(Value::String(id)) => format!(",\"meta\":{}", json!({ "id": id })),
-            _ => String::new(),
-        };
-        // To both serializers as text, the payload as it was sent.
-        let envelope = format!(
-            "{{\"event\":{}{meta},\"payload\":{},\"type\":\"broadcast\"}}",
-            Value::from(event),
-            payload.unwrap_or("{}"),
-        );
-        let envelope =
-            Json::parse(envelope.into()).map_err(|_deep| json!({ "payload": ["is invalid"] }))?;
-        Ok(Self { topic, privacy, broadcast: Broadcast::Envelope(envelope) })
-    }
-}
-
-/// A text that is neither blank nor longer than a frame's field.
-fn text_field(
-    name: &str,
-    value: Option<&RawValue>,
-    errors: &mut serde_json::Map<String, Value>,
-) -> String {
-    let mut wrong = |text: &str| drop(errors.insert(name.to_owned(), json!([text])));
-    let Some(value) = value.filter(|value| value.get() != "null") else {
-        wrong("can't be blank");
-        return String::new();
-    };
-    match serde_json::from_str::<String>(value.get()) {
-        Ok(text) if text.trim().is_empty() => wrong("can't be blank"),
-        Ok(text) if text.len() > FIELD_BYTES_MAX => wrong("is too long"),
-        Ok(text) => return text,
-        Err(_no_text) => wrong("is invalid"),
-    }
-    String::new()
-}
-
-/// `/{topic}/events/{event}`, each percent-encoded, neither empty nor longer than a frame's field.
-fn single_target(rest: &str) -> Option<(String, String)> {
-    let (topic, event) = rest.strip_prefix('/')?.split_once("/events/")?;
-    let decode = |text: &str| {
-        let text = percent_decode_str(text).decode_utf8().ok()?.into_owned();
-        (!text.is_empty() && text.len() <= FIELD_BYTES_MAX).then_some(text)
-    };
-    if event.contains('/') {
-        return None;
-    }
-    Some((decode(topic)?, decode(event)?))
-}
-
-/// The whole body, or the status that says why not. Large ones are read a few at a time.
-async fn body(services: &Services, ask: Ask) -> Result<Bytes, StatusCode> {
-    let is_small = ask.body().size_hint().upper().is_some_and(|it| it <= SMALL_BODY_BYTES);
-    let read = async {
-        let _permit = if is_small { None } else { Some(services.bodies.acquire().await) };
-        Limited::new(ask.into_body(), BODY_BYTES_MAX).collect().await
-    };
-    match timeout(services.config.limits.body_timeout, read).await {
-        Ok(Ok(body)) => Ok(body.to_bytes()),
-        Ok(Err(error)) if error.is::<LengthLimitError>() => Err(StatusCode::PAYLOAD_TOO_LARGE),
-        Ok(Err(_broken)) => Err(StatusCode::BAD_REQUEST),
-        Err(_elapsed) => Err(StatusCode::REQUEST_TIMEOUT),
-    }
-}
-
 /// The first value of a query's parameter, decoded.
-fn query_value(query: &str, name: &str) -> Option<String> {
+pub(crate) fn query_value(query: &str, name: &str) -> Option<String> {
     form_urlencoded::parse(query.as_bytes())
         .find(|(key, _)| key == name)
         .map(|(_, value)| Cow::into_owned(value))
 }
 
-fn header_text(ask: &Ask, name: &str) -> Option<String> {
+/// A header's value, if it is text.
+pub(crate) fn header_text(ask: &Ask, name: &str) -> Option<String> {
     ask.headers().get(name)?.to_str().ok().map(str::to_owned)
 }
 
@@ -504,35 +233,8 @@ fn without_whitespace(text: &str) -> String {
         .collect()
 }
 
-fn preflight() -> Answer {
-    let mut answer = cross_origin(empty(StatusCode::NO_CONTENT));
-    let headers = answer.headers_mut();
-    headers.insert(header::ACCESS_CONTROL_ALLOW_METHODS, HeaderValue::from_static("POST, OPTIONS"));
-    headers.insert(
-        header::ACCESS_CONTROL_ALLOW_HEADERS,
-        HeaderValue::from_static(
-            "authorization, apikey, content-type, x-client-info, traceparent, tracestate, baggage",
-        ),
-    );
-    headers.insert(header::ACCESS_CONTROL_MAX_AGE, HeaderValue::from_static("86400"));
-    answer
-}
-
-fn cross_origin(mut answer: Answer) -> Answer {
-    answer.headers_mut().insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, HeaderValue::from_static("*"));
-    answer
-}
-
-fn unauthorized() -> Answer {
-    object(StatusCode::UNAUTHORIZED, &json!({ "message": "Unauthorized" }))
-}
-
 fn not_found() -> Answer {
     object(StatusCode::NOT_FOUND, &json!({ "message": "not found" }))
-}
-
-fn invalid(errors: &Value) -> Answer {
-    object(StatusCode::UNPROCESSABLE_ENTITY, &json!({ "errors": errors }))
 }
 
 /// An answer without a body.
@@ -562,19 +264,4 @@ pub(crate) fn content(
     *answer.status_mut() = status;
     answer.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(content_type));
     answer
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_single_messages_path_is_decoded_part_by_part() {
-        let target = |path| single_target(path).map(|(topic, event)| format!("{topic}|{event}"));
-        assert_eq!(target("/room%2F1/events/my%20event").as_deref(), Some("room/1|my event"));
-        assert_eq!(target("/room/events/"), None);
-        assert_eq!(target("/room/events/a/b"), None);
-        assert_eq!(target("/room"), None);
-        assert_eq!(target(&format!("/{}/events/e", "t".repeat(256))), None);
-    }
 }

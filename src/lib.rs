@@ -24,7 +24,7 @@
 //! | [`connection`] | one WebSocket and its deadlines |
 //! | [`relay`] | NOTIFY → broadcast |
 //! | [`db`] | every SQL statement |
-//! | [`http`], [`admin`] | public and admin routes |
+//! | [`http`], `rest`, [`admin`] | public and admin routes, REST broadcasts |
 //! | [`server`] | listen, accept, cap, drain |
 //! | [`metrics`], [`config`] | what is measured, what can be set |
 //! | [`mod@demo`], [`mod@bench`] | the other commands |
@@ -48,6 +48,7 @@ pub mod metrics;
 pub mod outbox;
 pub mod protocol;
 pub mod relay;
+mod rest;
 pub mod server;
 pub mod socket;
 pub mod topic_rules;

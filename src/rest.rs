@@ -1,0 +1,354 @@
+//! REST broadcasts: a batch of messages, or a single one.
+//!
+//! Invariants: a batch is checked whole before any of it is sent; a body is read up to its bound, in
+//! its time, and no further.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use http_body_util::{BodyExt, LengthLimitError, Limited};
+use hyper::{
+    StatusCode,
+    body::Body,
+    header::{self, HeaderValue},
+};
+use percent_encoding::percent_decode_str;
+use serde::Deserialize;
+use serde_json::{Value, json, value::RawValue};
+use tokio::time::{Instant, timeout};
+
+use crate::{
+    auth::jwt::{Token, TokenError, unix_now},
+    http::{Answer, Ask, empty, header_text, object, query_value},
+    hub::{FannedOut, TopicKey},
+    metrics::Dropped,
+    protocol::{
+        message::{FIELD_BYTES_MAX, Json, UserBroadcast, UserPayload},
+        payload::Privacy,
+        serializer::Broadcast,
+    },
+    server::Services,
+    topic_rules::Found,
+};
+
+/// Largest body of a REST broadcast.
+const BODY_BYTES_MAX: usize = 8_000_000;
+/// Up to here a body needs no place of its own.
+const SMALL_BODY_BYTES: u64 = 64 * 1024;
+
+/// `POST /api/broadcast`: `{"messages":[{"topic","event","payload","private"?,"id"?}]}`.
+///
+/// Source: supabase/realtime `broadcast_controller.ex`, `batch_broadcast.ex` @833cf36.
+pub(crate) async fn broadcast_batch(services: &Services, ask: Ask) -> Answer {
+    cross_origin(batch(services, ask).await)
+}
+
+async fn batch(services: &Services, ask: Ask) -> Answer {
+    let Ok(token) = rest_token(services, &ask) else {
+        return unauthorized();
+    };
+    let body = match body(services, ask).await {
+        Ok(body) => body,
+        Err(status) => return empty(status),
+    };
+    let Ok(batch) = serde_json::from_slice::<Batch<'_>>(&body) else {
+        return object(StatusCode::BAD_REQUEST, &json!({ "message": "Bad Request" }));
+    };
+    let messages = batch.messages.unwrap_or_default();
+    if messages.is_empty() {
+        return invalid(&json!({ "messages": ["can't be blank"] }));
+    }
+    let checked: Vec<_> =
+        messages.iter().map(|message| RestMessage::check(services, message)).collect();
+    if checked.iter().any(Result::is_err) {
+        let errors: Vec<_> =
+            checked.into_iter().map(|it| it.err().unwrap_or_else(|| json!({}))).collect();
+        return invalid(&json!({ "messages": errors }));
+    }
+    for message in checked.into_iter().flatten() {
+        let RestMessage { topic, privacy, broadcast } = message;
+        // What may not be written is skipped, and the answer is the same, as upstream.
+        let _ = publish(services, &token, &topic, privacy, broadcast).await;
+    }
+    empty(StatusCode::ACCEPTED)
+}
+
+/// `POST /api/broadcast/{topic}/events/{event}[?private=true]`: the body is the payload.
+pub(crate) async fn broadcast_single(
+    services: &Services,
+    ask: Ask,
+    topic: &str,
+    event: &str,
+) -> Answer {
+    cross_origin(single(services, ask, topic, event).await)
+}
+
+async fn single(services: &Services, ask: Ask, topic: &str, event: &str) -> Answer {
+    let Ok(token) = rest_token(services, &ask) else {
+        return unauthorized();
+    };
+    let content_type = header_text(&ask, "content-type").unwrap_or_default();
+    let content_type = content_type.split(';').next().unwrap_or_default().trim();
+    let is_binary = match content_type {
+        "application/json" | "" => false,
+        "application/octet-stream" => true,
+        _ => {
+            return object(
+                StatusCode::UNSUPPORTED_MEDIA_TYPE,
+                &json!({ "error":
+                    "Unsupported Media Type. Use application/json or application/octet-stream" }),
+            );
+        }
+    };
+    let is_private = query_value(ask.uri().query().unwrap_or_default(), "private");
+    let privacy =
+        if is_private.as_deref() == Some("true") { Privacy::Private } else { Privacy::Public };
+    let body = match body(services, ask).await {
+        Ok(body) => body,
+        Err(status) => return empty(status),
+    };
+    if body.len() > services.config.limits.payload_bytes_max {
+        return invalid(&json!({ "payload": ["Payload size exceeds tenant limit"] }));
+    }
+    let payload = if is_binary {
+        UserPayload::Binary(body)
+    } else {
+        let body = if body.is_empty() { Bytes::from_static(b"{}") } else { body };
+        match Json::parse(body) {
+            Ok(json) => UserPayload::Json(json),
+            Err(_not_json) => {
+                return object(StatusCode::BAD_REQUEST, &json!({ "message": "Bad Request" }));
+            }
+        }
+    };
+    let message = UserBroadcast { user_event: event.into(), payload };
+    let broadcast = Broadcast::User { message, metadata: None };
+    match publish(services, &token, topic, privacy, broadcast).await {
+        Ok(()) => empty(StatusCode::ACCEPTED),
+        Err(Denied) => object(StatusCode::FORBIDDEN, &json!({ "message": "Unauthorized" })),
+    }
+}
+
+/// The topic may not be written to with this token.
+struct Denied;
+
+/// Broadcasts to a topic if its rule lets the token write.
+async fn publish(
+    services: &Services,
+    token: &Token,
+    sub_topic: &str,
+    privacy: Privacy,
+    broadcast: Broadcast,
+) -> Result<(), Denied> {
+    let topics = match services.rules.find(sub_topic) {
+        Found::Rule(rule, captures) if rule.may_write(&captures, &token.claims) => {
+            rule.topics(sub_topic, &captures)
+        }
+        Found::Other if privacy == Privacy::Public => {
+            vec![TopicKey { sub_topic: sub_topic.into(), privacy }]
+        }
+        // Private topics are the database's to decide, which is not asked yet.
+        Found::Rule(..) | Found::Other | Found::Refused => {
+            services.metrics.count_dropped(Dropped::WriteDenied);
+            return Err(Denied);
+        }
+    };
+    let (started, broadcasts) = (Instant::now(), [broadcast]);
+    let mut fanned_out = FannedOut::default();
+    for topic in &topics {
+        fanned_out += services.hub.publish(topic, &broadcasts).await;
+    }
+    services.metrics.count_fan_out(&services.metrics.broadcasts_rest, 1, fanned_out, started);
+    Ok(())
+}
+
+/// The token of `Authorization: Bearer`, or of `apikey` where that is absent, empty or of another
+/// scheme. A bare token in `Authorization` is accepted.
+fn rest_token(services: &Services, ask: &Ask) -> Result<Arc<Token>, TokenError> {
+    let authorization = header_text(ask, "authorization").unwrap_or_default();
+    let bearer = match authorization.trim().split_once(' ') {
+        Some((scheme, token)) if scheme.eq_ignore_ascii_case("bearer") => token.trim(),
+        Some(_) => "",
+        None => authorization.trim(),
+    };
+    let text = if bearer.is_empty() || bearer.eq_ignore_ascii_case("bearer") {
+        header_text(ask, "apikey").unwrap_or_default()
+    } else {
+        bearer.to_owned()
+    };
+    let verified = if text.is_empty() {
+        Err(TokenError::Missing)
+    } else {
+        services.verifier.verify(&text, unix_now())
+    };
+    services.metrics.count_token(&verified);
+    verified
+}
+
+#[derive(Deserialize)]
+struct Batch<'a> {
+    #[serde(borrow)]
+    messages: Option<Vec<&'a RawValue>>,
+}
+
+#[derive(Deserialize)]
+struct RestFields<'a> {
+    #[serde(borrow)]
+    topic: Option<&'a RawValue>,
+    #[serde(borrow)]
+    event: Option<&'a RawValue>,
+    #[serde(borrow)]
+    payload: Option<&'a RawValue>,
+    private: Option<Value>,
+    id: Option<Value>,
+}
+
+/// One message of a batch, checked.
+struct RestMessage {
+    topic: String,
+    privacy: Privacy,
+    broadcast: Broadcast,
+}
+
+impl RestMessage {
+    fn check(services: &Services, message: &RawValue) -> Result<Self, Value> {
+        // The derived reader would take an array of the fields, too.
+        let is_object = message.get().starts_with('{');
+        let fields = serde_json::from_str::<RestFields<'_>>(message.get());
+        let Some(fields) = fields.ok().filter(|_| is_object) else {
+            return Err(json!({ "topic": ["is invalid"] }));
+        };
+        let mut errors = serde_json::Map::new();
+        let topic = text_field("topic", fields.topic, &mut errors);
+        let event = text_field("event", fields.event, &mut errors);
+        let privacy = match &fields.private {
+            None | Some(Value::Null | Value::Bool(false)) => Privacy::Public,
+            Some(Value::Bool(true)) => Privacy::Private,
+            Some(Value::String(text)) if matches!(text.as_str(), "true" | "1") => Privacy::Private,
+            Some(Value::String(text)) if matches!(text.as_str(), "false" | "0") => Privacy::Public,
+            Some(_) => {
+                errors.insert("private".to_owned(), json!(["is invalid"]));
+                Privacy::Private
+            }
+        };
+        let payload = fields.payload.map(RawValue::get).filter(|it| *it != "null");
+        match payload {
+            None => drop(errors.insert("payload".to_owned(), json!(["can't be blank"]))),
+            Some(payload) if !payload.starts_with('{') => {
+                errors.insert("payload".to_owned(), json!(["is invalid"]));
+            }
+            Some(payload) if payload.len() > services.config.limits.payload_bytes_max => {
+                let text = "Payload size exceeds tenant limit";
+                errors.insert("payload".to_owned(), json!([text]));
+            }
+            Some(_) => {}
+        }
+        if !errors.is_empty() {
+            return Err(errors.into());
+        }
+        let meta = match fields.id {
+            Some(Value::String(id)) => format!(",\"meta\":{}", json!({ "id": id })),
+            _ => String::new(),
+        };
+        // To both serializers as text, the payload as it was sent.
+        let envelope = format!(
+            "{{\"event\":{}{meta},\"payload\":{},\"type\":\"broadcast\"}}",
+            Value::from(event),
+            payload.unwrap_or("{}"),
+        );
+        let envelope =
+            Json::parse(envelope.into()).map_err(|_deep| json!({ "payload": ["is invalid"] }))?;
+        Ok(Self { topic, privacy, broadcast: Broadcast::Envelope(envelope) })
+    }
+}
+
+/// A text that is neither blank nor longer than a frame's field.
+fn text_field(
+    name: &str,
+    value: Option<&RawValue>,
+    errors: &mut serde_json::Map<String, Value>,
+) -> String {
+    let mut wrong = |text: &str| drop(errors.insert(name.to_owned(), json!([text])));
+    let Some(value) = value.filter(|value| value.get() != "null") else {
+        wrong("can't be blank");
+        return String::new();
+    };
+    match serde_json::from_str::<String>(value.get()) {
+        Ok(text) if text.trim().is_empty() => wrong("can't be blank"),
+        Ok(text) if text.len() > FIELD_BYTES_MAX => wrong("is too long"),
+        Ok(text) => return text,
+        Err(_no_text) => wrong("is invalid"),
+    }
+    String::new()
+}
+
+/// `/{topic}/events/{event}`, each percent-encoded, neither empty nor longer than a frame's field.
+pub(crate) fn target(rest: &str) -> Option<(String, String)> {
+    let (topic, event) = rest.strip_prefix('/')?.split_once("/events/")?;
+    let decode = |text: &str| {
+        let text = percent_decode_str(text).decode_utf8().ok()?.into_owned();
+        (!text.is_empty() && text.len() <= FIELD_BYTES_MAX).then_some(text)
+    };
+    if event.contains('/') {
+        return None;
+    }
+    Some((decode(topic)?, decode(event)?))
+}
+
+/// The whole body, or the status that says why not. Large ones are read a few at a time.
+async fn body(services: &Services, ask: Ask) -> Result<Bytes, StatusCode> {
+    let is_small = ask.body().size_hint().upper().is_some_and(|it| it <= SMALL_BODY_BYTES);
+    let read = async {
+        let _permit = if is_small { None } else { Some(services.bodies.acquire().await) };
+        Limited::new(ask.into_body(), BODY_BYTES_MAX).collect().await
+    };
+    match timeout(services.config.limits.body_timeout, read).await {
+        Ok(Ok(body)) => Ok(body.to_bytes()),
+        Ok(Err(error)) if error.is::<LengthLimitError>() => Err(StatusCode::PAYLOAD_TOO_LARGE),
+        Ok(Err(_broken)) => Err(StatusCode::BAD_REQUEST),
+        Err(_elapsed) => Err(StatusCode::REQUEST_TIMEOUT),
+    }
+}
+
+/// Tells a browser that it may.
+pub(crate) fn preflight() -> Answer {
+    let mut answer = cross_origin(empty(StatusCode::NO_CONTENT));
+    let headers = answer.headers_mut();
+    headers.insert(header::ACCESS_CONTROL_ALLOW_METHODS, HeaderValue::from_static("POST, OPTIONS"));
+    headers.insert(
+        header::ACCESS_CONTROL_ALLOW_HEADERS,
+        HeaderValue::from_static(
+            "authorization, apikey, content-type, x-client-info, traceparent, tracestate, baggage",
+        ),
+    );
+    headers.insert(header::ACCESS_CONTROL_MAX_AGE, HeaderValue::from_static("86400"));
+    answer
+}
+
+fn cross_origin(mut answer: Answer) -> Answer {
+    answer.headers_mut().insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, HeaderValue::from_static("*"));
+    answer
+}
+
+fn unauthorized() -> Answer {
+    object(StatusCode::UNAUTHORIZED, &json!({ "message": "Unauthorized" }))
+}
+
+fn invalid(errors: &Value) -> Answer {
+    object(StatusCode::UNPROCESSABLE_ENTITY, &json!({ "errors": errors }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_single_messages_path_is_decoded_part_by_part() {
+        let read = |path| target(path).map(|(topic, event)| format!("{topic}|{event}"));
+        assert_eq!(read("/room%2F1/events/my%20event").as_deref(), Some("room/1|my event"));
+        assert_eq!(read("/room/events/"), None);
+        assert_eq!(read("/room/events/a/b"), None);
+        assert_eq!(read("/room"), None);
+        assert_eq!(read(&format!("/{}/events/e", "t".repeat(256))), None);
+    }
+}
