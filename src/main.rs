@@ -117,7 +117,10 @@ async fn run(cli: Cli) -> Result<(), Failure> {
         Command::Serve => {
             let (config, _) = settings()?;
             start_logs(&config.log)?;
-            raise_file_limit()?;
+            let files = raise_file_limit()?;
+            if files < config.limits.connections_max as u64 {
+                tracing::warn!(files, "the system allows fewer open files than connections_max");
+            }
             let server = Server::bind(config)?;
             let (public, admin) = server.addresses()?;
             // Before the line, which says that a signal may come.
