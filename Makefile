@@ -18,7 +18,7 @@ demo: system node
 	cargo build --release --locked
 	exec target/release/tidegate demo
 
-test: system node fmt lint docs rust doctests client bench-short
+test: system node fmt lint docs doctests rust client bench-short
 
 check: fmt lint
 	cargo test --locked --lib
