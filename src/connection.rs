@@ -3,7 +3,7 @@
 //! Invariants: this task alone touches the WebSocket; a batch is fed frame by frame and flushed
 //! once, under the write deadline; every way out is a [`CloseReason`].
 
-use std::{sync::Arc, time::Duration};
+use std::{pin::pin, sync::Arc, time::Duration};
 
 use futures_util::{FutureExt, SinkExt, StreamExt};
 use tokio::{
@@ -32,6 +32,8 @@ use crate::{
 const READ_BUFFER_BYTES: usize = 1024;
 /// A batch leaves in pieces of about this size; what a burst has filled stays allocated.
 const WRITE_BUFFER_BYTES: usize = 4096;
+/// Most writes without a look at what has been received.
+const WRITES_PER_READ: usize = 16;
 /// How long a peer may take to answer a close frame.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 /// Most frames that are handled together, so that a flood does not keep its own replies waiting.
@@ -206,22 +208,34 @@ impl Connection {
     }
 
     async fn serve(&mut self) -> CloseReason {
-        let mut batch = Vec::new();
+        let (mut batch, mut writes) = (Vec::new(), 0_usize);
         let tick = sleep_until(self.next_tick());
         tokio::pin!(tick);
         loop {
             let event = tokio::select! {
+                // What is there to be written is the common case, so the rest is not asked first.
+                biased;
                 drained = self.outbox.drain(&mut batch) => Event::Drained(drained),
                 received = self.websocket.next() => Event::Received(received),
                 topic = self.socket.due() => Event::Due(topic),
                 () = &mut tick => Event::Tick,
             };
             let step = match event {
-                Event::Drained(Ok(())) => match self.write(&mut batch).await {
-                    // No deadline has come nearer.
-                    Ok(()) => continue,
-                    Err(reason) => Err(reason),
-                },
+                Event::Drained(Ok(())) => {
+                    if let Err(reason) = self.write(&mut batch).await {
+                        return reason;
+                    }
+                    writes = writes.wrapping_add(1);
+                    // No deadline has come nearer. Who is written to without a pause is still
+                    // heard now and then.
+                    if !writes.is_multiple_of(WRITES_PER_READ) {
+                        continue;
+                    }
+                    match self.websocket.next().now_or_never() {
+                        Some(received) => self.receive(received).await,
+                        None => continue,
+                    }
+                }
                 Event::Drained(Err(ended)) => Err(ended.into()),
                 Event::Received(received) => self.receive(received).await,
                 Event::Due(topic) => {
@@ -294,13 +308,20 @@ impl Connection {
         metrics.frames_out.inc_by(batch.len() as u64);
         metrics.bytes_out.inc_by(batch.iter().map(Frame::len).sum::<usize>() as u64);
         let websocket = &mut self.websocket;
-        let written = timeout(self.services.config.limits.write_timeout, async {
-            for frame in batch.drain(..) {
-                websocket.feed(frame).await?;
+        let written = {
+            let mut write = pin!(async {
+                for frame in batch.drain(..) {
+                    websocket.feed(frame).await?;
+                }
+                websocket.flush().await
+            });
+            // Nearly every write fits into the system's buffer: only one that does not needs a
+            // timer.
+            match write.as_mut().now_or_never() {
+                Some(written) => Ok(written),
+                None => timeout(self.services.config.limits.write_timeout, write).await,
             }
-            websocket.flush().await
-        })
-        .await;
+        };
         if batch.capacity() > BATCH_KEPT {
             *batch = Vec::new();
         }
