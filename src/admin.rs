@@ -75,12 +75,8 @@ fn is_allowed(token: &Secret, ask: &Ask) -> bool {
     if token.is_empty() {
         return true;
     }
-    let given = ask
-        .headers()
+    ask.headers()
         .get(header::AUTHORIZATION)
-        .and_then(|value| value.as_bytes().strip_prefix(b"Bearer "))
-        .unwrap_or_default();
-    let wanted = token.expose().as_bytes();
-    given.len() == wanted.len()
-        && given.iter().zip(wanted).fold(0, |difference, (a, b)| difference | (a ^ b)) == 0
+        .and_then(|value| value.to_str().ok()?.strip_prefix("Bearer "))
+        .is_some_and(|given| token.is(given))
 }

@@ -12,7 +12,7 @@ use figment::{
 };
 use serde::{Deserialize, Deserializer, de};
 
-use crate::{auth::jwt::Secret, db, topic_rules::Rule};
+use crate::{auth::jwt::Secret, db, protocol::payload::OPAQUE_KEY_PREFIX, topic_rules::Rule};
 
 const DEFAULTS: &str = include_str!("defaults.toml");
 
@@ -37,6 +37,10 @@ pub struct Config {
     pub migrate_database_url: Secret,
     /// HS256 secret of the project.
     pub jwt_secret: Secret,
+    /// A key that stands for the role `anon`: `sb_publishable_…`; empty is none.
+    pub publishable_key: Secret,
+    /// A key that stands for the role `service_role`: `sb_secret_…`; empty is none.
+    pub secret_key: Secret,
     /// Log filter, as `tracing-subscriber` reads it: `info`, `tidegate=debug`.
     pub log: String,
     /// What clients notice.
@@ -270,6 +274,13 @@ impl Config {
                 mistakes.push(format!("{name}: must be longer than 0s"));
             }
         }
+        for (name, key) in
+            [("publishable_key", &self.publishable_key), ("secret_key", &self.secret_key)]
+        {
+            if !key.is_empty() && !key.expose().starts_with(OPAQUE_KEY_PREFIX) {
+                mistakes.push(format!("{name}: expected a key that begins with sb_"));
+            }
+        }
         for (number, rule) in self.topic.iter().enumerate() {
             let before = &self.topic[..number];
             if rule.listen.is_some() && before.iter().any(|it| it.listen == rule.listen) {
@@ -311,8 +322,15 @@ fn hide_password(url: &str) -> String {
 }
 
 /// The settings whose values are never shown whole.
-const SECRETS: [&str; 5] =
-    ["admin_token", "database_url", "notify_database_url", "migrate_database_url", "jwt_secret"];
+const SECRETS: [&str; 7] = [
+    "admin_token",
+    "database_url",
+    "notify_database_url",
+    "migrate_database_url",
+    "jwt_secret",
+    "publishable_key",
+    "secret_key",
+];
 
 impl Effective {
     /// The settings as a file that could be read again, but for the secrets.

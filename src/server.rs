@@ -82,7 +82,9 @@ impl Services {
             metrics: Metrics::new(),
             hub: Arc::default(),
             rules,
-            verifier: Verifier::new(&config.jwt_secret, config.limits.token_bytes_max),
+            verifier: Verifier::new(&config.jwt_secret, config.limits.token_bytes_max)
+                .with_opaque_key(&config.publishable_key, "anon")
+                .with_opaque_key(&config.secret_key, "service_role"),
             listens: Arc::new(Listens::new(config.relay.listens_max)),
             sockets: Mutex::default(),
             connections: TaskTracker::new(),

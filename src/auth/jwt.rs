@@ -18,7 +18,10 @@ use jsonwebtoken::{
 use parking_lot::Mutex;
 use serde_json::{Map, Value};
 
-use crate::protocol::error_code::{ErrorCode, Refusal};
+use crate::protocol::{
+    error_code::{ErrorCode, Refusal},
+    payload::OPAQUE_KEY_PREFIX,
+};
 
 /// Most verified tokens that are remembered; 10,000 viewers share one anon key.
 const REMEMBERED_MAX: usize = 16_384;
@@ -35,6 +38,14 @@ impl Secret {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
+    }
+
+    /// Whether `text` is the secret, asked in constant time; an unset secret is nothing.
+    #[must_use]
+    pub fn is(&self, text: &str) -> bool {
+        let (given, wanted) = (text.as_bytes(), self.0.as_bytes());
+        let differ = given.iter().zip(wanted).fold(0, |differ, (a, b)| differ | (a ^ b));
+        !wanted.is_empty() && given.len() == wanted.len() && differ == 0
     }
 
     /// The secret itself, for the one place that needs it.
@@ -102,6 +113,12 @@ pub struct Token {
 }
 
 impl Token {
+    /// A token that is no JWT, says nothing but the role, and does not end.
+    fn of_role(role: &str) -> Self {
+        let claims = Claims { role: role.into(), exp: i64::MAX, all: Map::new() };
+        Self { text: "".into(), claims }
+    }
+
     /// Whether this is the same token, to the letter.
     #[must_use]
     pub fn is(&self, text: &str) -> bool {
@@ -224,6 +241,8 @@ pub struct Verifier {
     /// Tokens whose signature has been verified, so that one anon key is parsed and kept once.
     /// At the bound those that nobody holds are forgotten; if all are held, the next is not kept.
     remembered: Mutex<Remembered>,
+    /// Keys that are no JWTs, and the tokens that they stand for.
+    opaque: Vec<(Secret, Arc<Token>)>,
     anonymous: Arc<Token>,
 }
 
@@ -241,11 +260,18 @@ impl Verifier {
             validation,
             token_bytes_max,
             remembered: Mutex::default(),
-            anonymous: Arc::new(Token {
-                text: "".into(),
-                claims: Claims { role: "anon".into(), exp: i64::MAX, all: Map::new() },
-            }),
+            opaque: Vec::new(),
+            anonymous: Arc::new(Token::of_role("anon")),
         }
+    }
+
+    /// Takes `key`, which begins with `sb_`, for a token of this role; an empty key is none.
+    #[must_use]
+    pub fn with_opaque_key(mut self, key: &Secret, role: &str) -> Self {
+        if !key.is_empty() {
+            self.opaque.push((key.clone(), Arc::new(Token::of_role(role))));
+        }
+        self
     }
 
     /// What is left of somebody whose tokens have all expired: the role `anon`, no claims.
@@ -259,6 +285,10 @@ impl Verifier {
     /// # Errors
     /// [`TokenError`]; signature before expiry before claims.
     pub fn verify(&self, text: &str, now: i64) -> Result<Arc<Token>, TokenError> {
+        if text.starts_with(OPAQUE_KEY_PREFIX) {
+            let known = self.opaque.iter().find(|(key, _)| key.is(text));
+            return known.map(|(_, token)| Arc::clone(token)).ok_or(TokenError::Malformed);
+        }
         let remembered = self.remembered.lock().tokens.get(text).cloned();
         if let Some(token) = remembered {
             token.check_expiry(now)?;
@@ -446,6 +476,20 @@ mod tests {
         assert_eq!(verifier.verify(&none, NOW).unwrap_err(), TokenError::NoSigner { kid: None });
         for text in ["", "garbage", "a.b.c", "a.b", "ey.ey"] {
             assert_eq!(verifier.verify(text, NOW).unwrap_err(), TokenError::Malformed, "{text}");
+        }
+    }
+
+    #[test]
+    fn an_opaque_key_stands_for_its_role_and_an_unknown_one_for_nothing() {
+        let verifier = Verifier::new(&Secret::from("right"), 8192)
+            .with_opaque_key(&Secret::from("sb_publishable_a"), "anon")
+            .with_opaque_key(&Secret::from("sb_secret_b"), "service_role")
+            .with_opaque_key(&Secret::default(), "nobody");
+        let role = |key| verifier.verify(key, NOW).map(|token| token.claims.role.to_string());
+        assert_eq!(role("sb_publishable_a").unwrap(), "anon");
+        assert_eq!(role("sb_secret_b").unwrap(), "service_role");
+        for key in ["sb_", "sb_secret_", "sb_secret_bb", "sb_publishable_b"] {
+            assert_eq!(role(key).unwrap_err(), TokenError::Malformed, "{key}");
         }
     }
 

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use serde_json::{Value, json};
-use tidegate::protocol::serializer::Serializer;
+use tidegate::{auth::jwt::Secret, protocol::serializer::Serializer};
 use tokio::{io::AsyncWriteExt, net::TcpStream, task::JoinSet};
 
 use crate::support::{
@@ -376,5 +376,27 @@ async fn what_is_not_http_is_refused_and_harms_nobody() {
     other.expect_nothing().await;
     other.close().await;
     Client::connect(&server, Serializer::V2).await.close().await;
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn an_opaque_key_opens_a_socket_and_a_rest_broadcast_as_its_role() {
+    let mut config = config();
+    config.publishable_key = Secret::from("sb_publishable_key");
+    config.secret_key = Secret::from("sb_secret_key");
+    let server = TestServer::start_with(config);
+    let mut viewer = Client::with_token(&server, Serializer::V1, "sb_publishable_key").await;
+    viewer.join("cache_invalidate_AB3028").await;
+    let body = r#"{"messages":[{"topic":"cache_invalidate_AB3028","event":"e","payload":{}}]}"#;
+    for key in ["sb_publishable_key", "sb_secret_key"] {
+        let head = format!("POST /api/broadcast HTTP/1.1\r\napikey: {key}");
+        assert_eq!(TestServer::request(server.public, &head, body).await.0, 202);
+    }
+    // Only the secret key may write there.
+    assert_eq!(viewer.broadcast().await.1["event"], "e");
+    viewer.expect_nothing().await;
+    let refused = Client::refused(&server, "/realtime/v1/websocket?apikey=sb_secret_other").await;
+    assert_eq!(refused.status(), 401);
+    viewer.close().await;
     server.stop().await;
 }
