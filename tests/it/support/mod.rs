@@ -5,4 +5,5 @@ pub(crate) mod postgres;
 pub(crate) mod proxy;
 pub(crate) mod raw;
 pub(crate) mod server;
+pub(crate) mod system;
 pub(crate) mod token;
