@@ -1,5 +1,8 @@
--- The cache invalidation system: triggers on art, votes, bids and art_media that notify
+-- The cache invalidation system: triggers on art, votes, bids, art_media, event_artists,
+-- round_contestants, artwork_offers, payment_processing and events that notify
 -- cache_invalidate_<EID> and global_cache_stats, and auction_winner_<EID> when an artwork is sold.
+-- What cache_invalidate_<EID> is notified of stands in tidegate.broadcast_history, too, written by
+-- the same transaction.
 --
 -- Run it as a role that owns the tables, again whenever tables or this file have changed, or to
 -- enable everything after an emergency:
@@ -12,12 +15,14 @@
 -- A write never fails because of a trigger, and hardly waits for one:
 --   * Columns are read through to_jsonb(NEW) and to_jsonb(OLD): a missing column is null, no error.
 --   * DECLARE has no initialisers, because their errors escape the exception handler.
---   * Every lookup and every pg_notify has a guarded block of its own, because an exception undoes
---     what its block has notified. What goes wrong is recorded in tidegate.trigger_failures.
+--   * Every lookup, every pg_notify and every row of the history has a guarded block of its own,
+--     because an exception undoes what its block has done. What goes wrong is recorded in
+--     tidegate.trigger_failures.
 --   * A payload that NOTIFY would refuse becomes a pointer: it invalidates the whole event.
 --   * Nothing is notified while the queue is more than half full: a full queue raises at COMMIT,
---     where nothing can catch it.
---   * lock_timeout is 50 ms within the trigger.
+--     where nothing can catch it. The history is written even then.
+--   * A transaction writes at most 50 rows of history per event, then one pointer.
+--   * lock_timeout is 50 ms within the trigger, and a transaction waits for the history once.
 
 do $$
 begin
@@ -36,10 +41,29 @@ begin
             message text
         );
     end if;
+    -- As in migrations/schema/0002_broadcast_history.sql, which may run before or after.
+    if to_regclass('tidegate.broadcast_history') is null then
+        create table tidegate.broadcast_history (
+            id bigint generated always as identity primary key,
+            eid text not null,
+            type text,
+            table_name text,
+            operation text,
+            endpoints text[] not null,
+            payload text not null,
+            xact xid8 not null default pg_current_xact_id(),
+            at timestamptz not null default clock_timestamp()
+        );
+        create index broadcast_history_xact_idx on tidegate.broadcast_history (xact);
+        create index broadcast_history_eid_at_idx on tidegate.broadcast_history (eid, at);
+        create index broadcast_history_at_idx on tidegate.broadcast_history (at);
+    end if;
 end
 $$;
 comment on table tidegate.trigger_failures is
     'What went wrong in a cache invalidation trigger, newest last; never data of the row.';
+comment on table tidegate.broadcast_history is
+    'What the viewers of each event were told: the payload is what was notified, byte for byte.';
 
 -- Functions by our names that an earlier system has left with another signature or result would
 -- stay callable beside ours, or forbid to replace them.
@@ -53,11 +77,15 @@ begin
         where p.pronamespace = 'public'::regnamespace
             and p.proname in (
                 'manual_cache_invalidation',
+                'get_cache_invalidation_stats',
                 'enable_cache_invalidation',
                 'disable_cache_invalidation'
             )
             and (p.proname, pg_get_function_arguments(p.oid), pg_get_function_result(p.oid)) not in (
                 ('manual_cache_invalidation', 'p_event_eid text, p_endpoint text DEFAULT NULL::text', 'jsonb'),
+                ('get_cache_invalidation_stats',
+                    'p_event_eid text DEFAULT NULL::text, p_minutes_back integer DEFAULT 60',
+                    'TABLE(event_eid text, table_name text, operation text, count bigint, last_invalidation timestamp with time zone)'),
                 ('enable_cache_invalidation', '', 'integer'),
                 ('disable_cache_invalidation', '', 'integer')
             )
@@ -116,7 +144,9 @@ begin
     end if;
 exception
     when others then
-        null; -- There is nowhere left to say so, and the write matters more.
+        -- There is nowhere left to say so, and the write matters more. The exception has undone the
+        -- count, without which each row of a statement would wait for a locked table again.
+        perform set_config('tidegate.failure_count', (coalesce(v_count, 0) + 1)::text, true);
 end
 $$;
 
@@ -138,7 +168,18 @@ begin
 end
 $$;
 
--- What a row of one of the four tables means to the viewers of its event: the message without its
+-- The endpoint of an artwork's bids, or null for one that has no round or no easel.
+create or replace function tidegate.bids_endpoint(p_eid text, p_round text, p_easel text)
+returns text
+language plpgsql
+set search_path = ''
+as $$
+begin
+    return '/live/event/' || p_eid || '-' || nullif(p_round, '') || '-' || nullif(p_easel, '') || '/bids';
+end
+$$;
+
+-- What a row of one of the tables means to the viewers of its event: the message without its
 -- stamp, or null where the row belongs to no event.
 create or replace function tidegate.describe_change(p_table text, p_operation text, p_row jsonb)
 returns jsonb
@@ -149,11 +190,12 @@ declare
     v_uuid text;
     v_reference text;
     v_artwork jsonb;
+    v_round_row jsonb;
     v_event_id text;
     v_eid text;
     v_failed boolean;
     v_event text;
-    v_round text;
+    v_round jsonb;
     v_easel text;
     v_message jsonb;
 begin
@@ -161,15 +203,35 @@ begin
     v_failed := false;
     v_eid := nullif(p_row ->> 'eid', '');
 
-    -- The artwork, where the row itself does not say all that is needed of it.
+    -- The artwork, or a contestant's round, where the row itself does not say all that is needed.
     if p_table = 'art' then
         v_artwork := p_row;
-    else
+    elsif p_table = 'round_contestants' then
+        v_reference := p_row ->> 'round_id';
+        if v_reference is not null
+            and (
+                (v_eid is null and p_row ->> 'event_id' is null)
+                or p_row ->> 'round' is null
+            )
+        then
+            begin
+                if to_regclass('public.rounds') is not null then
+                    select to_jsonb(r) into v_round_row
+                    from public.rounds r where r.id = v_reference::uuid;
+                end if;
+            exception
+                when others then
+                    v_failed := true;
+                    perform tidegate.record_failure(
+                        p_table, p_operation, v_eid, sqlstate, 'looking up the round', sqlerrm);
+            end;
+        end if;
+    elsif p_table not in ('events', 'event_artists') then
         v_reference := coalesce(p_row ->> 'art_uuid', p_row ->> 'art_id', p_row ->> 'artwork_id');
         if v_reference is not null
             and (
                 (v_eid is null and p_row ->> 'event_id' is null)
-                or p_table <> 'art_media'
+                or p_table not in ('art_media', 'artwork_offers')
                 and (p_row ->> 'round' is null or p_row ->> 'easel' is null or v_reference !~ v_uuid)
             )
         then
@@ -190,9 +252,11 @@ begin
         end if;
     end if;
 
-    -- The event: as the row says, else as its artwork says.
-    foreach v_event_id in array array[p_row ->> 'event_id', v_artwork ->> 'event_id'] loop
-        exit when v_eid is not null;
+    -- The event: as the row says, else as its artwork or its round says.
+    foreach v_event_id in array
+        array[p_row ->> 'event_id', v_artwork ->> 'event_id', v_round_row ->> 'event_id']
+    loop
+        exit when v_eid is not null or p_table = 'events';
         continue when v_event_id is null;
         begin
             select e.eid into v_eid from public.events e where e.id = v_event_id::uuid;
@@ -206,11 +270,12 @@ begin
     if v_eid is null then
         -- A row without any reference, or whose artwork has no event, concerns nobody. One whose
         -- reference leads nowhere is a change that some viewer is not told of.
-        if not v_failed
+        if not v_failed and p_table <> 'events'
             and (
                 p_row ->> 'event_id' is not null
                 or v_artwork ->> 'event_id' is not null
-                or (v_reference is not null and v_artwork is null)
+                or v_round_row ->> 'event_id' is not null
+                or (v_reference is not null and v_artwork is null and v_round_row is null)
             )
         then
             perform tidegate.record_failure(
@@ -227,34 +292,60 @@ begin
     end if;
 
     v_event := '/live/event/' || v_eid;
-    v_round := coalesce(p_row ->> 'round', v_artwork ->> 'round');
-    v_easel := coalesce(p_row ->> 'easel', v_artwork ->> 'easel');
-    v_message := jsonb_build_object(
-        'event_eid', v_eid,
-        'art_id', coalesce(v_artwork ->> 'id', v_reference)
-    );
+    v_message := jsonb_build_object('event_eid', v_eid);
+    if p_table = 'events' then
+        return v_message || jsonb_build_object(
+            'type', 'event_status_changed', 'endpoints', jsonb_build_array(v_event));
+    elsif p_table = 'event_artists' then
+        return v_message || jsonb_build_object(
+            'type', 'event_artists_updated',
+            'endpoints', jsonb_build_array(v_event, v_event || '/artists'),
+            'artist_id', p_row -> 'artist_id');
+    elsif p_table = 'round_contestants' then
+        return v_message || jsonb_build_object(
+            'type', 'round_contestants_updated',
+            'endpoints', jsonb_build_array(v_event, v_event || '/artists'),
+            'artist_id', p_row -> 'artist_id',
+            'round', coalesce(
+                nullif(p_row -> 'round', 'null'),
+                nullif(v_round_row -> 'round_number', 'null'),
+                v_round_row -> 'round'));
+    end if;
+
+    v_message := v_message || jsonb_build_object('art_id', coalesce(v_artwork ->> 'id', v_reference));
     if p_table = 'art_media' then
         if p_row ? 'artwork_id' then
             v_message := v_message || jsonb_build_object('artwork_id', p_row ->> 'artwork_id');
         end if;
         return v_message || jsonb_build_object(
             'type', 'media_updated', 'endpoints', jsonb_build_array(v_event || '/media'));
+    elsif p_table = 'artwork_offers' then
+        return v_message || jsonb_build_object(
+            'type', 'artwork_offer_updated',
+            'endpoints', jsonb_build_array(v_event),
+            'offer_id', p_row -> 'id',
+            'status', p_row -> 'status');
     end if;
-    v_message := v_message || jsonb_build_object(
-        'round', coalesce(nullif(p_row -> 'round', 'null'), v_artwork -> 'round'),
-        'easel', v_easel
-    );
+
+    v_round := coalesce(nullif(p_row -> 'round', 'null'), v_artwork -> 'round');
+    v_easel := coalesce(p_row ->> 'easel', v_artwork ->> 'easel');
+    v_message := v_message || jsonb_build_object('round', v_round, 'easel', v_easel);
     if p_table = 'votes' then
         return v_message || jsonb_build_object(
             'type', 'vote_cast', 'endpoints', jsonb_build_array(v_event));
     elsif p_table = 'bids' then
         return v_message || jsonb_build_object(
             'type', 'bid_placed',
-            -- Without a round or an easel the second is null, and null is no endpoint.
+            -- Null is no endpoint.
             'endpoints', to_jsonb(array_remove(
-                array[v_event, v_event || '-' || nullif(v_round, '') || '-' || nullif(v_easel, '') || '/bids'],
-                null)),
+                array[v_event, tidegate.bids_endpoint(v_eid, v_round #>> '{}', v_easel)], null)),
             'amount', p_row -> 'amount');
+    elsif p_table = 'payment_processing' then
+        return v_message || jsonb_build_object(
+            'type', 'payment_status_changed',
+            'endpoints', jsonb_build_array(v_event),
+            'payment_status', coalesce(p_row -> 'status', p_row -> 'payment_status'),
+            'payment_amount', coalesce(p_row -> 'amount', p_row -> 'payment_amount'));
     end if;
     return v_message || jsonb_build_object(
         'type', 'art_updated', 'endpoints', jsonb_build_array(v_event, v_event || '/media'));
@@ -341,6 +432,121 @@ exception
 end
 $$;
 
+-- The payload itself, or a pointer in its place where NOTIFY would refuse it.
+create or replace function tidegate.fit(p_table text, p_operation text, p_payload jsonb)
+returns jsonb
+language plpgsql
+set search_path = ''
+as $$
+begin
+    if octet_length(p_payload::text) < 8000 then
+        return p_payload;
+    end if;
+    perform tidegate.record_failure(
+        p_table, p_operation, p_payload ->> 'event_eid', '22023',
+        'a payload of ' || octet_length(p_payload::text) || ' bytes was replaced by a pointer');
+    return tidegate.pointer(p_payload);
+end
+$$;
+
+-- What invalidates the whole event of a payload, under the payload's id if it has one.
+create or replace function tidegate.pointer(p_payload jsonb)
+returns jsonb
+language plpgsql
+set search_path = ''
+as $$
+declare
+    v_event text;
+begin
+    v_event := '/live/event/' || (p_payload ->> 'event_eid');
+    return jsonb_strip_nulls(jsonb_build_object('id', p_payload -> 'id'))
+        || jsonb_build_object(
+            'type', p_payload -> 'type',
+            'event_eid', p_payload -> 'event_eid',
+            'endpoints', jsonb_build_array(v_event, v_event || '/media'),
+            'pointer', true
+        ) || tidegate.stamp();
+end
+$$;
+
+-- Writes a payload into the history, and gives what to notify, in order: the payload, which then
+-- carries the id of its row. A transaction gets 50 rows per event, because each is a
+-- subtransaction, of which 64 are cheap, and then one pointer; payloads after it carry its id.
+-- Raises where there is no history.
+create or replace function tidegate.remember(p_table text, p_operation text, p_payload jsonb)
+returns jsonb[]
+language plpgsql
+set search_path = ''
+as $$
+declare
+    v_eid text;
+    v_written jsonb;
+    v_count integer;
+    v_pointer bigint;
+    v_id bigint;
+    v_payload jsonb;
+begin
+    -- A statement of a thousand rows waits for a locked history once.
+    if current_setting('tidegate.history_failed', true) = 'on' then
+        raise exception 'given up after an earlier failure of this transaction'
+            using errcode = 'object_not_in_prerequisite_state';
+    end if;
+    v_eid := p_payload ->> 'event_eid';
+    -- {"AB3028": {"count": 51, "pointer": 1234}}; a savepoint that is rolled back takes its rows
+    -- and its part of this along.
+    v_written := coalesce(nullif(current_setting('tidegate.history_written', true), ''), '{}')::jsonb;
+    v_count := coalesce((v_written -> v_eid ->> 'count')::integer, 0);
+    v_pointer := (v_written -> v_eid ->> 'pointer')::bigint;
+    if v_pointer is not null then
+        return array[tidegate.fit(p_table, p_operation, p_payload || jsonb_build_object('id', v_pointer))];
+    end if;
+
+    v_id := nextval('tidegate.broadcast_history_id_seq');
+    v_payload := p_payload || jsonb_build_object('id', v_id);
+    if v_count < 50 then
+        v_payload := tidegate.fit(p_table, p_operation, v_payload);
+    else
+        v_pointer := v_id;
+        v_payload := tidegate.pointer(v_payload);
+    end if;
+    insert into tidegate.broadcast_history (id, eid, type, table_name, operation, endpoints, payload)
+    overriding system value
+    values (
+        v_id, v_eid, v_payload ->> 'type', p_table, p_operation,
+        array(select jsonb_array_elements_text(v_payload -> 'endpoints')),
+        v_payload::text
+    );
+    v_written := v_written || jsonb_build_object(
+        v_eid, jsonb_build_object('count', v_count + 1, 'pointer', v_pointer));
+    perform set_config('tidegate.history_written', v_written::text, true);
+    if v_pointer is null then
+        return array[v_payload];
+    end if;
+    return array[
+        v_payload,
+        tidegate.fit(p_table, p_operation, p_payload || jsonb_build_object('id', v_pointer))
+    ];
+end
+$$;
+
+-- What remember() gives, or the payload without an id where the history cannot be written, which
+-- is recorded.
+create or replace function tidegate.try_remember(p_table text, p_operation text, p_payload jsonb)
+returns jsonb[]
+language plpgsql
+set search_path = ''
+as $$
+begin
+    return tidegate.remember(p_table, p_operation, p_payload);
+exception
+    when others then
+        perform set_config('tidegate.history_failed', 'on', true);
+        perform tidegate.record_failure(
+            p_table, p_operation, p_payload ->> 'event_eid', sqlstate, 'writing the history', sqlerrm);
+        return array[tidegate.fit(p_table, p_operation, p_payload)];
+end
+$$;
+
 -- Tells an event's viewers and the monitoring channel what describe_change() found, if anything.
 create or replace function tidegate.publish(p_table text, p_operation text, p_message jsonb)
 returns void
@@ -349,29 +555,17 @@ set search_path = ''
 as $$
 declare
     v_eid text;
-    v_event text;
     v_payload jsonb;
 begin
     if p_message is null then
         return;
     end if;
     v_eid := p_message ->> 'event_eid';
-
-    v_payload := p_message || tidegate.stamp();
-    if octet_length(v_payload::text) >= 8000 then
-        perform tidegate.record_failure(
-            p_table, p_operation, v_eid, '22023',
-            'a payload of ' || octet_length(v_payload::text) || ' bytes was replaced by a pointer');
-        v_event := '/live/event/' || v_eid;
-        v_payload := jsonb_build_object(
-            'type', p_message -> 'type',
-            'event_eid', v_eid,
-            'endpoints', jsonb_build_array(v_event, v_event || '/media'),
-            'pointer', true
-        ) || tidegate.stamp();
-    end if;
-    perform tidegate.send(p_table, p_operation, v_eid, 'cache_invalidate_' || v_eid, v_payload);
-
+    foreach v_payload in array
+        tidegate.try_remember(p_table, p_operation, p_message || tidegate.stamp())
+    loop
+        perform tidegate.send(p_table, p_operation, v_eid, 'cache_invalidate_' || v_eid, v_payload);
+    end loop;
     perform tidegate.send(
         p_table, p_operation, v_eid, 'global_cache_stats',
         jsonb_build_object('event_eid', v_eid, 'table', p_table, 'operation', p_operation)
@@ -379,7 +573,25 @@ begin
 end
 $$;
 
--- The trigger of all four tables.
+-- An artwork's message with the endpoint of its bids, if it has one.
+create or replace function tidegate.with_bids(p_message jsonb, p_artwork jsonb)
+returns jsonb
+language plpgsql
+set search_path = ''
+as $$
+declare
+    v_bids text;
+begin
+    v_bids := tidegate.bids_endpoint(
+        p_message ->> 'event_eid', p_artwork ->> 'round', p_artwork ->> 'easel');
+    if v_bids is null then
+        return p_message;
+    end if;
+    return jsonb_set(p_message, '{endpoints}', (p_message -> 'endpoints') || to_jsonb(v_bids));
+end
+$$;
+
+-- The trigger of all tables.
 create or replace function tidegate.cache_invalidation()
 returns trigger
 language plpgsql
@@ -393,6 +605,7 @@ declare
     v_message jsonb;
     v_former jsonb;
     v_sale jsonb;
+    v_was_elsewhere boolean;
 begin
     begin
         if tg_op <> 'INSERT' then
@@ -401,14 +614,35 @@ begin
         if tg_op <> 'DELETE' then
             v_new := to_jsonb(new);
         end if;
+        -- Viewers see how a payment ends, and nothing of its way there.
+        if tg_table_name = 'payment_processing' and (
+            coalesce(v_new ->> 'status', v_new ->> 'payment_status', '') not in ('completed', 'failed')
+            or not exists (
+                select
+                from unnest(array['status', 'payment_status', 'amount', 'payment_amount', 'art_id']) as k
+                where v_old -> k is distinct from v_new -> k
+            )
+        ) then
+            return null;
+        end if;
         v_message := tidegate.describe_change(tg_table_name, tg_op, coalesce(v_new, v_old));
 
         -- A row that moved concerns the viewers of the place that it left, too.
-        if tg_op = 'UPDATE' and exists (
-            select from unnest(array['eid', 'event_id', 'art_uuid', 'art_id', 'artwork_id']) as k
+        v_was_elsewhere := tg_table_name = 'art' and tg_op = 'UPDATE' and exists (
+            select from unnest(array['round', 'easel']) as k
+            where v_old -> k is distinct from v_new -> k
+        );
+        if v_was_elsewhere or tg_op = 'UPDATE' and exists (
+            select
+            from unnest(array['eid', 'event_id', 'round_id', 'art_uuid', 'art_id', 'artwork_id']) as k
             where v_old -> k is distinct from v_new -> k
         ) then
             v_former := tidegate.describe_change(tg_table_name, tg_op, v_old);
+            -- The bids of an artwork are found under its round and easel.
+            if v_was_elsewhere then
+                v_message := tidegate.with_bids(v_message, v_new);
+                v_former := tidegate.with_bids(v_former, v_old);
+            end if;
             if v_former -> 'event_eid' = v_message -> 'event_eid' then
                 select jsonb_set(v_message, '{endpoints}', jsonb_agg(endpoint order by first))
                 into v_message
@@ -496,6 +730,7 @@ returns jsonb
 language plpgsql
 security definer
 set search_path = ''
+set lock_timeout = '50ms'
 as $$
 declare
     v_event text;
@@ -518,7 +753,9 @@ begin
             else jsonb_build_array(p_endpoint)
         end
     ) || tidegate.stamp();
-    perform pg_catalog.pg_notify('cache_invalidate_' || p_event_eid, v_payload::text);
+    foreach v_payload in array tidegate.try_remember('manual', 'MANUAL', v_payload) loop
+        perform pg_catalog.pg_notify('cache_invalidate_' || p_event_eid, v_payload::text);
+    end loop;
     perform pg_catalog.pg_notify(
         'global_cache_stats',
         (
@@ -526,6 +763,64 @@ begin
                 || tidegate.stamp() - 'cache_version'
         )::text);
     return v_payload;
+end
+$$;
+
+-- How often each table has invalidated each event, by operation, the latest first. A transaction
+-- that changes more than 50 rows of an event counts as 51.
+create or replace function public.get_cache_invalidation_stats(
+    p_event_eid text default null,
+    p_minutes_back integer default 60
+)
+returns table (
+    event_eid text,
+    table_name text,
+    operation text,
+    count bigint,
+    last_invalidation timestamptz
+)
+language sql
+stable
+security definer
+set search_path = ''
+as $$
+    select h.eid, h.table_name, h.operation, count(*), max(h.at)
+    from tidegate.broadcast_history h
+    where h.at >= statement_timestamp() - make_interval(mins => p_minutes_back)
+        and (p_event_eid is null or h.eid = p_event_eid)
+    group by h.eid, h.table_name, h.operation
+    order by max(h.at) desc, h.eid, h.table_name, h.operation
+$$;
+
+-- Deletes what the history has kept longer than p_keep, the oldest first and at most p_limit rows,
+-- and gives their number. Rows that another session is deleting are skipped.
+create or replace function tidegate.forget_history(p_keep interval, p_limit integer default 1000)
+returns integer
+language plpgsql
+security definer
+set search_path = ''
+set lock_timeout = '1s'
+as $$
+declare
+    v_before timestamptz;
+    v_count integer;
+begin
+    if p_keep is null or p_keep < interval '0' then
+        raise exception 'the history is kept for an interval of time'
+            using errcode = 'invalid_parameter_value';
+    end if;
+    v_before := clock_timestamp() - p_keep;
+    with batch as materialized (
+        select h.id
+        from tidegate.broadcast_history h
+        where h.at < v_before
+        order by h.at
+        limit p_limit
+        for update skip locked
+    )
+    delete from tidegate.broadcast_history h using batch where h.id = batch.id;
+    get diagnostics v_count = row_count;
+    return v_count;
 end
 $$;
 
@@ -553,7 +848,12 @@ begin
             ('art', 'cache_invalidate_art_trigger', 'INSERT OR UPDATE'),
             ('votes', 'cache_invalidate_votes_trigger', 'INSERT OR DELETE OR UPDATE'),
             ('bids', 'cache_invalidate_bids_trigger', 'INSERT OR UPDATE'),
-            ('art_media', 'cache_invalidate_media_trigger', 'INSERT OR DELETE OR UPDATE')
+            ('art_media', 'cache_invalidate_media_trigger', 'INSERT OR DELETE OR UPDATE'),
+            ('event_artists', 'cache_invalidate_event_artists_trigger', 'INSERT OR DELETE OR UPDATE'),
+            ('round_contestants', 'cache_invalidate_round_contestants_trigger', 'INSERT OR DELETE OR UPDATE'),
+            ('artwork_offers', 'cache_invalidate_artwork_offers_trigger', 'INSERT OR DELETE OR UPDATE'),
+            ('payment_processing', 'cache_invalidate_payment_processing_trigger', 'UPDATE'),
+            ('events', 'cache_invalidate_events_trigger', 'UPDATE')
     loop
         if not exists (
             select from pg_catalog.pg_class c
@@ -629,12 +929,14 @@ declare
 begin
     revoke all on schema tidegate from public;
     revoke all on all tables in schema tidegate from public;
+    revoke all on all sequences in schema tidegate from public;
     for v_role in
         select quote_ident(r.rolname) from pg_catalog.pg_roles r
         where r.rolname in ('anon', 'authenticated')
     loop
         execute format('revoke all on schema tidegate from %s', v_role);
         execute format('revoke all on all tables in schema tidegate from %s', v_role);
+        execute format('revoke all on all sequences in schema tidegate from %s', v_role);
     end loop;
     for v_function, v_role in
         select p.oid::regprocedure, browsers.name
@@ -649,6 +951,7 @@ begin
             p.pronamespace = 'tidegate'::regnamespace
             or p.pronamespace = 'public'::regnamespace and p.proname in (
                 'manual_cache_invalidation',
+                'get_cache_invalidation_stats',
                 'enable_cache_invalidation',
                 'disable_cache_invalidation'
             )
@@ -661,12 +964,15 @@ begin
         select r.rolname from pg_catalog.pg_roles r where r.rolname in ('service_role', 'tidegate')
     loop
         execute format(
-            'grant execute on function public.manual_cache_invalidation(text, text) to %I', v_role);
+            'grant execute on function public.manual_cache_invalidation(text, text), '
+                'public.get_cache_invalidation_stats(text, integer) to %I',
+            v_role);
     end loop;
     if exists (select from pg_catalog.pg_roles where rolname = 'tidegate') then
         grant usage on schema tidegate to tidegate;
-        grant select, delete on tidegate.trigger_failures to tidegate;
-        grant execute on function tidegate.event_endpoints(text) to tidegate;
+        grant select, delete on tidegate.trigger_failures, tidegate.broadcast_history to tidegate;
+        grant execute on function
+            tidegate.event_endpoints(text), tidegate.forget_history(interval, integer) to tidegate;
     end if;
 end
 $$;

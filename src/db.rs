@@ -42,8 +42,10 @@ const PARAMETERS: [&str; 18] = [
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The gateway's own schema, one migration after the other.
-const SCHEMA: [(i64, &str, &str); 1] =
-    [(1, "gateway schema", include_str!("../migrations/schema/0001_gateway_schema.sql"))];
+const SCHEMA: [(i64, &str, &str); 2] = [
+    (1, "gateway schema", include_str!("../migrations/schema/0001_gateway_schema.sql")),
+    (2, "broadcast history", include_str!("../migrations/schema/0002_broadcast_history.sql")),
+];
 
 /// Why `migrate` could not do its work.
 #[derive(Debug, thiserror::Error)]

@@ -81,3 +81,48 @@ create table if not exists public.art_media (
     display_order integer not null default 0,
     created_at timestamptz not null default now()
 );
+
+create table if not exists public.rounds (
+    id uuid primary key default gen_random_uuid(),
+    event_id uuid references public.events (id) on delete cascade,
+    round_number integer,
+    is_finished boolean not null default false,
+    created_at timestamptz not null default now()
+);
+
+create table if not exists public.round_contestants (
+    id uuid primary key default gen_random_uuid(),
+    round_id uuid references public.rounds (id) on delete cascade,
+    artist_id uuid,
+    easel_number integer,
+    is_winner boolean not null default false,
+    created_at timestamptz not null default now()
+);
+
+create table if not exists public.event_artists (
+    id uuid primary key default gen_random_uuid(),
+    event_id uuid references public.events (id) on delete cascade,
+    artist_id uuid,
+    status text not null default 'invited',
+    created_at timestamptz not null default now()
+);
+
+create table if not exists public.artwork_offers (
+    id uuid primary key default gen_random_uuid(),
+    art_id uuid references public.art (id) on delete cascade,
+    offered_to_person_id uuid,
+    offered_amount numeric,
+    status text not null default 'pending',
+    expires_at timestamptz,
+    created_at timestamptz not null default now()
+);
+
+create table if not exists public.payment_processing (
+    id uuid primary key default gen_random_uuid(),
+    art_id uuid references public.art (id) on delete cascade,
+    person_id uuid,
+    amount numeric,
+    currency varchar(3) not null default 'USD',
+    status text not null default 'pending',
+    created_at timestamptz not null default now()
+);

@@ -13,6 +13,7 @@ mod bad_input;
 mod broadcast;
 mod commands;
 mod conformance;
+mod database_history;
 mod database_link;
 mod database_notify;
 mod database_objects;

@@ -23,6 +23,10 @@ pub(crate) const SECOND_ART: &str = "00000000-0000-4000-8000-0000000000a2";
 pub(crate) const OTHER_ART: &str = "00000000-0000-4000-8000-0000000000a3";
 /// Round 2 of AB3028, without an easel.
 pub(crate) const ART_WITHOUT_EASEL: &str = "00000000-0000-4000-8000-0000000000a4";
+/// Round 2 of AB3028, in production's shape.
+pub(crate) const ROUND: &str = "00000000-0000-4000-8000-0000000000c1";
+/// Round 1 of AB3029, in production's shape.
+pub(crate) const OTHER_ROUND: &str = "00000000-0000-4000-8000-0000000000c2";
 pub(crate) const PERSON: &str = "00000000-0000-4000-8000-0000000000b1";
 
 const CHANNELS: [&str; 5] = [
@@ -82,6 +86,25 @@ impl Shape {
         }
     }
 
+    /// The triggers that the system file makes: table, name, operations.
+    pub(crate) fn triggers(self) -> &'static [(&'static str, &'static str, usize)] {
+        const TRIGGERS: [(&str, &str, usize); 9] = [
+            ("art", "cache_invalidate_art_trigger", 2),
+            ("art_media", "cache_invalidate_media_trigger", 3),
+            ("bids", "cache_invalidate_bids_trigger", 2),
+            ("events", "cache_invalidate_events_trigger", 1),
+            ("votes", "cache_invalidate_votes_trigger", 3),
+            ("artwork_offers", "cache_invalidate_artwork_offers_trigger", 3),
+            ("event_artists", "cache_invalidate_event_artists_trigger", 3),
+            ("payment_processing", "cache_invalidate_payment_processing_trigger", 1),
+            ("round_contestants", "cache_invalidate_round_contestants_trigger", 3),
+        ];
+        match self {
+            Self::Seed => &TRIGGERS[..5],
+            Self::Production => &TRIGGERS,
+        }
+    }
+
     pub(crate) fn media_column(self) -> &'static str {
         match self {
             Self::Seed => "artwork_id",
@@ -96,7 +119,9 @@ impl Shape {
             Self::Seed => String::new(),
             Self::Production => format!(
                 "update art set art_code = 'AB3028-2-3' where id = '{ART}';
-                insert into people (id, nickname) values ('{PERSON}', 'Vermeer');"
+                insert into people (id, nickname) values ('{PERSON}', 'Vermeer');
+                insert into rounds (id, event_id, round_number)
+                values ('{ROUND}', '{EVENT}', 2), ('{OTHER_ROUND}', '{OTHER_EVENT}', 1);"
             ),
         };
         format!(
@@ -107,6 +132,15 @@ impl Shape {
             {codes}"
         )
     }
+}
+
+/// Gives AB3028 another name, of which no trigger tells.
+pub(crate) fn rename_event(eid: &str) -> String {
+    format!(
+        "set session_replication_role = replica;
+        update events set eid = '{eid}' where id = '{EVENT}';
+        reset session_replication_role;"
+    )
 }
 
 pub(crate) fn bid(art: &str, amount: u32) -> String {
@@ -156,11 +190,12 @@ impl Database {
     }
 
     /// Runs SQL and gives all that it has notified, in order: `[[channel, payload], …]`. The stamps
-    /// of the payloads are checked and taken out.
+    /// of the payloads, and their rows in the history, are checked and taken out.
     pub(crate) async fn told(&mut self, sql: &str) -> Value {
         self.run(sql).await;
         let mut told = Vec::new();
         for (channel, mut payload) in self.heard_until_marker().await {
+            self.take_id(&channel, &mut payload).await;
             take_stamp(&channel, &mut payload);
             told.push(json!([channel, payload]));
         }
@@ -188,6 +223,29 @@ impl Database {
             let payload = serde_json::from_str(next.payload()).unwrap();
             heard.push((next.channel().to_owned(), payload));
         }
+    }
+
+    /// `id` is that of the row of the history that holds this payload, on the events' channels only.
+    async fn take_id(&self, channel: &str, payload: &mut Value) {
+        let told = payload.to_string();
+        let id = payload.as_object_mut().unwrap().remove("id");
+        let Some(eid) = channel.strip_prefix("cache_invalidate_") else {
+            assert_eq!(id, None, "{channel}");
+            return;
+        };
+        let id = id.expect("the payload names its row").as_u64().unwrap();
+        let row = format!(
+            "select eid = '{eid}', type = payload::jsonb ->> 'type', payload
+            from tidegate.broadcast_history where id = {id}"
+        );
+        let row = self.run(&row).await;
+        let payload = row.strip_prefix("t|t|").expect("the history has the payload");
+        assert_eq!(serde_json::from_str::<Value>(payload).unwrap().to_string(), told);
+    }
+
+    /// These columns of the history, oldest first.
+    pub(crate) async fn history(&self, columns: &str) -> String {
+        self.run(&format!("select {columns} from tidegate.broadcast_history order by id")).await
     }
 
     /// The recorded failures, oldest first: `table|operation|event_eid|sqlstate|message`.
