@@ -3,7 +3,7 @@
 use std::{str::FromStr, time::Duration};
 
 use sqlx::{
-    ConnectOptions, Connection, Executor, PgPool, Row, SqlSafeStr,
+    ConnectOptions, Connection, Executor, PgConnection, PgPool, Row, SqlSafeStr,
     migrate::{Migration, MigrationType, Migrator},
     postgres::{PgConnectOptions, PgListener, PgPoolOptions},
 };
@@ -14,6 +14,9 @@ use crate::auth::jwt::Secret;
 
 /// The re-runnable file of triggers and functions.
 pub const SYSTEM_SQL: &str = include_str!("../migrations/broadcast_cache_invalidation_system.sql");
+
+/// The re-runnable file that takes everything of ours away.
+const UNINSTALL_SQL: &str = include_str!("../migrations/uninstall.sql");
 
 /// The parameters of a URL that the library reads. It warns of others with their values, which may
 /// be secrets.
@@ -47,7 +50,7 @@ const SCHEMA: [(i64, &str, &str); 2] = [
     (2, "broadcast history", include_str!("../migrations/schema/0002_broadcast_history.sql")),
 ];
 
-/// Why `migrate` could not do its work.
+/// Why `migrate` or `migrate --uninstall` could not do its work.
 #[derive(Debug, thiserror::Error)]
 pub enum MigrateError {
     /// No database was named.
@@ -65,6 +68,9 @@ pub enum MigrateError {
     /// The system file.
     #[error("migrations/broadcast_cache_invalidation_system.sql failed")]
     System(#[source] sqlx::Error),
+    /// The file that takes everything away.
+    #[error("migrations/uninstall.sql failed, and nothing was taken away")]
+    Uninstall(#[source] sqlx::Error),
 }
 
 /// What the URL says, and our name.
@@ -117,14 +123,7 @@ pub(crate) async fn heartbeat(listener: &mut PgListener) -> Result<(), sqlx::Err
 /// # Errors
 /// [`MigrateError`]; what was done before stays, and running again goes on from there.
 pub async fn migrate(url: &Secret) -> Result<(), MigrateError> {
-    if url.is_empty() {
-        return Err(MigrateError::NoUrl);
-    }
-    let options = options(url).map_err(MigrateError::Connect)?;
-    let mut connection = timeout(CONNECT_TIMEOUT, options.connect())
-        .await
-        .map_err(|_elapsed| MigrateError::Unanswered)?
-        .map_err(MigrateError::Connect)?;
+    let mut connection = connect(url).await?;
     let mut migrator = Migrator::with_migrations(
         SCHEMA
             .into_iter()
@@ -140,4 +139,26 @@ pub async fn migrate(url: &Secret) -> Result<(), MigrateError> {
     migrator.run(&mut connection).await.map_err(MigrateError::Schema)?;
     sqlx::raw_sql(SYSTEM_SQL).execute(&mut connection).await.map_err(MigrateError::System)?;
     connection.close().await.map_err(MigrateError::Connect)
+}
+
+/// Takes away what [`migrate`] has made, the history too; the role `tidegate` stays.
+///
+/// # Errors
+/// [`MigrateError`]; nothing was taken away, unless only the end of the session failed.
+pub async fn uninstall(url: &Secret) -> Result<(), MigrateError> {
+    let mut connection = connect(url).await?;
+    sqlx::raw_sql(UNINSTALL_SQL).execute(&mut connection).await.map_err(MigrateError::Uninstall)?;
+    connection.close().await.map_err(MigrateError::Connect)
+}
+
+/// A session as the role that owns the tables.
+async fn connect(url: &Secret) -> Result<PgConnection, MigrateError> {
+    if url.is_empty() {
+        return Err(MigrateError::NoUrl);
+    }
+    let options = options(url).map_err(MigrateError::Connect)?;
+    timeout(CONNECT_TIMEOUT, options.connect())
+        .await
+        .map_err(|_elapsed| MigrateError::Unanswered)?
+        .map_err(MigrateError::Connect)
 }

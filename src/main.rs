@@ -36,7 +36,11 @@ enum Command {
     /// Serves clients (the default)
     Serve,
     /// Creates or updates the database objects: schema tidegate, triggers, functions
-    Migrate,
+    Migrate {
+        /// Takes them away again, with the history; the role tidegate is left
+        #[arg(long)]
+        uninstall: bool,
+    },
     /// Prints a JWT signed with the project's secret
     Token {
         /// Postgres role: anon, authenticated, service_role
@@ -128,11 +132,16 @@ async fn run(cli: Cli) -> Result<(), Failure> {
             println!("listening public={public} admin={admin}");
             server.run(terminated).await;
         }
-        Command::Migrate => {
+        Command::Migrate { uninstall } => {
             let (config, _) = settings()?;
             start_logs(&config.log)?;
-            db::migrate(config.migrate_url()).await?;
-            println!("the database objects are up to date");
+            if uninstall {
+                db::uninstall(config.migrate_url()).await?;
+                println!("the database objects are gone");
+            } else {
+                db::migrate(config.migrate_url()).await?;
+                println!("the database objects are up to date");
+            }
         }
         Command::Token { role, claims, ttl } => {
             let (config, _) = settings()?;

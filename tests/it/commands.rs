@@ -657,3 +657,51 @@ async fn migrate_without_a_url_names_the_setting() {
     assert!(matches!(said.code, Some(1 | 64)), "{:?}", said.code);
     assert!(said.err.contains("TIDEGATE_DATABASE_URL"), "{}", said.err);
 }
+
+#[tokio::test]
+async fn migrate_takes_away_what_it_made_and_makes_it_again() {
+    let mut database = Database::create().await;
+    database.run(include_str!("../../migrations/examples/production_tables.sql")).await;
+    let url = database.url().to_owned();
+    // The role that may create triggers goes first, here as well.
+    let variables = [
+        ("TIDEGATE_DATABASE_URL", "postgres://127.0.0.1:1/none"),
+        ("TIDEGATE_MIGRATE_DATABASE_URL", &*url),
+    ];
+    let ours = "select (select count(*) from pg_namespace where nspname = 'tidegate')
+        + (select count(*) from pg_trigger where not tgisinternal)
+        + (select count(*) from pg_proc where pronamespace = 'public'::regnamespace)";
+    for _ in 0..2 {
+        let said = run(&["migrate"], &variables).await;
+        assert_eq!(said.code, Some(0), "{}", said.err);
+        // The schema, a trigger for each of nine tables, four functions.
+        assert_eq!(database.value::<i64>(ours).await, 14);
+        for _ in 0..2 {
+            let said = run(&["migrate", "--uninstall"], &variables).await;
+            assert_eq!((said.code, said.out.lines().count()), (Some(0), 1), "{}", said.err);
+            assert!(said.err.contains("role tidegate is left"), "{}", said.err);
+            assert_eq!(database.value::<i64>(ours).await, 0);
+        }
+    }
+    let said = run(&["migrate", "--uninstall"], &[]).await;
+    assert_eq!((said.code, &*said.out), (Some(1), ""));
+    assert!(said.err.contains("TIDEGATE_DATABASE_URL"), "{}", said.err);
+}
+
+#[tokio::test]
+async fn an_uninstall_that_fails_takes_nothing_away() {
+    let mut database = Database::create().await;
+    let url = database.url().to_owned();
+    assert_eq!(run(&["migrate"], &[("TIDEGATE_DATABASE_URL", &url)]).await.code, Some(0));
+    let stranger = format!("stranger_{}", database.name());
+    database.run(&format!("create role {stranger} login")).await;
+    let theirs = url.replace("postgres@", &format!("{stranger}@"));
+    let said = run(&["migrate", "--uninstall"], &[("TIDEGATE_DATABASE_URL", &theirs)]).await;
+    assert_eq!((said.code, &*said.out), (Some(1), ""), "{}", said.err);
+    assert!(said.err.contains("nothing was taken away: "), "{}", said.err);
+    assert!(said.err.contains("permission denied"), "the database's reason: {}", said.err);
+    let ours = "select count(*) from pg_proc where pronamespace = 'public'::regnamespace
+        and to_regclass('tidegate.broadcast_history') is not null";
+    assert_eq!(database.value::<i64>(ours).await, 4);
+    database.run(&format!("drop role {stranger}")).await;
+}

@@ -5,10 +5,11 @@ use std::time::Instant;
 
 use serde_json::{Value, json};
 use sqlx::{Connection as _, PgConnection};
+use tidegate::demo::cluster::Cluster;
 
 use crate::support::system::{
     ART, ART_WITHOUT_EASEL, Database, EVENT, OTHER_ART, OTHER_EVENT, OTHER_ROUND, PERSON, ROUND,
-    SECOND_ART, Shape, bid, stats, viewers, vote_cast,
+    SECOND_ART, Shape, bid, migration, stats, system_file, viewers, vote_cast,
 };
 
 const BID_COLUMNS: &str = "eid, type, table_name, operation, endpoints";
@@ -620,4 +621,47 @@ async fn the_history_is_forgotten_in_batches_the_oldest_first() {
         assert!(error.unwrap_err().to_string().contains("an interval of time"), "{wrong}");
     }
     assert_eq!(database.run(&left).await, "8-9, 2");
+}
+
+#[tokio::test]
+async fn what_is_uninstalled_is_gone_and_can_be_installed_again() {
+    let cluster = Cluster::start().await.unwrap();
+    let uninstall = migration("uninstall.sql");
+    for shape in Shape::BOTH {
+        let name = shape.database();
+        cluster.create_database(name).await.unwrap();
+        cluster.psql_file(name, &shape.tables()).await.unwrap();
+        // What an older system has left is not ours.
+        let old = "create function manual_cache_invalidation(a int) returns int language sql as 'select 1'";
+        let ours = "select count(*) from (
+                select oid from pg_proc where pronamespace = 'public'::regnamespace
+                union all select oid from pg_trigger where not tgisinternal
+                union all select oid from pg_namespace where nspname = 'tidegate'
+            ) as ours";
+        let before = cluster.psql(name, ours).await.unwrap();
+        for _ in 0..2 {
+            for file in ["schema/0001_gateway_schema.sql", "schema/0002_broadcast_history.sql"] {
+                cluster.psql_file(name, &migration(file)).await.unwrap();
+            }
+            cluster.psql_file(name, &system_file()).await.unwrap();
+            cluster
+                .psql(name, "insert into events (eid) values (null); update events set eid = eid")
+                .await
+                .unwrap();
+            for again in [false, true] {
+                let mut command = cluster.psql_command(name);
+                let output = command.arg("-f").arg(&uninstall).output().await.unwrap();
+                let notices = String::from_utf8_lossy(&output.stderr);
+                assert!(output.status.success(), "{notices}");
+                assert!(notices.contains("role tidegate is left"), "{again}: {notices}");
+                assert_eq!(cluster.psql(name, ours).await.unwrap(), before);
+            }
+            cluster.psql(name, "update events set eid = eid").await.unwrap();
+        }
+        cluster.psql(name, old).await.unwrap();
+        cluster.psql_file(name, &uninstall).await.unwrap();
+        assert_eq!(cluster.psql(name, "select manual_cache_invalidation(1)").await.unwrap(), "1");
+    }
+    // Nothing of ours holds the role.
+    cluster.psql("postgres", "drop role tidegate").await.unwrap();
 }
