@@ -18,7 +18,10 @@ use tidegate::{
     db, demo,
     server::{Server, raise_file_limit},
 };
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::{
+    runtime::Builder,
+    signal::unix::{SignalKind, signal},
+};
 
 /// Bad arguments or settings.
 const USAGE: u8 = 64;
@@ -73,7 +76,12 @@ fn main() -> ExitCode {
             return ExitCode::from(if error.use_stderr() { USAGE } else { 0 });
         }
     };
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
+    let runtime = match cli.command {
+        // One thread takes what has arrived meanwhile at once; several wake each other for each
+        // frame, on processors that the measured server needs.
+        Some(Command::Bench(_)) => Builder::new_current_thread().enable_all().build(),
+        Some(_) | None => Builder::new_multi_thread().enable_all().build(),
+    };
     let done = runtime.map_err(Failure::from).and_then(|it| it.block_on(Box::pin(run(cli))));
     match done {
         Ok(()) => ExitCode::SUCCESS,
