@@ -123,7 +123,8 @@ async fn run(cli: Cli) -> Result<(), Failure> {
                 .map_err(|error| Failure { exit: error.exit_code(), error: Box::new(error) });
         }
         Command::Demo(args) => {
-            start_logs("warn,tidegate=info")?;
+            // An action that the end cuts off is rolled back twice, of which the server gives notice.
+            start_logs("warn,sqlx::postgres::notice=error,tidegate=info")?;
             return Ok(demo::run(args, terminated()?).await?);
         }
         Command::Serve => {
