@@ -138,10 +138,8 @@ impl Socket {
             Ok(channel) => self.open(channel, reference.as_ref(), replaced),
             Err(refusal) => {
                 self.refusals -= 1;
-                self.refuse(topic, join_ref.as_ref(), reference.as_ref(), &refusal);
-                if let Some(replaced) = replaced {
-                    replaced.close(self.context());
-                }
+                let (join_ref, reference) = (join_ref.as_ref(), reference.as_ref());
+                self.refuse(topic, join_ref, reference, &refusal, replaced);
             }
         }
         self.handle(backlog).await;
@@ -210,7 +208,7 @@ impl Socket {
         let channels_max = self.services.config.limits.channels_per_socket_max;
         let (join_ref, reference) = (join.join_ref.clone(), join.reference.clone());
         let topic = join.topic.clone();
-        let admitted = if is_nameless {
+        let mut answer = if is_nameless {
             Err(Refusal::new(ErrorCode::TopicNameRequired))
         } else if self.services.draining.is_cancelled() {
             Err(Refusal::new(ErrorCode::RealtimeRestarting))
@@ -219,7 +217,6 @@ impl Socket {
         } else {
             Channel::admit(self.context(), join)
         };
-        let mut answer = admitted;
         let wait: Pin<Box<dyn Future<Output = ()> + Send>> = match &mut answer {
             Ok(channel) => match channel.listen(self.context()) {
                 None => {
@@ -243,11 +240,8 @@ impl Socket {
                 }
                 if self.refusals >= channels_max {
                     // No place to wait in: the delay is a courtesy, the bound is not.
-                    self.refuse(&topic, join_ref.as_ref(), reference.as_ref(), refusal);
-                    if let Some(replaced) = replaced {
-                        replaced.close(self.context());
-                    }
-                    return;
+                    let (join_ref, reference) = (join_ref.as_ref(), reference.as_ref());
+                    return self.refuse(&topic, join_ref, reference, refusal, replaced);
                 }
                 self.refusals += 1;
                 Box::pin(sleep(self.services.config.protocol.error_delay))
@@ -338,18 +332,23 @@ impl Socket {
         }
     }
 
+    /// Answers a join with an error; the channel that it would have replaced is gone, too.
     fn refuse(
         &self,
         topic: &str,
         join_ref: Option<&Ref>,
         reference: Option<&Ref>,
         refusal: &Refusal,
+        replaced: Option<Box<Channel>>,
     ) {
         self.services.metrics.joins.with_label_values(&["error", refusal.code.as_str()]).inc();
         tracing::debug!(code = refusal.code.as_str(), "join refused");
         let payload = refusal.reply();
         let payload = payload.as_str();
         self.context().push(&Push { join_ref, reference, topic, event: "phx_reply", payload });
+        if let Some(replaced) = replaced {
+            replaced.close(self.context());
+        }
     }
 
     fn reply_unmatched(&self, message: &Message) {
