@@ -926,6 +926,7 @@ as $$
 declare
     v_function regprocedure;
     v_role text;
+    v_table regclass;
 begin
     revoke all on schema tidegate from public;
     revoke all on all tables in schema tidegate from public;
@@ -973,6 +974,15 @@ begin
         grant select, delete on tidegate.trigger_failures, tidegate.broadcast_history to tidegate;
         grant execute on function
             tidegate.event_endpoints(text), tidegate.forget_history(interval, integer) to tidegate;
+        -- As in migrations/schema/0003_gateways.sql, which may run before or after.
+        for v_table in
+            select c.oid::regclass
+            from pg_catalog.pg_class c
+            where c.relnamespace = 'tidegate'::regnamespace
+                and c.relname in ('gateways', 'lost_sockets', 'recent_topics')
+        loop
+            execute format('grant select, insert, update, delete on %s to tidegate', v_table);
+        end loop;
     end if;
 end
 $$;

@@ -45,9 +45,10 @@ const PARAMETERS: [&str; 18] = [
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The gateway's own schema, one migration after the other.
-const SCHEMA: [(i64, &str, &str); 2] = [
+const SCHEMA: [(i64, &str, &str); 3] = [
     (1, "gateway schema", include_str!("../migrations/schema/0001_gateway_schema.sql")),
     (2, "broadcast history", include_str!("../migrations/schema/0002_broadcast_history.sql")),
+    (3, "gateways", include_str!("../migrations/schema/0003_gateways.sql")),
 ];
 
 /// Why `migrate` or `migrate --uninstall` could not do its work.

@@ -550,6 +550,10 @@ async fn migrate_makes_a_vote_reach_its_viewers_and_changes_nothing_the_second_t
         counts.push(database.value::<i64>(objects).await);
     }
     assert!(counts[0] > 0 && counts[0] == counts[1], "{counts:?}");
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/migrations/schema");
+    let files = i64::try_from(fs::read_dir(folder).unwrap().count()).unwrap();
+    let migrations = "select count(*) from tidegate.migrations where success";
+    assert_eq!(database.value::<i64>(migrations).await, files, "a file is not registered");
 
     database.run(include_str!("../../migrations/examples/production_tables.sql")).await;
     // Again, now that there are tables to put triggers on.

@@ -640,7 +640,11 @@ async fn what_is_uninstalled_is_gone_and_can_be_installed_again() {
             ) as ours";
         let before = cluster.psql(name, ours).await.unwrap();
         for _ in 0..2 {
-            for file in ["schema/0001_gateway_schema.sql", "schema/0002_broadcast_history.sql"] {
+            for file in [
+                "schema/0001_gateway_schema.sql",
+                "schema/0002_broadcast_history.sql",
+                "schema/0003_gateways.sql",
+            ] {
                 cluster.psql_file(name, &migration(file)).await.unwrap();
             }
             cluster.psql_file(name, &system_file()).await.unwrap();

@@ -607,8 +607,13 @@ async fn browsers_are_denied_every_function_and_table() {
         let before = "select p.oid::regprocedure from pg_proc p
             where pronamespace in (select oid from pg_namespace where nspname in ('public', 'tidegate'))";
         assert_eq!(cluster.psql(name, before).await.unwrap(), "");
-        cluster.psql_file(name, &migration("schema/0001_gateway_schema.sql")).await.unwrap();
-        cluster.psql_file(name, &system_file()).await.unwrap();
+        for file in [
+            migration("schema/0001_gateway_schema.sql"),
+            system_file(),
+            migration("schema/0003_gateways.sql"),
+        ] {
+            cluster.psql_file(name, &file).await.unwrap();
+        }
 
         let calls = cluster
             .psql(
@@ -623,7 +628,7 @@ async fn browsers_are_denied_every_function_and_table() {
             )
             .await
             .unwrap();
-        assert!(calls.lines().count() >= 22, "{calls}");
+        assert!(calls.lines().count() >= 26, "{calls}");
         for role in ["anon", "authenticated"] {
             for call in calls.lines() {
                 let sql = format!("\\set VERBOSITY sqlstate\nset role {role}; {call}");
@@ -635,6 +640,10 @@ async fn browsers_are_denied_every_function_and_table() {
                 "select p.oid::regprocedure::text from pg_proc p
                 where pronamespace in ('public'::regnamespace, 'tidegate'::regnamespace)
                     and has_function_privilege('{role}', p.oid, 'execute')
+                union all
+                select c.oid::regclass::text from pg_class c
+                where relnamespace = 'tidegate'::regnamespace and relkind in ('r', 'S')
+                    and has_table_privilege('{role}', c.oid, 'select, insert, update, delete, truncate')
                 union all
                 select 'tidegate' where has_schema_privilege('{role}', 'tidegate', 'usage')"
             );
@@ -651,6 +660,7 @@ async fn the_gateway_and_server_code_may_what_they_need_and_no_more() {
     cluster.psql(name, SUPABASE_ROLES).await.unwrap();
     cluster.psql_file(name, &Shape::Production.tables()).await.unwrap();
     cluster.psql_file(name, &system_file()).await.unwrap();
+    cluster.psql_file(name, &migration("schema/0003_gateways.sql")).await.unwrap();
     let run = async |role: &str, sql: &str| {
         cluster.psql(name, &format!("set role {role}; {sql}")).await.map_err(|e| e.to_string())
     };
@@ -672,6 +682,26 @@ async fn the_gateway_and_server_code_may_what_they_need_and_no_more() {
     run("tidegate", "update tidegate.broadcast_history set payload = ''").await.unwrap_err();
     run("service_role", "select * from tidegate.broadcast_history").await.unwrap_err();
     run("service_role", "select tidegate.forget_history('72 hours')").await.unwrap_err();
+    let id = "gen_random_uuid()";
+    for (table, row, key) in [
+        ("gateways", format!("(id) values ({id})"), "seen_at"),
+        (
+            "lost_sockets",
+            format!("(gateway, client, topic, last_data_at) values ({id}, {id}, 'a', now())"),
+            "at",
+        ),
+        ("recent_topics", "(topic) values ('a')".to_owned(), "seen_at"),
+    ] {
+        let insert = format!("insert into tidegate.{table} {row}");
+        run("tidegate", &insert).await.unwrap();
+        let update = format!("update tidegate.{table} set {key} = {key} returning {key}");
+        assert_ne!(run("tidegate", &update).await.unwrap(), "", "{table}");
+        let delete = format!("delete from tidegate.{table} where {key} <= now() returning 'gone'");
+        assert_eq!(run("tidegate", &delete).await.unwrap(), "gone", "{table}");
+        run("tidegate", &format!("truncate tidegate.{table}")).await.unwrap_err();
+        run("service_role", &insert).await.unwrap_err();
+        run("service_role", &format!("select * from tidegate.{table}")).await.unwrap_err();
+    }
     run("tidegate", "select * from art").await.unwrap_err();
     run("tidegate", "create table tidegate.mine (id int)").await.unwrap_err();
     run("service_role", "select * from tidegate.trigger_failures").await.unwrap_err();
@@ -791,18 +821,23 @@ async fn the_gateway_schema_and_the_system_file_run_in_either_order() {
     let cluster = Cluster::start().await.unwrap();
     let schema = migration("schema/0001_gateway_schema.sql");
     let history = migration("schema/0002_broadcast_history.sql");
+    let gateways = migration("schema/0003_gateways.sql");
+    let system = system_file();
     let rights = "select has_schema_privilege('tidegate', 'tidegate', 'usage'),
         has_function_privilege('tidegate', 'public.manual_cache_invalidation(text, text)', 'execute'),
         has_function_privilege('tidegate', 'tidegate.event_endpoints(text)', 'execute'),
         has_table_privilege('tidegate', 'tidegate.trigger_failures', 'select'),
         has_table_privilege('tidegate', 'tidegate.broadcast_history', 'delete'),
+        (select bool_and(has_table_privilege('tidegate', 'tidegate.' || name, action))
+            from unnest(array['gateways', 'lost_sockets', 'recent_topics']) as name,
+                unnest(array['select', 'insert', 'update', 'delete']) as action),
         (select rolsuper or rolcreaterole or rolcreatedb or rolbypassrls or not rolcanlogin
             from pg_roles where rolname = 'tidegate')";
     let mut shapes = Vec::new();
     for (name, files) in [
-        ("system_first", [&system_file(), &schema, &history]),
-        ("schema_first", [&schema, &history, &system_file()]),
-        ("in_between", [&schema, &system_file(), &history]),
+        ("system_first", [&system, &schema, &history, &gateways]),
+        ("schema_first", [&schema, &history, &gateways, &system]),
+        ("in_between", [&schema, &system, &history, &gateways]),
     ] {
         // The role is the cluster's, so that each order has to make it itself.
         cluster.psql("postgres", "drop role if exists tidegate").await.unwrap();
@@ -810,7 +845,11 @@ async fn the_gateway_schema_and_the_system_file_run_in_either_order() {
         for file in files {
             cluster.psql_file(name, file).await.unwrap();
         }
-        assert_eq!(cluster.psql(name, rights).await.unwrap(), "t|t|t|t|t|f", "{name}");
+        assert_eq!(cluster.psql(name, rights).await.unwrap(), "t|t|t|t|t|t|f", "{name}");
+        // A role that has lost its rights, or was made later, gets them from the system file alone.
+        cluster.psql(name, "drop owned by tidegate").await.unwrap();
+        cluster.psql_file(name, &system).await.unwrap();
+        assert_eq!(cluster.psql(name, rights).await.unwrap(), "t|t|t|t|t|t|f", "{name}");
         // The two files make the same table.
         let table =
             "select string_agg(concat_ws(' ', attname, format_type(atttypid, null), attnotnull,
