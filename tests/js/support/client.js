@@ -47,6 +47,11 @@ export const PRODUCTION = FLAVOURS.filter(
     isDefault && ['2.53.0', '2.54.0', '2.57.4', '2.74.0', '2.87.0', '2.119.1'].includes(supabase),
 );
 
+/** The one of PRODUCTION with this realtime-js. */
+export function withRealtime(version) {
+  return PRODUCTION.find(({ realtime }) => realtime === version);
+}
+
 /** Whether a flavour's realtime-js is at least so new. */
 export function isAtLeast({ realtime }, wanted) {
   const [a, b] = [realtime, wanted].map((version) => version.split('.').map(Number));
@@ -149,9 +154,19 @@ class Channel {
     return await this.broadcasts.find(`a ${type}`, wanted, options);
   }
 
-  /** The types of all that it received. */
+  /**
+   * What it received of what was published as it was published: without the catch-up that may
+   * follow a join, and without the messages that repeat its endpoints beside others.
+   */
+  get news() {
+    return this.broadcasts.items.filter(
+      ({ payload }) => payload.type !== 'catch_up' && payload.merged === undefined,
+    );
+  }
+
+  /** The types of its news. */
   get types() {
-    return this.broadcasts.items.map((message) => message.payload.type);
+    return this.news.map((message) => message.payload.type);
   }
 
   /** Sends a user broadcast of this type, by the socket or, while not joined, by REST. */

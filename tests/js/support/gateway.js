@@ -51,15 +51,15 @@ export class Gateway {
     return it;
   }
 
-  /** Starts it where it was before. */
-  async resume() {
+  /** Starts it where it was before; `awaitsLink` is false while its database is away. */
+  async resume({ awaitsLink = true } = {}) {
     this.#process = await Process.start(BIN, ['serve'], { env: environment(this.#settings) });
     const line = await this.#process.line(this.#process.lines, /^listening /);
     const [, listen, admin] = /public=(\S+) admin=(\S+)/.exec(line);
     this.#settings = { ...this.#settings, LISTEN: listen, ADMIN_LISTEN: admin };
     this.url = `http://${listen}`;
     this.admin = `http://${admin}`;
-    if (this.#settings.DATABASE_URL) await this.linked();
+    if (this.#settings.DATABASE_URL && awaitsLink) await this.linked();
   }
 
   /** Waits until the database link is up, also when it has been up before. */

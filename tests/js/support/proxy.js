@@ -1,5 +1,5 @@
 // Stands between clients and a gateway: records every frame, cuts connections, refuses new ones,
-// and signs users in.
+// holds back what the gateway says, leads to another gateway, and signs users in.
 
 import { createServer, request as forward } from 'node:http';
 import { once } from 'node:events';
@@ -21,6 +21,8 @@ export class Proxy {
   session = null;
   refuses = false;
   #target;
+  /** What waits for `release`, or null while nothing is held back. */
+  #held = null;
   #server = createServer((request, response) => this.#request(request, response));
   #sockets = new Set();
   #accepting = new WebSocketServer({ noServer: true });
@@ -44,6 +46,23 @@ export class Proxy {
     const wanted = (it) =>
       it.from === from && it.event === event && (topic === undefined || it.topic === topic);
     return await this.frames.nth(count, `${event} from the ${from}`, wanted, { after, ...options });
+  }
+
+  /** Leads connections that are made from here on to another gateway. */
+  leadTo(target) {
+    this.#target = target;
+  }
+
+  /** Holds back what the gateway says; it is recorded when it comes. */
+  hold() {
+    this.#held ??= [];
+  }
+
+  /** Delivers what was held back, together, and everything else as it comes. */
+  release() {
+    const held = this.#held ?? [];
+    this.#held = null;
+    for (const deliver of held) deliver();
   }
 
   /** Cuts all connections as a lost network does: no close frame. */
@@ -92,7 +111,9 @@ export class Proxy {
       this.#accepting.handleUpgrade(request, socket, head, (client) => {
         const pass = (data, isBinary) => {
           record('gateway', data, isBinary);
-          client.send(data, { binary: isBinary });
+          const deliver = () => client.send(data, { binary: isBinary });
+          if (this.#held) this.#held.push(deliver);
+          else deliver();
         };
         early.forEach((frame) => pass(...frame));
         server.removeAllListeners('message').on('message', pass);

@@ -24,13 +24,21 @@ export class Socket {
     this.#connection.send(JSON.stringify(message));
   }
 
-  /** All that has arrived, as `[join_ref, ref, topic, event]`, once a heartbeat is answered. */
+  /**
+   * All that has arrived, as `[join_ref, ref, topic, event]`, once a heartbeat is answered; without
+   * the catch-ups that may follow joins.
+   */
   async flushed() {
     this.send(null, 'marker', 'phoenix', 'heartbeat', {});
     await this.frames.find('the heartbeat', ({ ref }) => ref === 'marker');
     return this.frames.items
-      .filter(({ ref }) => ref !== 'marker')
+      .filter(({ ref, payload }) => ref !== 'marker' && payload.payload?.type !== 'catch_up')
       .map(({ join_ref, ref, topic, event }) => [join_ref, ref, topic, event]);
+  }
+
+  /** Waits for a broadcast whose user payload has this `type`. */
+  async received(type) {
+    await this.frames.find(`a ${type}`, ({ payload }) => payload.payload?.type === type);
   }
 
   close() {

@@ -39,34 +39,56 @@ export class Stage {
     for (const channel of this.#notified.keys()) await this.sql.query(`LISTEN "${channel}"`);
   }
 
-  /** An event with one artwork, which nobody else knows. */
-  async event() {
+  /** An event with artworks on as many easels, which nobody else knows. */
+  async event({ artworks = 1 } = {}) {
     const eid = `AB${this.#next++}`;
-    const channel = `cache_invalidate_${eid}`;
-    const notified = new Inbox(`notifications on ${channel}`);
-    this.#notified.set(channel, notified);
-    await this.sql.query(`LISTEN "${channel}"`);
+    const notified = await this.notifications(`cache_invalidate_${eid}`);
     const { rows } = await this.sql.query(
       `WITH event AS (INSERT INTO events (eid) VALUES ($1::text) RETURNING id)
-       INSERT INTO art (art_code, event_id, round, easel) SELECT $1::text || '-1-1', id, 1, 1 FROM event
-       RETURNING id, event_id`,
-      [eid],
+       INSERT INTO art (art_code, event_id, round, easel)
+       SELECT $1::text || '-1-' || easel, id, 1, easel FROM event, generate_series(1, $2::int) AS easel
+       RETURNING id, event_id, easel`,
+      [eid, artworks],
     );
-    await notified.nth(1, 'the new artwork');
-    const [{ id: art, event_id: event }] = rows;
+    await notified.nth(artworks, 'the new artworks');
+    const [{ event_id: id }] = rows;
+    const main = `/live/event/${eid}`;
     return {
       eid,
+      id,
+      main,
+      media: `${main}/media`,
+      artists: `${main}/artists`,
+      /** `{ id, bids }` of each artwork: its uuid, and the endpoint of its bids. */
+      art: rows.map(({ id, easel }) => ({ id, bids: `${main}-1-${easel}/bids` })),
+      /** What the database notifies, as text. */
+      notified,
       /** Inserts a vote, and gives what the database notified of it, as text. */
       vote: async () => {
         const after = notified.items.length;
         await this.sql.query(
           `INSERT INTO votes (event_id, eid, round, easel, art_id, art_uuid, person_id)
            VALUES ($1, $2, 1, 1, $3, $4, gen_random_uuid())`,
-          [event, eid, `${eid}-1-1`, art],
+          [id, eid, `${eid}-1-1`, rows[0].id],
         );
         return await notified.nth(1, 'the vote', undefined, { after });
       },
+      /** Commits a bid on an artwork. */
+      bid: async (art, amount = 100) => {
+        await this.sql.query(
+          'INSERT INTO bids (art_id, person_id, amount) VALUES ($1, gen_random_uuid(), $2)',
+          [art.id, amount],
+        );
+      },
     };
+  }
+
+  /** What the database notifies on a channel from here on, as text. */
+  async notifications(channel) {
+    const notified = new Inbox(`notifications on ${channel}`);
+    this.#notified.set(channel, notified);
+    await this.sql.query(`LISTEN "${channel}"`);
+    return notified;
   }
 
   /** A client of the gateway, or of what stands before it, that ends with the test. */
@@ -76,9 +98,9 @@ export class Stage {
     return client;
   }
 
-  /** A proxy before the gateway, that ends with the test. */
-  async proxy(t) {
-    const proxy = await Proxy.start(this.gateway.url);
+  /** A proxy before the gateway, or another, that ends with the test. */
+  async proxy(t, target = this.gateway.url) {
+    const proxy = await Proxy.start(target);
     t.after(() => proxy.stop());
     return proxy;
   }

@@ -1,4 +1,6 @@
-// Waiting: for an event, until a deadline, never for a time.
+// Waiting: for an event, until a deadline. For a time only where a test is about that time.
+
+import { setTimeout as timer } from 'node:timers/promises';
 
 /** Within so many milliseconds whatever a test waits for has happened. */
 export const DEADLINE = 15_000;
@@ -20,6 +22,11 @@ export async function within(promise, what, { ms = DEADLINE, seen } = {}) {
   } finally {
     clearTimeout(timer);
   }
+}
+
+/** A time that is itself what a test is about: an outage, a pace, a memory that fades. */
+export async function lasting(ms) {
+  await timer(ms);
 }
 
 /** Everything that has arrived somewhere, in order; a test waits for what it expects of it. */
