@@ -5,6 +5,8 @@
 #![expect(clippy::print_stdout, reason = "a benchmark prints")]
 #![expect(clippy::unwrap_used, reason = "a benchmark that cannot measure ends")]
 
+mod writes;
+
 use std::process::Stdio;
 
 use serde_json::Value;
@@ -121,6 +123,7 @@ async fn main() {
     let cluster = Cluster::start().await.unwrap();
     let database = cluster.url("postgres");
     let gateway = Gateway::start(&database).await;
+    // A topic whose messages are never merged, so that each of them is measured.
     let report = gateway
         .measure(&format!(
             "--sockets {viewers} --rate 10 --seconds {seconds} --publish sql \
@@ -136,4 +139,27 @@ async fn main() {
         ),
         "p50 < 10 ms, p99 < 20 ms",
     );
+    drop(gateway);
+    write_costs(&cluster, short).await;
+}
+
+/// A row for each table.
+async fn write_costs(cluster: &Cluster, short: bool) {
+    let (turns, inserts) = if short { (4, 10) } else { (80, 100) };
+    for cost in writes::measure(cluster, turns, inserts).await {
+        row(
+            &format!(
+                "what the triggers add to an insert into {}, medians of {}",
+                cost.table,
+                turns / 2 * inserts
+            ),
+            &format!(
+                "{:.0} µs ({:.0} → {:.0} µs)",
+                (cost.with.as_secs_f64() - cost.without.as_secs_f64()) * 1e6,
+                cost.without.as_secs_f64() * 1e6,
+                cost.with.as_secs_f64() * 1e6,
+            ),
+            "",
+        );
+    }
 }
