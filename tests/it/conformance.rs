@@ -26,7 +26,7 @@ use tokio::time::timeout;
 use tokio_tungstenite::tungstenite::Message as Frame;
 
 use crate::support::{
-    client::{Client, decode, encode, expected_by, matches},
+    client::{Client, client_key, decode, encode, expected_by, matches},
     server::{DEADLINE, TestServer, config},
     token,
 };
@@ -327,7 +327,8 @@ impl Wires<'_> {
             Self::Memory(services) => {
                 let outbox = Arc::new(Outbox::new(serializer, 1 << 20));
                 let token = services.verifier.verify(apikey, unix_now()).unwrap();
-                let socket = Socket::new(Arc::clone(services), Arc::clone(&outbox), token);
+                let socket =
+                    Socket::new(Arc::clone(services), Arc::clone(&outbox), token, client_key());
                 Wire::Memory { socket: Box::new(socket), outbox, received: VecDeque::new() }
             }
             Self::Network(server) => {

@@ -1,11 +1,11 @@
 //! A client that speaks the protocol frame by frame, in the form of V2 whatever the version:
 //! `[join_ref, ref, topic, event, payload]`.
 
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 
 use futures_util::{SinkExt, StreamExt};
 use serde_json::{Value, json};
-use tidegate::protocol::serializer::Serializer;
+use tidegate::{lost_sockets::ClientKey, protocol::serializer::Serializer};
 use tokio::{net::TcpStream, time::timeout};
 use tokio_tungstenite::{
     WebSocketStream, client_async,
@@ -16,6 +16,9 @@ use super::{
     server::{DEADLINE, TestServer},
     token,
 };
+
+/// What the topics of rule `cache` begin with, in both spellings.
+const CACHE: &str = "cache_invalidate";
 
 /// One WebSocket.
 pub(crate) struct Client {
@@ -114,14 +117,40 @@ impl Client {
         assert!(matches(&expected, &received), "expected {expected}\nreceived {received}");
     }
 
-    /// Joins a topic with this config, and expects `ok`. Gives the join's ref.
+    /// Joins a topic with this config, and expects `ok` and, on a topic of rule `cache`, to be
+    /// caught up. Gives the join's ref.
     pub(crate) async fn join_with(&mut self, sub_topic: &str, config: Value) -> String {
         let reference = self.next_ref();
         let topic = format!("realtime:{sub_topic}");
         self.send(json!([reference, reference, topic, "phx_join", { "config": config }])).await;
         let ok = json!({ "status": "ok", "response": "$any" });
         self.expect(json!([reference, reference, topic, "phx_reply", ok])).await;
+        if sub_topic.starts_with(CACHE) {
+            self.caught_up(sub_topic).await;
+        }
         reference
+    }
+
+    /// Fails unless the next thing to arrive is the complete list of the topic's event, for this
+    /// client alone: its refs, `r1` and so on, are not those of a page that was just loaded.
+    pub(crate) async fn caught_up(&mut self, sub_topic: &str) -> Vec<String> {
+        let eid = &sub_topic[CACHE.len() + 1..];
+        let (topic, envelope) = self.broadcast().await;
+        assert_eq!(topic, format!("realtime:{sub_topic}"), "{envelope}");
+        let payload = &envelope["payload"];
+        let cause = &payload["cause"];
+        let fields = json!({
+            "type": "catch_up", "event_eid": eid, "cause": cause,
+            "endpoints": payload["endpoints"], "timestamp": payload["timestamp"],
+        });
+        let expected =
+            json!({ "type": "broadcast", "event": "cache_invalidation", "payload": fields });
+        assert_eq!(envelope, expected);
+        assert!(cause == "unknown" || cause == "held" || cause == "returned", "{envelope}");
+        assert!(payload["timestamp"].is_f64(), "{envelope}");
+        let endpoints: Vec<String> = serde_json::from_value(payload["endpoints"].clone()).unwrap();
+        assert!(endpoints.starts_with(&resync(eid)), "{envelope}");
+        endpoints
     }
 
     /// Joins a topic with the default config.
@@ -207,6 +236,16 @@ impl Client {
         self.reference += 1;
         format!("r{}", self.reference)
     }
+}
+
+/// The least that the complete list of an event holds, in its order.
+pub(crate) fn resync(eid: &str) -> [String; 3] {
+    ["", "/media", "/artists"].map(|rest| format!("/live/event/{eid}{rest}"))
+}
+
+/// The client behind a socket without a connection.
+pub(crate) fn client_key() -> ClientKey {
+    ClientKey::new(Ipv4Addr::LOCALHOST.into(), "")
 }
 
 /// The query's value.
