@@ -22,18 +22,30 @@ use crate::support::{
     client::Client,
     postgres::Database,
     proxy::Proxy,
-    server::{DEADLINE, TestServer, config},
+    server::{DEADLINE, TestServer, config, plain_rule},
 };
 
-const EVENT: &str = "cache_invalidate_AB3028";
+/// Relayed as it comes.
+const EVENT: &str = "plain_AB3028";
 
 /// A gateway that gives a silent database up quickly.
 fn settings(url: &str) -> Config {
     let mut config = config();
     config.database_url = Secret::from(url);
     config.relay.connect_timeout = Duration::from_millis(400);
+    config.topic.push(plain_rule());
     config
 }
+
+/// As above, with the listening session alone at this URL.
+fn listening_at(url: &str, database_url: &str) -> Config {
+    let mut config = settings(database_url);
+    config.notify_database_url = Secret::from(url);
+    config
+}
+
+/// Where no database is.
+const NOWHERE: &str = "postgres://nobody@127.0.0.1:1/nothing";
 
 /// Ends of sessions and failed attempts by cause, those that have happened.
 async fn ends(server: &TestServer) -> BTreeMap<String, u64> {
@@ -65,8 +77,7 @@ async fn readiness(server: &TestServer, query: &str) -> (u16, Value) {
 async fn is_relayed(database: &mut Database, viewer: &mut Client, nth: u32) {
     database.notify(EVENT, &format!(r#"{{"nth":{nth}}}"#)).await;
     let payload = json!({ "nth": nth });
-    let envelope =
-        json!({ "type": "broadcast", "event": "cache_invalidation", "payload": payload });
+    let envelope = json!({ "type": "broadcast", "event": "news", "payload": payload });
     assert_eq!(viewer.broadcast().await, (format!("realtime:{EVENT}"), envelope));
 }
 
@@ -120,7 +131,8 @@ async fn without_its_database_a_server_serves_joins_and_is_healed_when_it_comes(
 #[tokio::test]
 async fn a_terminated_session_is_replaced_by_one_that_listens_to_everything() {
     let mut database = Database::create().await;
-    let server = TestServer::start_with(settings(database.url()));
+    // Sessions for anything else are of the same name.
+    let server = TestServer::start_with(listening_at(database.url(), NOWHERE));
     server.link_is_up().await;
     let mut viewer = Client::connect(&server, V2).await;
     viewer.join(EVENT).await;
@@ -152,7 +164,7 @@ async fn a_terminated_session_is_replaced_by_one_that_listens_to_everything() {
 async fn a_half_open_session_is_noticed_by_its_heartbeat_and_replaced() {
     let mut database = Database::create().await;
     let mut proxy = Proxy::start("127.0.0.1", database.port()).await;
-    let mut settings = settings(&database.url_at(proxy.address));
+    let mut settings = listening_at(&database.url_at(proxy.address), database.url());
     settings.relay.heartbeat_interval = Duration::from_millis(50);
     settings.relay.heartbeat_timeout = Duration::from_secs(1);
     let server = TestServer::start_with(settings);
@@ -175,7 +187,7 @@ async fn a_half_open_session_is_noticed_by_its_heartbeat_and_replaced() {
 async fn the_socket_of_a_session_that_was_given_up_is_closed() {
     let database = Database::create().await;
     let mut proxy = Proxy::start("127.0.0.1", database.port()).await;
-    let mut settings = settings(&database.url_at(proxy.address));
+    let mut settings = listening_at(&database.url_at(proxy.address), database.url());
     settings.relay.heartbeat_interval = Duration::from_millis(50);
     settings.relay.heartbeat_timeout = Duration::from_secs(1);
     let server = TestServer::start_with(settings);
@@ -191,7 +203,8 @@ async fn the_socket_of_a_session_that_was_given_up_is_closed() {
 async fn a_database_that_accepts_and_says_nothing_is_given_up_after_connect_timeout() {
     let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let port = silent.local_addr().unwrap().port();
-    let server = TestServer::start_with(settings(&format!("postgres://a@127.0.0.1:{port}/a")));
+    let url = format!("postgres://a@127.0.0.1:{port}/a");
+    let server = TestServer::start_with(listening_at(&url, NOWHERE));
     // Each attempt is a connection; none is waited for longer than the time-out.
     let mut held = Vec::new();
     for _ in 0..3 {
@@ -210,7 +223,7 @@ async fn a_database_that_falls_silent_after_the_handshake_is_given_up_too() {
     let mut database = Database::create().await;
     let mut proxy = Proxy::start("127.0.0.1", database.port()).await;
     proxy.hold_at("pg_is_in_recovery");
-    let mut settings = settings(&database.url_at(proxy.address));
+    let mut settings = listening_at(&database.url_at(proxy.address), database.url());
     settings.relay.heartbeat_timeout = Duration::from_secs(1);
     let server = TestServer::start_with(settings);
     proxy.has_held().await;
@@ -230,7 +243,7 @@ async fn a_database_that_falls_silent_after_the_handshake_is_given_up_too() {
 async fn a_listen_that_is_not_answered_ends_the_session_and_is_made_up_for() {
     let mut database = Database::create().await;
     let mut proxy = Proxy::start("127.0.0.1", database.port()).await;
-    let mut settings = settings(&database.url_at(proxy.address));
+    let mut settings = listening_at(&database.url_at(proxy.address), database.url());
     settings.relay.heartbeat_timeout = Duration::from_secs(1);
     settings.relay.listen_wait = Duration::from_millis(50);
     let server = TestServer::start_with(settings);
@@ -253,9 +266,7 @@ async fn a_listen_that_is_not_answered_ends_the_session_and_is_made_up_for() {
 #[tokio::test]
 async fn the_listening_session_has_a_url_of_its_own() {
     let mut database = Database::create().await;
-    let mut settings = settings("postgres://nobody@127.0.0.1:1/nothing");
-    settings.notify_database_url = Secret::from(database.url());
-    let server = TestServer::start_with(settings);
+    let server = TestServer::start_with(listening_at(database.url(), NOWHERE));
     server.link_is_up().await;
     let mut viewer = Client::connect(&server, V2).await;
     viewer.join(EVENT).await;
@@ -298,7 +309,7 @@ async fn a_place_of_a_viewer_who_left_while_the_database_was_away_is_free() {
     let mut database = Database::create().await;
     let proxy = Proxy::start("127.0.0.1", database.port()).await;
     proxy.freeze_all();
-    let mut settings = settings(&database.url_at(proxy.address));
+    let mut settings = listening_at(&database.url_at(proxy.address), database.url());
     settings.relay.listens_max = 1;
     settings.relay.linger = Duration::ZERO;
     settings.relay.listen_wait = Duration::from_millis(1);

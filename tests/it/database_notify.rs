@@ -21,10 +21,10 @@ use tokio::time::{Instant, timeout};
 use tokio_tungstenite::tungstenite::Message as Frame;
 
 use crate::support::{
-    client::Client,
+    client::{Client, resync},
     postgres::Database,
     proxy::Proxy,
-    server::{DEADLINE, TestServer, config},
+    server::{DEADLINE, TestServer, config, plain_rule},
     token,
 };
 
@@ -43,11 +43,13 @@ const PAYLOADS: [&str; 11] = [
     r#"{"endpoints":null,"type":7}"#,
 ];
 
-/// Joins wait for their LISTEN as long as may be: these tests prove what comes after.
+/// Joins wait for their LISTEN as long as may be: these tests prove what comes after. Beside the
+/// built-in rules stands one whose notifications are relayed one by one.
 fn settings(database: &Database) -> Config {
     let mut config = config();
     config.database_url = Secret::from(database.url());
     config.relay.listen_wait = Duration::from_millis(1500);
+    config.topic.push(plain_rule());
     config
 }
 
@@ -67,6 +69,10 @@ struct Told {
 
 fn told(topic: &str, user_event: &str, payload: &str) -> Told {
     Told { topic: topic.to_owned(), user_event: user_event.to_owned(), payload: payload.to_owned() }
+}
+
+fn news(sub_topic: &str, payload: &str) -> Told {
+    told(&format!("realtime:{sub_topic}"), "news", payload)
 }
 
 fn invalidation(sub_topic: &str, payload: &str) -> Told {
@@ -119,6 +125,16 @@ async fn next(client: &mut Client) -> Told {
     }
 }
 
+/// Fails unless the next frame is an invalidation of this event for the client alone: it was just
+/// caught up, would forget that over the message before, and so gets both in one.
+async fn repeated(client: &mut Client, prefix: &str, eid: &str) {
+    let repeat = next(client).await;
+    assert_eq!(repeat, invalidation(&format!("{prefix}{eid}"), &repeat.payload));
+    assert!(repeat.payload.ends_with(r#","merged":1}"#), "{repeat:?}");
+    let has = |endpoint: &String| repeat.payload.contains(&format!("\"{endpoint}\""));
+    assert!(resync(eid).iter().all(has), "{repeat:?}");
+}
+
 /// The value as it stands in the frame, with the white space before and after it.
 fn with_space_around(text: &str, value: &str) -> String {
     let from = value.as_ptr().addr() - text.as_ptr().addr();
@@ -169,7 +185,7 @@ async fn outcomes_become(server: &TestServer, expected: &[(&str, u64)]) {
 async fn a_notification_reaches_both_spellings_in_both_serializers_byte_for_byte() {
     let mut database = Database::create().await;
     let server = start(settings(&database)).await;
-    let spellings = ["cache_invalidate_AB3028", "cache_invalidate:AB3028"];
+    let spellings = ["plain_AB3028", "plain:AB3028"];
     let mut viewers = Vec::new();
     for serializer in [V1, V2] {
         for topics in [&spellings[..1], &spellings[1..], &spellings[..]] {
@@ -184,13 +200,13 @@ async fn a_notification_reaches_both_spellings_in_both_serializers_byte_for_byte
     assert_eq!(longest.len(), 7999, "Postgres takes no longer one");
     let deepest = of_depth(DEPTH_MAX);
     for payload in PAYLOADS.into_iter().chain([&*longest, &*deepest]) {
-        database.notify("cache_invalidate_AB3028", payload).await;
+        database.notify("plain_AB3028", payload).await;
         for (viewer, topics) in &mut viewers {
             // Once for each channel, in whichever order.
             let mut received = BTreeSet::new();
             for _ in &**topics {
                 let Told { topic, user_event, payload: bytes } = next(viewer).await;
-                assert_eq!((&*user_event, &*bytes), ("cache_invalidation", payload));
+                assert_eq!((&*user_event, &*bytes), ("news", payload));
                 received.insert(topic);
             }
             assert_eq!(received, topics.iter().map(|it| format!("realtime:{it}")).collect());
@@ -206,21 +222,58 @@ async fn a_notification_reaches_both_spellings_in_both_serializers_byte_for_byte
     server.stop().await;
 }
 
+/// Microsecond timestamps are the clients' keys. Each message is of an event of its own: only the
+/// first of a window is alone.
+#[tokio::test]
+async fn an_invalidation_that_is_alone_reaches_both_spellings_byte_for_byte() {
+    const SPELLINGS: [&str; 2] = ["cache_invalidate_", "cache_invalidate:"];
+    let mut database = Database::create().await;
+    let server = start(settings(&database)).await;
+    let mut viewers = Vec::new();
+    for serializer in [V1, V2] {
+        for prefix in SPELLINGS {
+            viewers.push((Client::connect(&server, serializer).await, prefix));
+        }
+    }
+    let longest = format!(r#"{{"longest":"{}"}}"#, "x".repeat(7999 - 14));
+    let deepest = of_depth(DEPTH_MAX);
+    let payloads: Vec<_> = PAYLOADS.into_iter().chain([&*longest, &*deepest]).collect();
+    for (number, payload) in payloads.iter().enumerate() {
+        let eid = format!("AB{number}");
+        for (viewer, prefix) in &mut viewers {
+            viewer.join(&format!("{prefix}{eid}")).await;
+        }
+        database.notify(&format!("cache_invalidate_{eid}"), payload).await;
+        for (viewer, prefix) in &mut viewers {
+            let expected = invalidation(&format!("{prefix}{eid}"), payload);
+            assert_eq!(next(viewer).await, expected);
+            repeated(viewer, prefix, &eid).await;
+        }
+    }
+    for (viewer, _) in viewers {
+        viewer.ends().await;
+    }
+    outcomes_become(&server, &[("offered event", 13)]).await;
+    assert_eq!(server.metric("tidegate_broadcasts_total{source=\"merged\"}").await, 13.0);
+    server.stop().await;
+}
+
 #[tokio::test]
 async fn a_sale_reaches_the_viewers_of_auction_winner() {
     let mut database = Database::create().await;
     let server = start(settings(&database)).await;
-    for serializer in [V1, V2] {
+    for (serializer, eid, other) in [(V1, "AB3028", "AB3029"), (V2, "AB3029", "AB3028")] {
         let mut viewer = Client::connect(&server, serializer).await;
-        viewer.join("auction_winner_AB3028").await;
-        viewer.join("auction_winner_AB3029").await;
-        viewer.join("cache_invalidate_AB3028").await;
+        viewer.join(&format!("auction_winner_{eid}")).await;
+        viewer.join(&format!("auction_winner_{other}")).await;
+        let cache = format!("cache_invalidate_{eid}");
+        viewer.join(&cache).await;
         let payload = r#"{"type": "auction_status_change", "winning_amount": 120.50}"#;
-        database.notify("auction_winner_AB3028", payload).await;
-        let expected = told("realtime:auction_winner_AB3028", "auction_winner", payload);
-        assert_eq!(next(&mut viewer).await, expected);
-        database.notify("cache_invalidate_AB3028", "{}").await;
-        assert_eq!(next(&mut viewer).await, invalidation("cache_invalidate_AB3028", "{}"));
+        database.notify(&format!("auction_winner_{eid}"), payload).await;
+        let topic = format!("realtime:auction_winner_{eid}");
+        assert_eq!(next(&mut viewer).await, told(&topic, "auction_winner", payload));
+        database.notify(&cache, "{}").await;
+        assert_eq!(next(&mut viewer).await, invalidation(&cache, "{}"));
         viewer.close().await;
     }
     server.stop().await;
@@ -228,8 +281,7 @@ async fn a_sale_reaches_the_viewers_of_auction_winner() {
 
 #[tokio::test]
 async fn notifications_arrive_in_the_order_of_their_commits() {
-    const CHANNELS: [&str; 3] =
-        ["cache_invalidate_AB3028", "cache_invalidate_AB3029", "auction_winner_AB3028"];
+    const CHANNELS: [&str; 3] = ["plain_AB3028", "plain_AB3029", "auction_winner_AB3028"];
     let database = Database::create().await;
     let server = start(settings(&database)).await;
     let mut witness = database.listener(&CHANNELS).await;
@@ -283,25 +335,48 @@ async fn events_whose_eids_differ_by_a_letter_a_case_or_a_hyphen_are_different_e
     let mut viewers = Vec::new();
     for eid in EIDS {
         let mut viewer = Client::connect(&server, V2).await;
-        viewer.join(&format!("cache_invalidate_{eid}")).await;
+        viewer.join(&format!("plain_{eid}")).await;
         viewers.push(viewer);
     }
     for what in ["first", "marker"] {
         for eid in EIDS {
             let payload = format!(r#"{{"{what}":"{eid}"}}"#);
-            database.notify(&format!("cache_invalidate_{eid}"), &payload).await;
+            database.notify(&format!("plain_{eid}"), &payload).await;
         }
     }
     for (mut viewer, eid) in viewers.into_iter().zip(EIDS) {
         for what in ["first", "marker"] {
             let payload = format!(r#"{{"{what}":"{eid}"}}"#);
-            let expected = invalidation(&format!("cache_invalidate_{eid}"), &payload);
+            let expected = news(&format!("plain_{eid}"), &payload);
             assert_eq!(next(&mut viewer).await, expected);
         }
         viewer.expect_nothing().await;
         viewer.close().await;
     }
     outcomes_become(&server, &[("delivered event", 12)]).await;
+
+    // Nor do they share a window, or what was told of one.
+    let mut viewers = Vec::new();
+    for eid in EIDS {
+        let mut viewer = Client::connect(&server, V1).await;
+        viewer.join(&format!("cache_invalidate_{eid}")).await;
+        viewers.push(viewer);
+    }
+    let of = |eid: &str| format!(r#"{{"endpoints":["{eid}"]}}"#);
+    for eid in EIDS {
+        database.notify(&format!("cache_invalidate_{eid}"), &of(eid)).await;
+    }
+    for (viewer, eid) in viewers.iter_mut().zip(EIDS) {
+        let expected = invalidation(&format!("cache_invalidate_{eid}"), &of(eid));
+        assert_eq!(next(viewer).await, expected);
+        let (_, repeat) = viewer.broadcast().await;
+        let endpoints = [&[eid.to_owned()], &resync(eid)[..]].concat();
+        assert_eq!(repeat["payload"]["endpoints"], json!(endpoints));
+    }
+    for viewer in viewers {
+        viewer.ends().await;
+    }
+    outcomes_become(&server, &[("delivered event", 12), ("offered event", 6)]).await;
     server.stop().await;
 }
 
@@ -310,13 +385,19 @@ async fn what_nobody_has_joined_is_not_even_received() {
     let mut database = Database::create().await;
     let server = start(settings(&database)).await;
     let mut viewer = Client::connect(&server, V2).await;
-    viewer.join("cache_invalidate_AB3028").await;
+    viewer.join("plain_AB3028").await;
     assert_eq!(server.metric("tidegate_relay_listens").await, 1.0);
-    for channel in ["cache_invalidate_AB3029", "auction_winner_AB3028", "sms_secret", "tidegate"] {
+    for channel in [
+        "plain_AB3029",
+        "cache_invalidate_AB3028",
+        "auction_winner_AB3028",
+        "sms_secret",
+        "tidegate",
+    ] {
         database.notify(channel, "{}").await;
     }
-    database.notify("cache_invalidate_AB3028", r#"{"marker":1}"#).await;
-    let marker = invalidation("cache_invalidate_AB3028", r#"{"marker":1}"#);
+    database.notify("plain_AB3028", r#"{"marker":1}"#).await;
+    let marker = news("plain_AB3028", r#"{"marker":1}"#);
     assert_eq!(next(&mut viewer).await, marker);
     outcomes_become(&server, &[("delivered event", 1)]).await;
     viewer.close().await;
@@ -356,9 +437,10 @@ async fn no_topic_that_a_client_can_join_opens_a_channel_outside_the_rules() {
     database.notify("cache_invalidate_AB3028", r#"{"marker":1}"#).await;
     let marker = invalidation("cache_invalidate_AB3028", r#"{"marker":1}"#);
     assert_eq!(next(&mut viewer).await, marker);
+    repeated(&mut viewer, "cache_invalidate_", "AB3028").await;
     viewer.expect_nothing().await;
     // `global_cache_stats` is heard and goes nowhere.
-    outcomes_become(&server, &[("delivered event", 1), ("noted stats", 1)]).await;
+    outcomes_become(&server, &[("noted stats", 1), ("offered event", 1)]).await;
     viewer.close().await;
     server.stop().await;
 }
@@ -370,11 +452,12 @@ async fn every_outcome_is_counted_and_disturbs_no_other() {
     settings.limits.payload_bytes_max = 300;
     let server = start(settings).await;
     let mut viewer = Client::connect(&server, V1).await;
-    viewer.join("cache_invalidate_AB3028").await;
-    let gone = viewer.join("cache_invalidate_AB3029").await;
-    assert_eq!(leave(&mut viewer, "cache_invalidate_AB3029", &gone).await, [Value::Null; 0]);
+    let (event, merged) = ("plain_AB3028", "cache_invalidate_AB3028");
+    viewer.join(event).await;
+    viewer.join(merged).await;
+    let gone = viewer.join("plain_AB3029").await;
+    assert_eq!(leave(&mut viewer, "plain_AB3029", &gone).await, [Value::Null; 0]);
 
-    let event = "cache_invalidate_AB3028";
     for malformed in ["", " ", "{", "{}}", "{'a':1}", r#"{"a":01}"#, "plain text", "NaN"] {
         database.notify(event, malformed).await;
     }
@@ -386,7 +469,10 @@ async fn every_outcome_is_counted_and_disturbs_no_other() {
     database.notify(event, &of_length(301)).await;
     // Counted by its size, whatever is in it.
     database.notify(event, &"x".repeat(301)).await;
-    database.notify("cache_invalidate_AB3029", "{}").await;
+    database.notify("plain_AB3029", "{}").await;
+    for unfit in ["plain text", "[]", &of_length(301)] {
+        database.notify(merged, unfit).await;
+    }
     database.notify("global_cache_stats", r#"{"event_eid":"AB3028"}"#).await;
     database.notify("global_cache_stats", "plain text").await;
     database.notify("global_cache_stats", "[]").await;
@@ -394,19 +480,23 @@ async fn every_outcome_is_counted_and_disturbs_no_other() {
     assert_eq!(of_length(300).len(), 300);
     database.notify(event, &of_length(300)).await;
 
-    assert_eq!(next(&mut viewer).await, invalidation(event, &of_length(300)));
+    assert_eq!(next(&mut viewer).await, news(event, &of_length(300)));
+    database.notify(merged, &of_length(300)).await;
+    assert_eq!(next(&mut viewer).await, invalidation(merged, &of_length(300)));
+    repeated(&mut viewer, "cache_invalidate_", "AB3028").await;
     viewer.expect_nothing().await;
     outcomes_become(
         &server,
         &[
             ("delivered event", 1),
-            ("malformed event", 9),
+            ("malformed event", 10),
             ("malformed stats", 1),
             ("no_viewer event", 1),
-            ("not_object event", 6),
+            ("not_object event", 7),
             ("not_object stats", 1),
             ("noted stats", 1),
-            ("oversized event", 2),
+            ("offered event", 1),
+            ("oversized event", 3),
             ("oversized stats", 1),
         ],
     )
@@ -424,9 +514,9 @@ async fn a_listen_ends_when_the_last_viewer_has_been_gone_for_the_linger() {
     let server = start(settings).await;
     let (mut one, mut other) =
         (Client::connect(&server, V1).await, Client::connect(&server, V2).await);
-    let event = "cache_invalidate_AB3028";
+    let event = "plain_AB3028";
     let mut joined = BTreeMap::new();
-    for topic in [event, "cache_invalidate_AB3029", "cache_invalidate_AB3030"] {
+    for topic in [event, "plain_AB3029", "plain_AB3030"] {
         joined.insert(topic, one.join(topic).await);
     }
     let other_joined = other.join(event).await;
@@ -436,13 +526,13 @@ async fn a_listen_ends_when_the_last_viewer_has_been_gone_for_the_linger() {
     for (topic, join_ref) in &joined {
         leave(&mut one, topic, join_ref).await;
     }
-    one.join("cache_invalidate_AB3030").await;
+    one.join("plain_AB3030").await;
     listens_become(&server, 2.0).await;
-    database.notify("cache_invalidate_AB3029", "{}").await;
+    database.notify("plain_AB3029", "{}").await;
     database.notify(event, r#"{"still":"held"}"#).await;
-    database.notify("cache_invalidate_AB3030", r#"{"came":"back"}"#).await;
-    assert_eq!(next(&mut other).await, invalidation(event, r#"{"still":"held"}"#));
-    let back = invalidation("cache_invalidate_AB3030", r#"{"came":"back"}"#);
+    database.notify("plain_AB3030", r#"{"came":"back"}"#).await;
+    assert_eq!(next(&mut other).await, news(event, r#"{"still":"held"}"#));
+    let back = news("plain_AB3030", r#"{"came":"back"}"#);
     assert_eq!(next(&mut one).await, back);
     outcomes_become(&server, &[("delivered event", 2)]).await;
 
@@ -450,14 +540,14 @@ async fn a_listen_ends_when_the_last_viewer_has_been_gone_for_the_linger() {
     leave(&mut other, event, &other_joined).await;
     listens_become(&server, 1.0).await;
     database.notify(event, r#"{"lost":"rightly"}"#).await;
-    database.notify("cache_invalidate_AB3030", "{}").await;
-    assert_eq!(next(&mut one).await, invalidation("cache_invalidate_AB3030", "{}"));
+    database.notify("plain_AB3030", "{}").await;
+    assert_eq!(next(&mut one).await, news("plain_AB3030", "{}"));
     outcomes_become(&server, &[("delivered event", 3)]).await;
 
     // Whoever joins then is served as the first one was; so is who closes without leaving.
     other.join(event).await;
     database.notify(event, r#"{"again":1}"#).await;
-    assert_eq!(next(&mut other).await, invalidation(event, r#"{"again":1}"#));
+    assert_eq!(next(&mut other).await, news(event, r#"{"again":1}"#));
     other.close().await;
     listens_become(&server, 1.0).await;
     one.close().await;
@@ -476,7 +566,7 @@ async fn within_the_linger_an_event_without_viewers_is_received_and_counted() {
     let mut database = Database::create().await;
     let server = start(settings(&database)).await;
     let mut viewer = Client::connect(&server, V2).await;
-    let event = "cache_invalidate_AB3028";
+    let event = "plain_AB3028";
     for _ in 0..3 {
         let join_ref = viewer.join(event).await;
         leave(&mut viewer, event, &join_ref).await;
@@ -485,7 +575,7 @@ async fn within_the_linger_an_event_without_viewers_is_received_and_counted() {
     outcomes_become(&server, &[("no_viewer event", 1)]).await;
     viewer.join(event).await;
     database.notify(event, r#"{"back":1}"#).await;
-    assert_eq!(next(&mut viewer).await, invalidation(event, r#"{"back":1}"#));
+    assert_eq!(next(&mut viewer).await, news(event, r#"{"back":1}"#));
     outcomes_become(&server, &[("delivered event", 1), ("no_viewer event", 1)]).await;
     viewer.close().await;
     server.stop().await;
@@ -496,11 +586,11 @@ async fn a_notification_that_crosses_the_unlisten_is_counted_and_a_returning_vie
     let mut database = Database::create().await;
     let mut proxy = Proxy::start("127.0.0.1", database.port()).await;
     let mut settings = settings(&database);
-    settings.database_url = Secret::from(&*database.url_at(proxy.address));
+    settings.notify_database_url = Secret::from(&*database.url_at(proxy.address));
     settings.relay.linger = Duration::ZERO;
     let server = start(settings).await;
     let mut viewer = Client::connect(&server, V2).await;
-    let (event, other) = ("cache_invalidate_AB3028", "cache_invalidate_AB3029");
+    let (event, other) = ("plain_AB3028", "plain_AB3029");
     viewer.join(other).await;
     let join_ref = viewer.join(event).await;
 
@@ -511,7 +601,7 @@ async fn a_notification_that_crosses_the_unlisten_is_counted_and_a_returning_vie
     database.notify(event, r#"{"crossed":1}"#).await;
     database.notify(other, "{}").await;
     proxy.release();
-    assert_eq!(next(&mut viewer).await, invalidation(other, "{}"));
+    assert_eq!(next(&mut viewer).await, news(other, "{}"));
     outcomes_become(&server, &[("delivered event", 1), ("unknown_channel other", 1)]).await;
 
     let join_ref = viewer.join(event).await;
@@ -526,7 +616,7 @@ async fn a_notification_that_crosses_the_unlisten_is_counted_and_a_returning_vie
     let ok = json!({ "status": "ok", "response": "$any" });
     viewer.expect(json!(["7", "7", topic, "phx_reply", ok])).await;
     database.notify(event, r#"{"back":1}"#).await;
-    assert_eq!(next(&mut viewer).await, invalidation(event, r#"{"back":1}"#));
+    assert_eq!(next(&mut viewer).await, news(event, r#"{"back":1}"#));
     assert_eq!(server.metric("tidegate_relay_listens").await, 2.0);
     viewer.close().await;
     server.stop().await;
@@ -553,6 +643,9 @@ async fn a_channel_of_63_bytes_is_relayed_and_one_of_64_is_joined_and_counted() 
         database.notify(&channel, "{}").await;
         let expected = told(&format!("realtime:{channel}"), event, "{}");
         assert_eq!(next(&mut viewer).await, expected);
+        if event == "cache_invalidation" {
+            repeated(&mut viewer, prefix, &eid).await;
+        }
         viewer.expect_nothing().await;
     }
     // 50 characters are an eid, 51 are none.
@@ -576,24 +669,24 @@ async fn beyond_listens_max_an_event_is_joined_and_counted_until_a_place_is_free
     let server = start(settings).await;
     let full = "tidegate_relay_listens_refused_total{reason=\"full\"}";
     let mut viewer = Client::connect(&server, V2).await;
-    viewer.join("cache_invalidate_AB1").await;
-    let second = viewer.join("cache_invalidate_AB2").await;
+    viewer.join("plain_AB1").await;
+    let second = viewer.join("plain_AB2").await;
     // The other spelling takes no place of its own.
-    viewer.join("cache_invalidate:AB1").await;
+    viewer.join("plain:AB1").await;
     assert_eq!(server.metric(full).await, 0.0);
-    let third = viewer.join("cache_invalidate_AB3").await;
+    let third = viewer.join("plain_AB3").await;
     assert_eq!(server.metric(full).await, 1.0);
-    database.notify("cache_invalidate_AB3", "{}").await;
-    database.notify("cache_invalidate_AB2", "{}").await;
-    assert_eq!(next(&mut viewer).await, invalidation("cache_invalidate_AB2", "{}"));
+    database.notify("plain_AB3", "{}").await;
+    database.notify("plain_AB2", "{}").await;
+    assert_eq!(next(&mut viewer).await, news("plain_AB2", "{}"));
 
-    leave(&mut viewer, "cache_invalidate_AB3", &third).await;
-    leave(&mut viewer, "cache_invalidate_AB2", &second).await;
+    leave(&mut viewer, "plain_AB3", &third).await;
+    leave(&mut viewer, "plain_AB2", &second).await;
     listens_become(&server, 1.0).await;
-    viewer.join("cache_invalidate_AB3").await;
+    viewer.join("plain_AB3").await;
     assert_eq!(server.metric(full).await, 1.0);
-    database.notify("cache_invalidate_AB3", r#"{"place":1}"#).await;
-    let place = invalidation("cache_invalidate_AB3", r#"{"place":1}"#);
+    database.notify("plain_AB3", r#"{"place":1}"#).await;
+    let place = news("plain_AB3", r#"{"place":1}"#);
     assert_eq!(next(&mut viewer).await, place);
     viewer.close().await;
     server.stop().await;
@@ -681,11 +774,16 @@ async fn what_is_notified_right_after_the_ok_arrives() {
     for serializer in [V1, V2] {
         let mut viewer = Client::connect(&server, serializer).await;
         for nth in 0..50 {
-            let event =
-                format!("cache_invalidate_{}-{nth}", if serializer == V1 { "A" } else { "B" });
+            let eid = format!("{}-{nth}", if serializer == V1 { "A" } else { "B" });
+            let event = format!("plain_{eid}");
+            viewer.join(&event).await;
+            database.notify(&event, "{}").await;
+            assert_eq!(next(&mut viewer).await, news(&event, "{}"));
+            let event = format!("cache_invalidate_{eid}");
             viewer.join(&event).await;
             database.notify(&event, "{}").await;
             assert_eq!(next(&mut viewer).await, invalidation(&event, "{}"));
+            repeated(&mut viewer, "cache_invalidate_", &eid).await;
         }
         viewer.close().await;
     }
@@ -700,12 +798,12 @@ async fn what_is_notified_right_after_the_ok_of_a_rejoin_arrives() {
     settings.relay.linger = Duration::ZERO;
     let server = start(settings).await;
     let mut viewer = Client::connect(&server, V2).await;
-    let event = "cache_invalidate_AB3028";
+    let event = "plain_AB3028";
     for nth in 0..50 {
         let join_ref = viewer.join(event).await;
         let payload = format!(r#"{{"nth":{nth}}}"#);
         database.notify(event, &payload).await;
-        assert_eq!(next(&mut viewer).await, invalidation(event, &payload));
+        assert_eq!(next(&mut viewer).await, news(event, &payload));
         leave(&mut viewer, event, &join_ref).await;
         if nth % 3 == 0 {
             listens_become(&server, 0.0).await;
@@ -720,7 +818,7 @@ async fn what_is_notified_right_after_the_ok_of_a_rejoin_arrives() {
 async fn while_notifications_pour_the_ok_comes_first_and_none_after_it_is_missed() {
     let mut database = Database::create().await;
     let server = start(settings(&database)).await;
-    let event = "cache_invalidate_AB3028";
+    let event = "plain_AB3028";
     let begun = Cell::new(0_u64);
     let pour = async {
         loop {

@@ -7,6 +7,7 @@ use tidegate::{
     auth::jwt::Secret,
     config::Config,
     server::{Server, Services},
+    topic_rules::Rule,
 };
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -39,6 +40,20 @@ pub(crate) fn config() -> Config {
     config.protocol.error_delay = Duration::from_millis(5);
     config.relay.backoff_max = Duration::from_millis(200);
     config
+}
+
+/// A rule that relays what the database notifies as it comes: nothing is merged, and who joins is
+/// not caught up.
+pub(crate) fn plain_rule() -> Rule {
+    let rule = r#"
+        name = "plain"
+        pattern = ["plain_{eid}", "plain:{eid}"]
+        listen = "plain_{eid}"
+        event = "news"
+        read = [{ role = ["anon", "authenticated", "service_role"] }]
+        write = [{ role = ["service_role"] }]
+    "#;
+    toml::from_str(rule).unwrap()
 }
 
 impl TestServer {
