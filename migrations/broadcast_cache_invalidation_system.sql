@@ -38,8 +38,16 @@ begin
             operation text,
             event_eid text,
             sqlstate text,
-            message text
+            message text,
+            xact xid8 not null default pg_current_xact_id()
         );
+    end if;
+    if not exists (
+        select from pg_catalog.pg_attribute
+        where attrelid = 'tidegate.trigger_failures'::regclass and attname = 'xact'
+    ) then
+        alter table tidegate.trigger_failures
+            add column xact xid8 not null default pg_current_xact_id();
     end if;
     -- As in migrations/schema/0002_broadcast_history.sql, which may run before or after.
     if to_regclass('tidegate.broadcast_history') is null then

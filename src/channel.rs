@@ -14,6 +14,7 @@ use tokio_tungstenite::tungstenite::Message as Frame;
 use crate::{
     auth::jwt::{Token, TokenError, unix_now},
     hub::{Subscription, TopicKey},
+    merge::{self, CatchUp, Cause, Event, Known, Why},
     metrics::{Counted, Dropped},
     outbox::Outbox,
     protocol::{
@@ -40,6 +41,8 @@ pub(crate) struct Channel {
     /// The rule that decides, unless the topic is an ordinary one.
     rule: Option<(Arc<Rule>, Captures)>,
     token: Arc<Token>,
+    /// Of a rule that merges.
+    event: Option<Arc<Event>>,
     /// None while the claims do not allow reading.
     subscription: Option<Subscription>,
     listening: Option<Listening>,
@@ -119,11 +122,13 @@ impl Channel {
             }
         }
         let key = TopicKey { sub_topic: sub_topic.into(), privacy: config.privacy };
+        let event = rule.as_ref().and_then(|(rule, captures)| services.events.of(rule, captures));
         Ok(Self {
             topic: join.topic,
             join_ref: join.join_ref,
             config,
             key,
+            event,
             rule,
             token,
             subscription: None,
@@ -149,6 +154,7 @@ impl Channel {
             channel: rule.listen.as_ref()?.fill(captures).into(),
             user_event: rule.event.clone()?,
             topics: rule.topics(&self.key.sub_topic, captures),
+            event: self.event.clone(),
         };
         match context.services.listens.hold(source) {
             Ok(listening) => {
@@ -163,12 +169,13 @@ impl Channel {
         }
     }
 
-    /// Answers the join with `ok` and begins to deliver.
-    pub(crate) fn open(&mut self, context: Context<'_>, reference: Option<&Ref>) {
+    /// Answers the join with `ok` and begins to deliver: first what the client may have missed.
+    pub(crate) fn open(&mut self, context: Context<'_>, reference: Option<&Ref>, known: Known) {
         let metrics = &context.services.metrics;
         let response = self.config.reply();
         self.reply(context, reference, response.as_str());
         self.decide(context);
+        self.catch_up(context, known);
         let result = if self.subscription.is_some() { "ok" } else { "withheld" };
         metrics.joins.with_label_values(&[result, ""]).inc();
         metrics.join_seconds.observe(self.asked_at.elapsed().as_secs_f64());
@@ -183,6 +190,47 @@ impl Channel {
         if self.config.presence {
             self.push(context, "presence_state", &Json::EMPTY);
         }
+    }
+
+    /// Pushes what has changed since the client last heard of the event, after it has subscribed: a
+    /// change is noted before its message is fanned out, so that it is in the one or in the other.
+    fn catch_up(&self, context: Context<'_>, known: Known) {
+        let Some(event) = self.event.as_ref().filter(|_| self.subscription.is_some()) else {
+            return;
+        };
+        if cfg!(feature = "without-catch-up") {
+            return;
+        }
+        let services = context.services;
+        if self.listening.as_ref().is_some_and(|listening| !listening.is_active()) {
+            event.owe();
+            // It may have become active in between, and have found nothing owed.
+            let is_active = self.listening.as_ref().is_some_and(Listening::is_active);
+            if is_active && event.take_owed() {
+                merge::offer_gap(services, event, Cause::LateListen, None, Instant::now());
+            }
+        }
+        let covered_since = match &self.listening {
+            Some(listening) => listening.covered_since(),
+            // Without a database there is nothing else to be heard.
+            None => services.config.notify_url().is_empty().then(|| services.events.started()),
+        };
+        let sub_topic = &self.key.sub_topic;
+        let Some(catch_up) = event.catch_up(known, covered_since, context.outbox, sub_topic) else {
+            return;
+        };
+        let CatchUp { broadcast, cause, method } = catch_up;
+        let metrics = &services.metrics;
+        metrics.catch_ups.with_label_values(&[cause.kind(), method.kind()]).inc();
+        metrics.invalidations_sent.with_label_values(&[Why::CatchUp.kind()]).inc();
+        if let Some(frame) = context.outbox.serializer().encode_broadcast(&self.topic, &broadcast) {
+            context.send(frame);
+        }
+    }
+
+    /// Whether the database tells of the topic.
+    pub(crate) fn is_listened(&self) -> bool {
+        self.rule.as_ref().is_some_and(|(rule, _)| rule.listen.is_some())
     }
 
     /// Does what a client's message asks of a joined channel; broadcasts go to
@@ -220,6 +268,9 @@ impl Channel {
                     }
                 }
             }
+        }
+        if let Some(event) = &self.event {
+            broadcasts = merge::offer(services, event, broadcasts, None);
         }
         if !broadcasts.is_empty() {
             let started = Instant::now();
@@ -289,6 +340,11 @@ impl Channel {
     /// As the client spells it.
     pub(crate) fn topic(&self) -> &str {
         &self.topic
+    }
+
+    /// The topic without its prefix.
+    pub(crate) fn sub_topic(&self) -> Arc<str> {
+        Arc::clone(&self.key.sub_topic)
     }
 
     /// The join's ref, which names this channel.
@@ -375,8 +431,12 @@ impl Channel {
             Ok(token) => {
                 self.token = token;
                 // What was withheld may begin, what was delivered may end.
+                let was_silent = self.subscription.is_none();
                 drop(self.listen(context));
                 self.decide(context);
+                if was_silent {
+                    self.catch_up(context, Known::Nothing);
+                }
                 Fate::Open
             }
             Err(error) => {

@@ -49,6 +49,8 @@ pub struct Config {
     pub limits: Limits,
     /// The database link.
     pub relay: Relay,
+    /// What the database remembers.
+    pub history: History,
     /// The orderly end.
     pub drain: Drain,
     /// Topics that no rule matches.
@@ -125,6 +127,25 @@ pub struct Relay {
     /// Longest wait between two attempts.
     #[serde(deserialize_with = "duration")]
     pub backoff_max: Duration,
+    /// Between two canaries: notifications to this gateway itself, by which it knows up to where
+    /// everything has arrived.
+    #[serde(deserialize_with = "duration")]
+    pub canary_interval: Duration,
+    /// A canary that has not arrived so long after its commit ends the session.
+    #[serde(deserialize_with = "duration")]
+    pub canary_timeout: Duration,
+    /// When each viewer of each event gets the complete list, the events are spread over so long.
+    #[serde(deserialize_with = "duration")]
+    pub resync_spread: Duration,
+}
+
+/// What the database remembers.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct History {
+    /// How long a message stays in `tidegate.broadcast_history`.
+    #[serde(deserialize_with = "duration")]
+    pub keep: Duration,
 }
 
 /// The orderly end.
@@ -217,6 +238,12 @@ impl Config {
         first_set([&self.notify_database_url, &self.database_url])
     }
 
+    /// The URL for everything else that a gateway asks the database.
+    #[must_use]
+    pub fn pool_url(&self) -> &Secret {
+        first_set([&self.database_url, &self.notify_database_url])
+    }
+
     /// The URL for migrations.
     #[must_use]
     pub fn migrate_url(&self) -> &Secret {
@@ -269,6 +296,8 @@ impl Config {
             ("relay.heartbeat_interval", self.relay.heartbeat_interval),
             ("relay.heartbeat_timeout", self.relay.heartbeat_timeout),
             ("relay.connect_timeout", self.relay.connect_timeout),
+            ("relay.canary_interval", self.relay.canary_interval),
+            ("relay.canary_timeout", self.relay.canary_timeout),
         ] {
             if value.is_zero() {
                 mistakes.push(format!("{name}: must be longer than 0s"));
@@ -489,7 +518,8 @@ fn first_set(urls: [&Secret; 2]) -> &Secret {
     if first.is_empty() { second } else { first }
 }
 
-fn duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
+/// Reads a duration as people write it: `3s`, `500ms`.
+pub(crate) fn duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
     let text = String::deserialize(deserializer)?;
     humantime::parse_duration(&text)
         .map_err(|_no_more_to_tell| de::Error::custom("expected a duration such as 500ms, 3s, 10m"))

@@ -9,8 +9,12 @@ use sqlx::{
 };
 
 use tokio::time::timeout;
+use uuid::Uuid;
 
-use crate::auth::jwt::Secret;
+use crate::{
+    auth::jwt::Secret,
+    lost_sockets::{ClientKey, Record},
+};
 
 /// The re-runnable file of triggers and functions.
 pub const SYSTEM_SQL: &str = include_str!("../migrations/broadcast_cache_invalidation_system.sql");
@@ -43,6 +47,18 @@ const PARAMETERS: [&str; 18] = [
 
 /// How long `migrate` waits for a connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Connections for what the listening session is not for, and how long one is kept unused.
+const POOL_MAX: u32 = 3;
+const POOL_IDLE: Duration = Duration::from_secs(60);
+
+/// More changed endpoints than this are not told one by one.
+const CHANGED_MAX: usize = 100_000;
+
+/// Under which gateways take turns in deleting what is over: `tidegate` in ASCII.
+const FORGET_LOCK: i64 = 0x7469_6465_6761_7465;
+/// Rows of the history that are deleted at a time.
+pub(crate) const FORGET_BATCH: i32 = 1_000;
 
 /// The gateway's own schema, one migration after the other.
 const SCHEMA: [(i64, &str, &str); 3] = [
@@ -117,6 +133,367 @@ pub(crate) async fn is_in_recovery(options: &PgConnectOptions) -> Result<bool, s
 /// Asks the session for a sign of life.
 pub(crate) async fn heartbeat(listener: &mut PgListener) -> Result<(), sqlx::Error> {
     listener.execute("SELECT 1").await.map(drop)
+}
+
+/// A pool for what the listening session is not for.
+///
+/// # Errors
+/// The URL cannot be read.
+pub(crate) fn pool(url: &Secret, connect_timeout: Duration) -> Result<PgPool, sqlx::Error> {
+    Ok(PgPoolOptions::new()
+        .max_connections(POOL_MAX)
+        .acquire_timeout(connect_timeout)
+        .idle_timeout(POOL_IDLE)
+        .connect_lazy_with(options(url)?))
+}
+
+/// Bounds what a statement of the session may take, so that a locked table ends the statement and
+/// not the session.
+pub(crate) async fn bound(listener: &mut PgListener, limit: Duration) -> Result<(), sqlx::Error> {
+    let limit = limit.as_millis().to_string();
+    sqlx::query(
+        "SELECT set_config('statement_timeout', $1, false), set_config('lock_timeout', $1, false)",
+    )
+    .bind(limit)
+    .execute(listener)
+    .await
+    .map(drop)
+}
+
+/// What tells one server from another and from what it was before it was restored: its system
+/// identifier and timeline. The timeline is that of the log being written: the control file has
+/// the old one until the first checkpoint after a promotion. Where a provider has closed these
+/// functions, the time of its start.
+pub(crate) async fn identity(listener: &mut PgListener) -> Result<String, sqlx::Error> {
+    let identity = sqlx::query_scalar(
+        "SELECT (SELECT system_identifier FROM pg_control_system())::text
+            || ' ' || left(pg_walfile_name(pg_current_wal_lsn()), 8)",
+    )
+    .fetch_one(&mut *listener)
+    .await;
+    match identity {
+        Err(sqlx::Error::Database(_)) => {
+            sqlx::query_scalar("SELECT pg_postmaster_start_time()::text").fetch_one(listener).await
+        }
+        Ok(_) | Err(_) => identity,
+    }
+}
+
+/// What the database had committed at a moment.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Snapshot {
+    /// As `pg_snapshot` writes it: `xmin:xmax:xip,…`.
+    pub(crate) xacts: String,
+    /// The server's clock.
+    pub(crate) at: String,
+}
+
+impl Snapshot {
+    /// The first transaction that had not begun.
+    pub(crate) fn xmax(&self) -> Option<u64> {
+        self.xacts.split(':').nth(1)?.parse().ok()
+    }
+}
+
+/// What the database has committed at this moment.
+pub(crate) async fn snapshot(listener: &mut PgListener) -> Result<Snapshot, sqlx::Error> {
+    let row = sqlx::query("SELECT pg_current_snapshot()::text, clock_timestamp()::text")
+        .fetch_one(listener)
+        .await?;
+    Ok(Snapshot { xacts: row.try_get(0)?, at: row.try_get(1)? })
+}
+
+/// Notifies `nonce` on this gateway's own channel, and gives what had been committed before.
+pub(crate) async fn send_canary(
+    pool: &PgPool,
+    channel: &str,
+    nonce: &str,
+) -> Result<Snapshot, sqlx::Error> {
+    let row = sqlx::query(
+        "SELECT pg_current_snapshot()::text, clock_timestamp()::text, pg_notify($1, $2)::text",
+    )
+    .bind(channel)
+    .bind(nonce)
+    .fetch_one(pool)
+    .await?;
+    Ok(Snapshot { xacts: row.try_get(0)?, at: row.try_get(1)? })
+}
+
+/// What a trigger could not do.
+#[derive(Debug)]
+pub(crate) struct TriggerFailure {
+    /// The event, if it was known.
+    pub(crate) eid: Option<String>,
+    /// Whether the message is in the history all the same: the queue was too full to notify.
+    pub(crate) is_in_history: bool,
+}
+
+/// What triggers could not do and had not recorded at `since`, where a viewer may have missed
+/// something: not where there is no event to tell of, nor where the message was sent and only the
+/// history lacks it, nor what concerns `auction_winner` alone.
+pub(crate) async fn trigger_failures(
+    pool: &PgPool,
+    since: &Snapshot,
+) -> Result<Vec<TriggerFailure>, sqlx::Error> {
+    let rows = sqlx::query(
+        "SELECT event_eid, sqlstate IS NOT DISTINCT FROM '53000'
+        FROM tidegate.trigger_failures
+        WHERE xact >= pg_snapshot_xmin($1::pg_snapshot)
+            AND NOT pg_visible_in_snapshot(xact, $1::pg_snapshot)
+            AND coalesce(sqlstate, '') NOT IN ('P0002', '22023')
+            AND coalesce(message, '') NOT LIKE 'writing the history%'
+            AND coalesce(message, '') NOT LIKE 'looking up the winn%'
+        GROUP BY 1, 2",
+    )
+    .bind(&since.xacts)
+    .fetch_all(pool)
+    .await?;
+    rows.iter()
+        .map(|row| Ok(TriggerFailure { eid: row.try_get(0)?, is_in_history: row.try_get(1)? }))
+        .collect()
+}
+
+/// Whether the history lacks something that was committed after `since`.
+pub(crate) async fn has_holes(
+    listener: &mut PgListener,
+    since: &Snapshot,
+) -> Result<bool, sqlx::Error> {
+    sqlx::query_scalar(
+        "SELECT EXISTS (
+            SELECT FROM tidegate.trigger_failures
+            WHERE xact >= pg_snapshot_xmin($1::pg_snapshot)
+                AND NOT pg_visible_in_snapshot(xact, $1::pg_snapshot)
+                AND coalesce(sqlstate, '') NOT IN ('P0002', '22023', '53000'))",
+    )
+    .bind(&since.xacts)
+    .fetch_one(listener)
+    .await
+}
+
+/// An endpoint of an event in the history.
+#[derive(Debug)]
+pub(crate) struct Changed {
+    pub(crate) eid: String,
+    /// None for a message without any.
+    pub(crate) endpoint: Option<String>,
+    /// Whether it stands for everything of the event.
+    pub(crate) is_pointer: bool,
+}
+
+/// What the history says has changed of these events since `since`, and within the minute before.
+pub(crate) async fn changed_since(
+    listener: &mut PgListener,
+    since: &Snapshot,
+    eids: &[String],
+) -> Result<Vec<Changed>, sqlx::Error> {
+    let rows = sqlx::query(
+        "SELECT h.eid, e.endpoint, bool_or(h.payload LIKE '%\"pointer\": true%')
+        FROM tidegate.broadcast_history h LEFT JOIN LATERAL unnest(h.endpoints) e (endpoint) ON true
+        WHERE h.eid = ANY ($3)
+            AND (h.xact >= pg_snapshot_xmin($1::pg_snapshot)
+                    AND NOT pg_visible_in_snapshot(h.xact, $1::pg_snapshot)
+                OR h.at >= $2::timestamptz - interval '60 seconds')
+        GROUP BY 1, 2
+        ORDER BY min(h.id)
+        LIMIT 100001",
+    )
+    .bind(&since.xacts)
+    .bind(&since.at)
+    .bind(eids)
+    .fetch_all(listener)
+    .await?;
+    if rows.len() > CHANGED_MAX {
+        return Err(sqlx::Error::Protocol("too much has changed".into()));
+    }
+    rows.iter()
+        .map(|row| {
+            Ok(Changed {
+                eid: row.try_get(0)?,
+                endpoint: row.try_get(1)?,
+                is_pointer: row.try_get(2)?,
+            })
+        })
+        .collect()
+}
+
+/// The endpoints that the events have, and those that changed within a day: `(eid, endpoint)`.
+pub(crate) async fn endpoints(
+    listener: &mut PgListener,
+    eids: &[String],
+) -> Result<Vec<(String, String)>, sqlx::Error> {
+    let rows = sqlx::query(
+        "SELECT e.eid, l.endpoint
+        FROM unnest($1::text[]) e (eid), LATERAL tidegate.event_endpoints(e.eid) l (endpoint)
+        UNION
+        SELECT h.eid, unnest(h.endpoints)
+        FROM tidegate.broadcast_history h
+        WHERE h.eid = ANY ($1) AND h.at > clock_timestamp() - interval '24 hours'",
+    )
+    .bind(eids)
+    .fetch_all(listener)
+    .await?;
+    rows.iter()
+        .map(|row| Ok((row.try_get(0)?, row.try_get::<Option<String>, _>(1)?.unwrap_or_default())))
+        .collect()
+}
+
+/// Says that this gateway lives, and asks whether another one does, or died within a day without
+/// an orderly end.
+pub(crate) async fn sign_of_life(pool: &PgPool, gateway: Uuid) -> Result<bool, sqlx::Error> {
+    sqlx::query_scalar(
+        "WITH me AS (
+            INSERT INTO tidegate.gateways (id) VALUES ($1)
+            ON CONFLICT (id) DO UPDATE SET seen_at = clock_timestamp()
+        )
+        SELECT EXISTS (
+            SELECT FROM tidegate.gateways
+            WHERE id <> $1 AND ended_at IS NULL
+                AND seen_at > clock_timestamp() - interval '24 hours')",
+    )
+    .bind(gateway)
+    .fetch_one(pool)
+    .await
+}
+
+/// What other gateways wrote at their end, within so long.
+pub(crate) async fn lost_sockets(
+    pool: &PgPool,
+    gateway: Uuid,
+    within: Duration,
+) -> Result<Vec<Record>, sqlx::Error> {
+    let rows = sqlx::query(
+        "SELECT client, topic, extract(epoch FROM clock_timestamp() - min(last_data_at))::float8
+        FROM tidegate.lost_sockets
+        WHERE gateway <> $1 AND at > clock_timestamp() - make_interval(secs => $2)
+        GROUP BY 1, 2",
+    )
+    .bind(gateway)
+    .bind(within.as_secs_f64())
+    .fetch_all(pool)
+    .await?;
+    rows.iter()
+        .map(|row| {
+            let seconds = row.try_get::<f64, _>(2)?.max(0.0);
+            Ok(Record {
+                client: ClientKey(row.try_get(0)?),
+                topic: row.try_get::<String, _>(1)?.into(),
+                age: Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX),
+            })
+        })
+        .collect()
+}
+
+/// Writes this gateway's records, and that it has ended, at once.
+pub(crate) async fn end_gateway(
+    pool: &PgPool,
+    gateway: Uuid,
+    records: &[Record],
+) -> Result<(), sqlx::Error> {
+    let clients: Vec<_> = records.iter().map(|it| it.client.0).collect();
+    let topics: Vec<_> = records.iter().map(|it| it.topic.to_string()).collect();
+    let ages: Vec<_> = records.iter().map(|it| it.age.as_secs_f64()).collect();
+    let mut transaction = pool.begin().await?;
+    sqlx::query(
+        "INSERT INTO tidegate.lost_sockets (gateway, client, topic, last_data_at)
+        SELECT $1, client, topic, clock_timestamp() - make_interval(secs => age)
+        FROM unnest($2::uuid[], $3::text[], $4::float8[]) r (client, topic, age)",
+    )
+    .bind(gateway)
+    .bind(clients)
+    .bind(topics)
+    .bind(ages)
+    .execute(&mut *transaction)
+    .await?;
+    sqlx::query(
+        "INSERT INTO tidegate.gateways (id, ended_at) VALUES ($1, clock_timestamp())
+        ON CONFLICT (id) DO UPDATE SET seen_at = clock_timestamp(), ended_at = clock_timestamp()",
+    )
+    .bind(gateway)
+    .execute(&mut *transaction)
+    .await?;
+    transaction.commit().await
+}
+
+/// The topics that were joined within a day, and how long ago.
+pub(crate) async fn recent_topics(
+    pool: &PgPool,
+    limit: usize,
+) -> Result<Vec<(String, Duration)>, sqlx::Error> {
+    let rows = sqlx::query(
+        "SELECT topic, extract(epoch FROM clock_timestamp() - seen_at)::float8
+        FROM tidegate.recent_topics
+        WHERE seen_at > clock_timestamp() - interval '24 hours'
+        ORDER BY seen_at DESC
+        LIMIT $1",
+    )
+    .bind(i64::try_from(limit).unwrap_or(i64::MAX))
+    .fetch_all(pool)
+    .await?;
+    rows.iter()
+        .map(|row| {
+            let seconds = row.try_get::<f64, _>(1)?.max(0.0);
+            let age = Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX);
+            Ok((row.try_get(0)?, age))
+        })
+        .collect()
+}
+
+/// Remembers that these topics were joined.
+pub(crate) async fn note_recent_topics(
+    pool: &PgPool,
+    topics: &[String],
+) -> Result<(), sqlx::Error> {
+    sqlx::query(
+        "INSERT INTO tidegate.recent_topics (topic)
+        SELECT DISTINCT topic FROM unnest($1::text[]) t (topic) ORDER BY topic
+        ON CONFLICT (topic) DO UPDATE SET seen_at = clock_timestamp()",
+    )
+    .bind(topics)
+    .execute(pool)
+    .await
+    .map(drop)
+}
+
+/// Deletes a batch of what is over, if no other gateway is at it: of the history, what is older
+/// than `keep`, and what gateways share, after a day. Gives how much of the history.
+pub(crate) async fn forget(pool: &PgPool, keep: Duration) -> Result<i32, sqlx::Error> {
+    let mut transaction = pool.begin().await?;
+    let is_ours: bool = sqlx::query_scalar("SELECT pg_try_advisory_xact_lock($1)")
+        .bind(FORGET_LOCK)
+        .fetch_one(&mut *transaction)
+        .await?;
+    if !is_ours {
+        return Ok(0);
+    }
+    for statement in [
+        "DELETE FROM tidegate.lost_sockets WHERE at < clock_timestamp() - interval '24 hours'",
+        "DELETE FROM tidegate.recent_topics WHERE seen_at < clock_timestamp() - interval '24 hours'",
+        "DELETE FROM tidegate.gateways WHERE seen_at < clock_timestamp() - interval '48 hours'",
+    ] {
+        sqlx::query(statement).execute(&mut *transaction).await?;
+    }
+    let forgotten =
+        sqlx::query_scalar("SELECT tidegate.forget_history(make_interval(secs => $1), $2)")
+            .bind(keep.as_secs_f64())
+            .bind(FORGET_BATCH)
+            .fetch_one(&mut *transaction)
+            .await?;
+    transaction.commit().await?;
+    Ok(forgotten)
+}
+
+/// Invalidates an endpoint of an event, or the event and its media, for the viewers of every
+/// gateway. Gives the payload.
+pub(crate) async fn invalidate(
+    pool: &PgPool,
+    eid: &str,
+    endpoint: Option<&str>,
+) -> Result<String, sqlx::Error> {
+    sqlx::query_scalar("SELECT public.manual_cache_invalidation($1, $2)::text")
+        .bind(eid)
+        .bind(endpoint)
+        .fetch_one(pool)
+        .await
 }
 
 /// Brings schema `tidegate` up to date, then runs the system file.

@@ -26,6 +26,7 @@ use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 use crate::{
     auth::jwt::{Token, TokenError, unix_now},
     connection::Connection,
+    lost_sockets::ClientKey,
     metrics::RefusedUpgrade,
     outbox::Outbox,
     protocol::{
@@ -67,7 +68,7 @@ pub(crate) async fn serve(
         (services.config.limits.handshake_timeout, services.stopped.clone());
     let service = service_fn(|ask| {
         let (services, fallback) = (Arc::clone(&services), fallback.clone());
-        async move { Ok::<_, std::convert::Infallible>(route(services, ask, fallback).await) }
+        async move { Ok::<_, std::convert::Infallible>(route(services, ask, peer, fallback).await) }
     });
     let connection = hyper::server::conn::http1::Builder::new()
         .timer(TokioTimer::new())
@@ -89,12 +90,19 @@ pub(crate) async fn serve(
     }
 }
 
-async fn route(services: Arc<Services>, ask: Ask, fallback: Option<Fallback>) -> Answer {
+async fn route(
+    services: Arc<Services>,
+    ask: Ask,
+    peer: SocketAddr,
+    fallback: Option<Fallback>,
+) -> Answer {
     let path = ask.uri().path().to_owned();
     // The fronting gateway's prefix may be there or stripped.
     let api = path.strip_prefix("/realtime/v1").unwrap_or(&path).strip_prefix("/api/broadcast");
     match (ask.method(), path.as_str(), api) {
-        (_, "/realtime/v1/websocket" | "/socket/websocket", _) => upgrade(services, ask).await,
+        (_, "/realtime/v1/websocket" | "/socket/websocket", _) => {
+            upgrade(services, ask, peer).await
+        }
         (&Method::GET | &Method::HEAD, "/healthz", _) => text(StatusCode::OK, "ok"),
         (&Method::OPTIONS, _, Some(_)) => rest::preflight(),
         (&Method::POST, _, Some("")) => rest::broadcast_batch(&services, ask).await,
@@ -110,7 +118,7 @@ async fn route(services: Arc<Services>, ask: Ask, fallback: Option<Fallback>) ->
 }
 
 /// Opens a WebSocket: version, then key, then place.
-async fn upgrade(services: Arc<Services>, mut ask: Ask) -> Answer {
+async fn upgrade(services: Arc<Services>, mut ask: Ask, peer: SocketAddr) -> Answer {
     let Some(accept) = websocket_accept(&ask) else {
         return refuse(&services, RefusedUpgrade::BadRequest, empty(StatusCode::BAD_REQUEST));
     };
@@ -147,7 +155,9 @@ async fn upgrade(services: Arc<Services>, mut ask: Ask) -> Answer {
     };
     let upgraded = hyper::upgrade::on(&mut ask);
     let connections = services.connections.clone();
-    connections.spawn(open(services, upgraded, place, outbox, token));
+    let user_agent = header_text(&ask, "user-agent").unwrap_or_default();
+    let client = ClientKey::new(peer.ip(), &user_agent);
+    connections.spawn(open(services, upgraded, place, outbox, token, client));
     let mut answer = empty(StatusCode::SWITCHING_PROTOCOLS);
     let headers = answer.headers_mut();
     headers.insert(header::CONNECTION, HeaderValue::from_static("Upgrade"));
@@ -163,13 +173,14 @@ async fn open(
     place: Place,
     outbox: Arc<Outbox>,
     token: Arc<Token>,
+    client: ClientKey,
 ) {
     let Some((stream, read)) = taken_over(upgraded).await else {
         let refused = &services.metrics.connections_refused;
         refused.with_label_values(&[RefusedUpgrade::Abandoned.kind()]).inc();
         return;
     };
-    let socket = Socket::new(Arc::clone(&services), Arc::clone(&outbox), token);
+    let socket = Socket::new(Arc::clone(&services), Arc::clone(&outbox), token, client);
     Connection::new(services, stream, read, outbox, socket).await.run().await;
     drop(place);
 }

@@ -5,8 +5,9 @@
 //!  TCP ──────────► server ──────────► connection ─────► protocol ───────► socket ─────► channel
 //!                    │ http             ▲   the only task that             one match      │ auth, topic rules
 //!                    │ REST broadcast       touches the WebSocket          per event      ▼
-//!                    └──────────────────────────────────────────────────────────────────► hub
-//!  Postgres ─ NOTIFY ─► relay::listener ─► relay::ingest ───────────────────────────────► │
+//!                    └───────────────────────────────────────────────────────────────►  hub ◄── merge (per event)
+//!  Postgres ─ NOTIFY ─► relay::listener ─► relay::ingest ─► topic rule ─────────────────► │      ▲ catch-up
+//!              history ──────────────────► relay::history ────────────────────────────────│──────┘
 //!  TCP ◄─ flush once ── connection ◄─ drain whole batch ── outbox ◄── push, never waits ──┘
 //! ```
 //!
@@ -17,12 +18,14 @@
 //! | [`protocol`] | the wire: messages, serializers, payloads, error codes; pure |
 //! | [`outbox`] | the frames waiting for one client |
 //! | [`hub`] | who is joined to which topic; fan-out |
+//! | [`merge`] | per event: send now, or unite and send later; what has changed of late |
 //! | [`topic_rules`] | a topic → its rule → who may read and write |
 //! | [`auth`] | token → claims or why not |
 //! | `channel` | one joined channel: what each event does |
 //! | [`socket`] | channels by topic: the routing table of events |
+//! | [`lost_sockets`], `healing` | who was away and since when; who may be deaf |
 //! | [`connection`] | one WebSocket and its deadlines |
-//! | [`relay`] | NOTIFY → broadcast |
+//! | [`relay`] | NOTIFY → broadcast; gaps and what they have hidden |
 //! | [`db`] | every SQL statement |
 //! | [`http`], `rest`, [`admin`] | public and admin routes, REST broadcasts |
 //! | [`server`] | listen, accept, cap, drain |
@@ -42,8 +45,11 @@ pub mod config;
 pub mod connection;
 pub mod db;
 pub mod demo;
+mod healing;
 pub mod http;
 pub mod hub;
+pub mod lost_sockets;
+pub mod merge;
 pub mod metrics;
 pub mod outbox;
 pub mod protocol;

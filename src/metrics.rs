@@ -16,6 +16,7 @@ use crate::{
     auth::jwt::TokenError,
     connection::CloseReason,
     hub::FannedOut,
+    merge::{BadEndpoint, Cause, Method, Why},
     protocol::{error_code::ErrorCode, message::Malformed},
     relay::{LinkError, Outcome},
 };
@@ -160,6 +161,30 @@ pub struct Metrics {
     pub broadcasts_rest: IntCounter,
     /// Broadcasts of notifications.
     pub broadcasts_database: IntCounter,
+    /// Invalidations to whole events, each of which stands for one or more.
+    pub broadcasts_merged: IntCounter,
+    /// By [`Why`].
+    pub invalidations_sent: IntCounterVec,
+    /// Invalidations that left as part of another.
+    pub invalidations_merged: IntCounter,
+    /// Elements of lists that are no endpoints, by [`BadEndpoint`].
+    pub endpoints_dropped: IntCounterVec,
+    /// By [`Cause`] and [`Method`].
+    pub catch_ups: IntCounterVec,
+    /// Sockets that may be deaf.
+    pub deaf_suspects: IntGauge,
+    /// `phx_error`s to them.
+    pub heals_sent: IntCounter,
+    /// Joins after one.
+    pub healed: IntCounter,
+    /// From a canary's departure to its arrival.
+    pub canary_seconds: Histogram,
+    /// When a canary last arrived, seconds since 1970.
+    pub canary_last: GenericGauge<AtomicF64>,
+    /// Canaries that could not be sent.
+    pub canary_failures: IntCounter,
+    /// Questions to the history that the server refused.
+    pub history_unreadable: IntCounter,
     /// Frames put into outboxes by fan-outs.
     pub deliveries: IntCounter,
     /// One fan-out, from its encoding to the last push.
@@ -239,6 +264,39 @@ impl Metrics {
             broadcasts_socket: broadcasts.with_label_values(&["socket"]),
             broadcasts_rest: broadcasts.with_label_values(&["rest"]),
             broadcasts_database: broadcasts.with_label_values(&["database"]),
+            broadcasts_merged: broadcasts.with_label_values(&["merged"]),
+            invalidations_sent: new.counters(
+                "invalidations_sent_total",
+                "Invalidations sent to events and to single clients, by reason.",
+                &["reason"],
+            ),
+            invalidations_merged: new.counter(
+                "invalidations_merged_total",
+                "Invalidations that left as part of another.",
+            ),
+            endpoints_dropped: new.counters(
+                "endpoints_dropped_total",
+                "Elements of invalidations' lists that are no endpoints, by reason.",
+                &["reason"],
+            ),
+            catch_ups: new.counters(
+                "catch_ups_total",
+                "Catch-ups of events and of single clients, by cause and method.",
+                &["cause", "method"],
+            ),
+            deaf_suspects: new.gauge("deaf_suspects", "Open sockets that may be deaf."),
+            heals_sent: new.counter("heals_sent_total", "Topics that suspects were told to join."),
+            healed: new.counter("healed_total", "Topics that suspects joined after being told."),
+            canary_seconds: new
+                .histogram("canary_seconds", "From a canary's departure to its arrival."),
+            canary_last: new
+                .time("canary_last_arrival_timestamp_seconds", "When a canary last arrived."),
+            canary_failures: new
+                .counter("canary_failures_total", "Canaries that could not be sent."),
+            history_unreadable: new.counter(
+                "history_unreadable_total",
+                "Questions to the history that the server refused to answer.",
+            ),
             deliveries: new.counter("deliveries_total", "Frames put into outboxes by fan-outs."),
             fanout_seconds: new
                 .histogram("fanout_seconds", "One fan-out, from encoding to the last push."),
@@ -330,6 +388,17 @@ impl Metrics {
         for outcome in Outcome::ALL {
             for source in outcome.sources() {
                 self.notifications.with_label_values(&[source, outcome.kind()]);
+            }
+        }
+        for why in Why::ALL {
+            self.invalidations_sent.with_label_values(&[why.kind()]);
+        }
+        for reason in BadEndpoint::ALL {
+            self.endpoints_dropped.with_label_values(&[reason.kind()]);
+        }
+        for cause in Cause::all() {
+            for method in Method::ALL {
+                self.catch_ups.with_label_values(&[cause.kind(), method.kind()]);
             }
         }
         for cause in LinkError::KINDS {

@@ -1,9 +1,12 @@
-//! Database → hub: which NOTIFY channels are listened to, the session that listens, and what
-//! becomes of a notification.
+//! Database → hub: which NOTIFY channels are listened to, the session that listens, what becomes of
+//! a notification, and of one that may have been missed.
 
+mod canary;
+mod history;
 pub mod ingest;
 pub mod listener;
 pub mod listens;
+pub(crate) mod upkeep;
 
 pub use ingest::Outcome;
 pub use listener::LinkError;

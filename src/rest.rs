@@ -21,6 +21,7 @@ use crate::{
     auth::jwt::{Token, TokenError, unix_now},
     http::{Answer, Ask, empty, header_text, object, query_value},
     hub::{FannedOut, TopicKey},
+    merge,
     metrics::Dropped,
     protocol::{
         message::{FIELD_BYTES_MAX, Json, UserBroadcast, UserPayload},
@@ -140,12 +141,12 @@ async fn publish(
     privacy: Privacy,
     broadcast: Broadcast,
 ) -> Result<(), Denied> {
-    let topics = match services.rules.find(sub_topic) {
+    let (topics, event) = match services.rules.find(sub_topic) {
         Found::Rule(rule, captures) if rule.may_write(&captures, &token.claims) => {
-            rule.topics(sub_topic, &captures)
+            (rule.topics(sub_topic, &captures), services.events.of(&rule, &captures))
         }
         Found::Other if privacy == Privacy::Public => {
-            vec![TopicKey { sub_topic: sub_topic.into(), privacy }]
+            (vec![TopicKey { sub_topic: sub_topic.into(), privacy }], None)
         }
         // Private topics are the database's to decide, which is not asked yet.
         Found::Rule(..) | Found::Other | Found::Refused => {
@@ -153,12 +154,19 @@ async fn publish(
             return Err(Denied);
         }
     };
-    let (started, broadcasts) = (Instant::now(), [broadcast]);
+    let (started, mut broadcasts) = (Instant::now(), vec![broadcast]);
+    if let Some(event) = &event {
+        broadcasts = merge::offer(services, event, broadcasts, None);
+    }
+    if broadcasts.is_empty() {
+        return Ok(());
+    }
     let mut fanned_out = FannedOut::default();
     for topic in &topics {
         fanned_out += services.hub.publish(topic, &broadcasts).await;
     }
-    services.metrics.count_fan_out(&services.metrics.broadcasts_rest, 1, fanned_out, started);
+    let metrics = &services.metrics;
+    metrics.count_fan_out(&metrics.broadcasts_rest, broadcasts.len(), fanned_out, started);
     Ok(())
 }
 

@@ -7,22 +7,28 @@ use std::{error::Error, io, net::SocketAddr, sync::Arc, time::Duration};
 
 use parking_lot::Mutex;
 use slab::Slab;
+use sqlx::PgPool;
 use tokio::{
     net::{TcpListener, TcpSocket, TcpStream},
     sync::Semaphore,
     time::{Instant, sleep, timeout_at},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use uuid::Uuid;
 
 use crate::{
     admin,
     auth::jwt::Verifier,
     config::Config,
+    db,
+    healing::{self, Healing},
     http,
     hub::Hub,
+    lost_sockets::LostSockets,
+    merge::{self, Events},
     metrics::{Metrics, RefusedUpgrade},
     outbox::{Ended, Outbox},
-    relay::{listener, listens::Listens},
+    relay::{listener, listens::Listens, upkeep},
     topic_rules::TopicRules,
 };
 
@@ -41,6 +47,8 @@ const ACCEPT_BACKOFF: (Duration, Duration) = (Duration::from_millis(20), Duratio
 const PENDING_MAX: usize = 4096;
 /// Most connections of operators' tools.
 const ADMIN_CONNECTIONS_MAX: usize = 64;
+/// Most topics of lost sockets that are remembered: of 10,000 clients six each, and then of none.
+const LOST_TOPICS_MAX: usize = 60_000;
 /// Most large bodies of requests that are read at a time, 8 MB each at most.
 const BODIES_MAX: usize = 16;
 
@@ -59,6 +67,16 @@ pub struct Services {
     pub verifier: Verifier,
     /// What is wanted from the database.
     pub listens: Arc<Listens>,
+    /// What waits for its window, and what has changed of late.
+    pub(crate) events: Events,
+    /// Who was connected and is no more.
+    pub(crate) lost_sockets: LostSockets,
+    /// Who may be deaf.
+    pub(crate) healing: Healing,
+    /// Connections for what the listening session is not for, if there is a database.
+    pub(crate) pool: Option<PgPool>,
+    /// Names this process among the gateways of its database.
+    pub(crate) gateway: Uuid,
     /// Open sockets, so that a drain finds them.
     pub(crate) sockets: Mutex<Slab<Arc<Outbox>>>,
     /// The sockets' tasks.
@@ -86,6 +104,12 @@ impl Services {
                 .with_opaque_key(&config.publishable_key, "anon")
                 .with_opaque_key(&config.secret_key, "service_role"),
             listens: Arc::new(Listens::new(config.relay.listens_max)),
+            events: Events::new(config.relay.listens_max),
+            lost_sockets: LostSockets::new(LOST_TOPICS_MAX, config.limits.silence_timeout),
+            healing: Healing::default(),
+            // The settings' check has read the URL.
+            pool: db::pool(config.pool_url(), config.relay.connect_timeout).ok(),
+            gateway: Uuid::new_v4(),
             sockets: Mutex::default(),
             connections: TaskTracker::new(),
             bodies: Semaphore::new(BODIES_MAX),
@@ -200,6 +224,11 @@ impl Server {
         if !services.config.notify_url().is_empty() {
             services.tracker.spawn(listener::run(Arc::clone(&services)));
         }
+        if let Some(pool) = services.pool.clone() {
+            services.tracker.spawn(upkeep::run(Arc::clone(&services), pool));
+        }
+        services.tracker.spawn(merge::run(Arc::clone(&services)));
+        services.tracker.spawn(healing::run(Arc::clone(&services)));
         let accept_public = accept(&public, &services, PENDING_MAX, |services, stream, peer| {
             http::serve(services, stream, peer, fallback.clone())
         });
@@ -227,6 +256,7 @@ impl Server {
 /// Closes all sockets in jittered batches, then ends everything, within the drain's time.
 async fn drain(services: &Services) {
     let deadline = Instant::now() + services.config.drain.timeout;
+    merge::flush(services).await;
     let outboxes: Vec<_> =
         services.sockets.lock().iter().map(|(_, outbox)| Arc::clone(outbox)).collect();
     tracing::info!(sockets = outboxes.len(), "draining");
@@ -243,6 +273,10 @@ async fn drain(services: &Services) {
     }
     services.connections.close();
     let closed = timeout_at(deadline, services.connections.wait()).await;
+    // Who never had a database to share with has nobody to leave anything to.
+    if let Some(pool) = services.pool.as_ref().filter(|pool| pool.size() > 0) {
+        upkeep::end(services, pool, deadline.min(Instant::now() + STOP_TIMEOUT)).await;
+    }
     services.stopped.cancel();
     services.tracker.close();
     // What still runs after the deadline is dropped with the runtime.

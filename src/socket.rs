@@ -3,7 +3,8 @@
 //! Invariants: messages of one topic are handled in their order, also while its join waits for a
 //! LISTEN or its refusal for the delay; other topics go on meanwhile. A socket holds at most
 //! `channels_per_socket_max` channels and as many refusals that wait, and no more bytes of messages
-//! behind them than may wait in its outbox.
+//! behind them than may wait in its outbox. A socket that ends without a leave leaves a record of
+//! each topic that the database tells of.
 
 use std::{collections::HashMap, pin::Pin, sync::Arc, time::Duration};
 
@@ -13,6 +14,9 @@ use tokio::time::{Instant, sleep, timeout};
 use crate::{
     auth::jwt::{Token, unix_now},
     channel::{Channel, Context, Fate},
+    healing::{FIRST_ROUND, Healing, Suspicion},
+    lost_sockets::ClientKey,
+    merge::Known,
     metrics::Dropped,
     outbox::Outbox,
     protocol::{
@@ -27,6 +31,12 @@ use crate::{
 /// Most messages of one topic that wait for the answer to its join.
 const BACKLOG_MAX: usize = 100;
 
+/// Most topics of one socket of which it is remembered that it has held them.
+const HELD_MAX: usize = 1_000;
+
+/// A ref above this is none of a page that was just loaded.
+const FRESH_REF_MAX: u64 = 16;
+
 /// The state of one client's channels.
 #[derive(Debug)]
 pub struct Socket {
@@ -34,6 +44,16 @@ pub struct Socket {
     outbox: Arc<Outbox>,
     /// The token of the upgrade.
     apikey: Arc<Token>,
+    client: ClientKey,
+    opened: Instant,
+    /// When the client last said something.
+    last_data: Instant,
+    /// What its first message says of it.
+    origin: Origin,
+    /// Of the topics that the database tells of, without `realtime:`.
+    held: HashMap<Box<str>, Hold>,
+    /// While it may be deaf to some topic.
+    suspicion: Option<Suspicion>,
     channels: HashMap<Box<str>, Slot>,
     /// Gives the topic whose answer is due.
     waiting: FuturesUnordered<Pin<Box<dyn Future<Output = Box<str>> + Send>>>,
@@ -45,6 +65,30 @@ pub struct Socket {
     expires_at: i64,
     /// Since when a socket that has had channels has none.
     empty_since: Option<Instant>,
+}
+
+/// What a socket's first message says of its client.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Origin {
+    /// It has not come.
+    Unknown,
+    /// The page was just loaded.
+    Fresh,
+    /// The page has had a socket before, or began with something else than a join.
+    Earlier,
+    /// Neither is certain.
+    Unclear,
+}
+
+/// How a socket stands to a topic.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Hold {
+    /// It has asked to join.
+    Asked,
+    /// It has joined.
+    Joined,
+    /// It has left.
+    Left,
 }
 
 #[derive(Debug)]
@@ -67,11 +111,23 @@ struct Waiting {
 impl Socket {
     /// A socket without channels.
     #[must_use]
-    pub fn new(services: Arc<Services>, outbox: Arc<Outbox>, apikey: Arc<Token>) -> Self {
+    pub fn new(
+        services: Arc<Services>,
+        outbox: Arc<Outbox>,
+        apikey: Arc<Token>,
+        client: ClientKey,
+    ) -> Self {
+        let now = Instant::now();
         Self {
             services,
             outbox,
             apikey,
+            client,
+            opened: now,
+            last_data: now,
+            origin: Origin::Unknown,
+            held: HashMap::new(),
+            suspicion: None,
             channels: HashMap::new(),
             waiting: FuturesUnordered::new(),
             refusals: 0,
@@ -85,6 +141,10 @@ impl Socket {
     pub async fn handle(&mut self, messages: impl IntoIterator<Item = Message>) {
         let mut messages = messages.into_iter().peekable();
         while let Some(message) = messages.next() {
+            self.last_data = Instant::now();
+            if self.origin == Origin::Unknown {
+                self.note_origin(&message);
+            }
             if let Some(Slot::Waiting(waiting)) = self.channels.get_mut(&message.topic) {
                 let bytes = self.backlog_bytes + message.payload.len();
                 let bytes_max = self.services.config.limits.outbox_bytes_max;
@@ -150,12 +210,21 @@ impl Socket {
     #[must_use]
     pub fn next_tick(&self, at_most: Duration) -> Duration {
         let seconds = self.expires_at.saturating_sub(unix_now());
-        Duration::from_secs(seconds.max(0).unsigned_abs()).min(at_most)
+        let expiry = Duration::from_secs(seconds.max(0).unsigned_abs());
+        let suspicion = if self.is_silent() {
+            (self.opened + FIRST_ROUND).saturating_duration_since(Instant::now())
+        } else {
+            at_most
+        };
+        expiry.min(suspicion).min(at_most)
     }
 
     /// Ends or changes the channels whose tokens have expired, and tries again to listen for those
     /// that found no place.
     pub fn tick(&mut self) {
+        if self.is_silent() && self.opened.elapsed() >= FIRST_ROUND {
+            self.suspect();
+        }
         let now = unix_now();
         let Self { services, outbox, apikey, channels, .. } = self;
         let context = Context { services, outbox, apikey };
@@ -178,6 +247,73 @@ impl Socket {
     #[must_use]
     pub fn empty_since(&self) -> Option<Instant> {
         self.empty_since
+    }
+
+    /// Whether it has joined nothing, and nobody has taken notice of it.
+    fn is_silent(&self) -> bool {
+        self.suspicion.is_none() && self.channels.is_empty() && self.empty_since.is_none()
+    }
+
+    fn suspect(&mut self) {
+        let is_held = |hold: &Hold| matches!(hold, Hold::Asked | Hold::Joined);
+        let joined = self.held.iter().filter(|(_, hold)| is_held(hold));
+        let joined = joined.map(|(topic, _)| Arc::from(&**topic)).collect();
+        let Self { services, outbox, apikey, client, opened, .. } = self;
+        let suspicion = Healing::suspect(services, outbox, apikey, *client, *opened, joined);
+        self.suspicion = Some(suspicion);
+    }
+
+    /// A page that was just loaded begins with a join, whose ref is the first of all; the newest
+    /// clients begin at 6, without a token. A heartbeat, or a high ref, comes from a page that has
+    /// had a socket before and may be deaf.
+    ///
+    /// Source: observed of the published clients.
+    fn note_origin(&mut self, first: &Message) {
+        let number = match &first.reference {
+            Some(Ref::Text(text) | Ref::Number(text)) => text.parse::<u64>().ok(),
+            None => None,
+        };
+        let has_token = || first.payload.has_field("access_token");
+        self.origin = match (&*first.event, number) {
+            ("heartbeat", _) => Origin::Earlier,
+            (_, Some(number)) if number > FRESH_REF_MAX => Origin::Earlier,
+            ("phx_join", Some(1)) => Origin::Fresh,
+            ("phx_join", Some(6)) if !has_token() => Origin::Fresh,
+            (_, _) => Origin::Unclear,
+        };
+        if self.origin == Origin::Earlier && self.suspicion.is_none() {
+            self.suspect();
+        }
+    }
+
+    /// What is known of the client and a topic that it joins.
+    fn known(&self, sub_topic: &str) -> Known {
+        match (self.held.get(sub_topic), self.origin) {
+            (Some(Hold::Joined | Hold::Left), _) => Known::Held,
+            (Some(Hold::Asked) | None, Origin::Fresh) => Known::Fresh,
+            (Some(Hold::Asked) | None, Origin::Unknown | Origin::Earlier | Origin::Unclear) => {
+                let since = self.services.lost_sockets.since(self.client, sub_topic);
+                since.map_or(Known::Nothing, Known::Since)
+            }
+        }
+    }
+
+    /// Remembers how the socket stands to a topic that the database tells of.
+    fn hold(&mut self, topic: &str, hold: Hold) {
+        let sub_topic = topic.strip_prefix(TOPIC_PREFIX).unwrap_or(topic);
+        if let Some(held) = self.held.get_mut(sub_topic) {
+            // A topic that is asked for again has been held all the same.
+            if hold != Hold::Asked || *held == Hold::Left {
+                *held = hold;
+            }
+        } else if self.held.len() < HELD_MAX {
+            self.held.insert(sub_topic.into(), hold);
+        }
+        let Some(suspicion) = &self.suspicion else { return };
+        match hold {
+            Hold::Asked | Hold::Joined => suspicion.joined(sub_topic),
+            Hold::Left => suspicion.left(sub_topic),
+        }
     }
 
     fn joined(&self) -> impl Iterator<Item = &Channel> {
@@ -227,6 +363,8 @@ impl Socket {
                 }
                 Some(activation) => {
                     self.empty_since = None;
+                    // Who goes away meanwhile has lost the topic, too.
+                    self.hold(&topic, Hold::Asked);
                     let listen_wait = self.services.config.relay.listen_wait;
                     Box::pin(async move {
                         // Answered all the same when the time is over.
@@ -262,13 +400,19 @@ impl Socket {
         replaced: Option<Box<Channel>>,
     ) {
         let context = self.context();
+        let sub_topic = channel.sub_topic();
+        let known = self.known(&sub_topic);
         match replaced {
             Some(mut replaced) => {
                 channel.take_over(&mut replaced);
-                channel.open(context, reference);
+                channel.open(context, reference, known);
                 replaced.close(context);
             }
-            None => channel.open(context, reference),
+            None => channel.open(context, reference, known),
+        }
+        if channel.is_listened() {
+            self.services.healing.note_joined(&sub_topic);
+            self.hold(&sub_topic, Hold::Joined);
         }
         self.expires_at = self.expires_at.min(channel.expires_at());
         self.channels.insert(channel.topic().into(), Slot::Joined(Box::new(channel)));
@@ -286,6 +430,9 @@ impl Socket {
             return self.services.metrics.count_dropped(Dropped::StaleLeave);
         }
         if let Some(Slot::Joined(channel)) = self.channels.remove(&leave.topic) {
+            if channel.is_listened() {
+                self.hold(&leave.topic, Hold::Left);
+            }
             channel.reply(self.context(), leave.reference.as_ref(), OK);
             channel.close(self.context());
             self.note_emptiness();
@@ -359,5 +506,18 @@ impl Socket {
         let Message { topic, reference, .. } = message;
         let reference = reference.as_ref();
         self.context().push(&Push { join_ref, reference, topic, event: "phx_reply", payload });
+    }
+}
+
+impl Drop for Socket {
+    fn drop(&mut self) {
+        for (topic, hold) in &self.held {
+            match hold {
+                Hold::Asked | Hold::Joined => {
+                    self.services.lost_sockets.record(self.client, topic, self.last_data);
+                }
+                Hold::Left => {}
+            }
+        }
     }
 }

@@ -5,14 +5,17 @@
 //! topic. Nothing here does I/O, and one pure function decides: [`TopicRules::find`] with
 //! [`Rule::may_read`] and [`Rule::may_write`].
 
-use std::{collections::BTreeMap, fmt, sync::Arc};
+use std::{collections::BTreeMap, fmt, sync::Arc, time::Duration};
 
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 
-use crate::{auth::jwt::Claims, hub::TopicKey, protocol::payload::Privacy};
+use crate::{auth::jwt::Claims, config, hub::TopicKey, protocol::payload::Privacy};
 
 /// Longest NOTIFY channel: Postgres cuts identifiers there, silently.
 pub const NOTIFY_CHANNEL_BYTES_MAX: usize = 63;
+
+/// The capture that names the event, where a rule has events.
+pub const EID: &str = "eid";
 
 /// All rules, in the order in which they are tried.
 #[derive(Debug, Clone, Default)]
@@ -22,7 +25,7 @@ pub struct TopicRules {
 }
 
 /// One rule as it stands in the settings.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Rule {
     /// Names the rule in logs and decisions.
@@ -30,11 +33,18 @@ pub struct Rule {
     /// Spellings of the topic; captures in braces, the same ones in each.
     pub pattern: Vec<Pattern>,
     /// The NOTIFY channel that is relayed to the topic, listened to while somebody has joined.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default)]
     pub listen: Option<Pattern>,
     /// The user event under which a notification is broadcast.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default)]
     pub event: Option<Box<str>>,
+    /// Makes broadcasts of the event invalidations, which are merged; absent relays them as they
+    /// come.
+    #[serde(default)]
+    pub merge: Option<Merge>,
+    /// What belongs to the complete list of any of the rule's events.
+    #[serde(default)]
+    pub resync: Vec<Pattern>,
     /// Who may receive.
     #[serde(default)]
     pub read: Vec<Grant>,
@@ -46,8 +56,40 @@ pub struct Rule {
     pub denied: Denied,
 }
 
+/// How invalidations of one event become fewer, and none is lost.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Merge {
+    /// At most one message per window; well longer than what clients wait after one, for each
+    /// further message restarts that wait. `0s` merges only what was sent together.
+    #[serde(deserialize_with = "config::duration", default = "Merge::default_window")]
+    pub window: Duration,
+    /// For so long an endpoint is repeated in every further message, because clients forget a
+    /// message that is followed too soon by another: the window, by which a network may delay
+    /// one message against the next, and the 2 s that clients wait.
+    #[serde(deserialize_with = "config::duration", default = "Merge::default_carry")]
+    pub carry: Duration,
+    /// The field of the payload with the list of texts that is united.
+    #[serde(default = "Merge::default_union")]
+    pub union: Box<str>,
+}
+
+impl Merge {
+    fn default_window() -> Duration {
+        Duration::from_secs(3)
+    }
+
+    fn default_carry() -> Duration {
+        Duration::from_secs(5)
+    }
+
+    fn default_union() -> Box<str> {
+        "endpoints".into()
+    }
+}
+
 /// What becomes of a join whose claims do not allow reading.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Denied {
     /// An error reply.
@@ -60,20 +102,20 @@ pub enum Denied {
 }
 
 /// A set of conditions; it holds if all of them do. An action is allowed if any grant holds.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Grant {
     /// The token's role is one of these.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default)]
     pub role: Option<Vec<Box<str>>>,
     /// The path of a claim, with captures: `admin_events.{eid}`. Goes with `any_of` or `equals`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default)]
     pub claim: Option<Box<str>>,
     /// The claim is one of these strings.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default)]
     pub any_of: Option<Vec<Box<str>>>,
     /// The claim is this string, which may be a capture: `{person}`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default)]
     pub equals: Option<Box<str>>,
 }
 
@@ -149,7 +191,7 @@ impl Rule {
         if self.pattern.is_empty() {
             mistakes.push("`pattern` is empty".to_owned());
         }
-        for pattern in self.pattern.iter().skip(1).chain(&self.listen) {
+        for pattern in self.pattern.iter().skip(1).chain(&self.listen).chain(&self.resync) {
             if pattern.capture_names() != names {
                 mistakes.push(format!(
                     "`{pattern}` does not capture the same names as the first pattern"
@@ -161,6 +203,12 @@ impl Rule {
         }
         if self.listen.is_some() != self.event.is_some() {
             mistakes.push("`listen` and `event` go together".to_owned());
+        }
+        if self.merge.is_some() && (self.listen.is_none() || !names.contains(&EID)) {
+            mistakes.push("`merge` goes with `listen` and a capture named `eid`".to_owned());
+        }
+        if self.merge.is_none() && !self.resync.is_empty() {
+            mistakes.push("`resync` goes with `merge`".to_owned());
         }
         for grant in self.read.iter().chain(&self.write) {
             mistakes.extend(grant.mistake(&names));
@@ -388,12 +436,6 @@ pub enum PatternError {
 impl fmt::Display for Pattern {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.text)
-    }
-}
-
-impl Serialize for Pattern {
-    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.serialize_str(&self.text)
     }
 }
 

@@ -3,7 +3,7 @@
 //! Invariants: every string of a [`Message`] is at most [`FIELD_BYTES_MAX`] long; a [`Json`] is
 //! valid JSON in UTF-8, nested at most [`DEPTH_MAX`] deep.
 
-use std::fmt;
+use std::{collections::HashMap, fmt};
 
 use bytes::Bytes;
 use serde::{Deserialize, Deserializer, de};
@@ -58,6 +58,14 @@ impl Payload {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    /// Whether it is an object with a value of this name that is not null.
+    #[must_use]
+    pub fn has_field(&self, name: &str) -> bool {
+        let Self::Json(json) = self else { return false };
+        let fields = serde_json::from_str::<HashMap<String, &RawValue>>(json.as_str());
+        fields.is_ok_and(|fields| fields.get(name).is_some_and(|it| it.get() != "null"))
     }
 }
 

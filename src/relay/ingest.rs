@@ -1,4 +1,5 @@
-//! Notification → broadcast: what Postgres sends becomes what clients get.
+//! Notification → broadcast: what Postgres sends becomes what clients get, at once or, of a merged
+//! rule, with the event's next message.
 //!
 //! Invariants: notifications are handled one after the other, in the order in which the session
 //! received them, which is the order of their commits; a payload passes byte for byte.
@@ -11,7 +12,9 @@ use std::{
 use tokio::{sync::mpsc, time::Instant};
 
 use crate::{
+    healing,
     hub::FannedOut,
+    merge,
     protocol::{
         message::{Json, UserBroadcast, UserPayload},
         serializer::Broadcast,
@@ -34,6 +37,8 @@ const BATCH_MAX: usize = 64;
 pub(crate) struct Notification {
     pub(crate) channel: Box<str>,
     pub(crate) payload: String,
+    /// Of the session that notified; what it sent in one transaction arrives together.
+    pub(crate) pid: u32,
 }
 
 /// What became of a notification.
@@ -41,6 +46,8 @@ pub(crate) struct Notification {
 pub enum Outcome {
     /// At least one client was sent it.
     Delivered,
+    /// It waits for its event's next message.
+    Offered,
     /// Nobody here has joined the event.
     NoViewer,
     /// Its payload is not JSON.
@@ -57,8 +64,9 @@ pub enum Outcome {
 
 impl Outcome {
     /// Every outcome.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::Delivered,
+        Self::Offered,
         Self::NoViewer,
         Self::Malformed,
         Self::NotObject,
@@ -72,6 +80,7 @@ impl Outcome {
     pub fn kind(self) -> &'static str {
         match self {
             Self::Delivered => "delivered",
+            Self::Offered => "offered",
             Self::NoViewer => "no_viewer",
             Self::Malformed => "malformed",
             Self::NotObject => "not_object",
@@ -84,7 +93,7 @@ impl Outcome {
     /// The sources whose notifications can come to this.
     pub(crate) fn sources(self) -> &'static [&'static str] {
         match self {
-            Self::Delivered | Self::NoViewer => &["event"],
+            Self::Delivered | Self::Offered | Self::NoViewer => &["event"],
             Self::Malformed | Self::NotObject | Self::Oversized => &["event", "stats"],
             Self::UnknownChannel => &["other"],
             Self::Noted => &["stats"],
@@ -97,20 +106,20 @@ pub(crate) async fn run(services: Arc<Services>, mut queue: mpsc::Receiver<Notif
     let mut batch = Vec::new();
     while queue.recv_many(&mut batch, BATCH_MAX).await > 0 {
         services.metrics.relay_last_notification.set(unix_seconds());
-        // Neighbours of one channel leave together; the order of all stays.
+        // Neighbours of one channel and session leave together; the order of all stays.
         let mut rest = batch.drain(..).peekable();
         while let Some(first) = rest.next() {
-            let channel = first.channel;
+            let (channel, pid) = (first.channel, first.pid);
             let mut payloads = vec![first.payload];
-            while let Some(next) = rest.next_if(|next| next.channel == channel) {
+            while let Some(next) = rest.next_if(|it| it.channel == channel && it.pid == pid) {
                 payloads.push(next.payload);
             }
-            ingest(&services, &channel, payloads).await;
+            ingest(&services, &channel, payloads, pid).await;
         }
     }
 }
 
-async fn ingest(services: &Services, channel: &str, payloads: Vec<String>) {
+async fn ingest(services: &Services, channel: &str, payloads: Vec<String>, pid: u32) {
     let metrics = &services.metrics;
     let count = |source, outcome: Outcome, count: usize| {
         tracing::trace!(channel, outcome = outcome.kind(), count, "notifications");
@@ -118,8 +127,16 @@ async fn ingest(services: &Services, channel: &str, payloads: Vec<String>) {
     };
     if channel == STATS_CHANNEL {
         for payload in payloads {
-            let checked = check(services, payload);
-            count("stats", checked.map_or_else(|outcome| outcome, |_noted| Outcome::Noted), 1);
+            let outcome = match check(services, payload) {
+                Ok(stats) => {
+                    if let Some(eid) = named_event(&stats) {
+                        healing::name_event(services, &eid);
+                    }
+                    Outcome::Noted
+                }
+                Err(outcome) => outcome,
+            };
+            count("stats", outcome, 1);
         }
         return;
     }
@@ -139,6 +156,12 @@ async fn ingest(services: &Services, channel: &str, payloads: Vec<String>) {
             Err(outcome) => count("event", outcome, 1),
         }
     }
+    if let Some(event) = &source.event {
+        let offered = broadcasts.len();
+        broadcasts = merge::offer(services, event, broadcasts, Some(pid));
+        count("event", Outcome::Offered, offered - broadcasts.len());
+        healing::name_event(services, event.eid());
+    }
     if broadcasts.is_empty() {
         return;
     }
@@ -149,6 +172,15 @@ async fn ingest(services: &Services, channel: &str, payloads: Vec<String>) {
     metrics.count_fan_out(&metrics.broadcasts_database, broadcasts.len(), fanned_out, started);
     let outcome = if fanned_out.deliveries > 0 { Outcome::Delivered } else { Outcome::NoViewer };
     count("event", outcome, broadcasts.len());
+}
+
+/// `{"event_eid":"AB3028",…}`
+fn named_event(stats: &Json) -> Option<String> {
+    #[derive(serde::Deserialize)]
+    struct Stats {
+        event_eid: String,
+    }
+    serde_json::from_str::<Stats>(stats.as_str()).ok().map(|stats| stats.event_eid)
 }
 
 fn check(services: &Services, payload: String) -> Result<Json, Outcome> {

@@ -2,21 +2,40 @@
 //!
 //! Invariants: any error ends the whole session, and the next one is a fresh connection, so that
 //! nothing goes on half; every statement has a deadline, because a half-open TCP connection says
-//! nothing; a channel is called active only after its LISTEN has been answered.
+//! nothing; a channel is called active only after its LISTEN has been answered; a new session first
+//! listens to everything, and then finds out what was missed.
 
-use std::{convert::Infallible, error::Error, sync::Arc, time::Duration};
+use std::{
+    convert::Infallible,
+    error::Error,
+    pin::{Pin, pin},
+    sync::Arc,
+    time::Duration,
+};
 
 use sqlx::postgres::{PgListener, PgNotification};
 use tokio::{
     sync::mpsc,
-    time::{MissedTickBehavior, interval, sleep, timeout},
+    time::{Instant, MissedTickBehavior, interval, sleep, timeout},
 };
 
-use super::ingest::{self, Notification, STATS_CHANNEL};
-use crate::{auth::jwt::Secret, db, server::Services};
+use super::{
+    canary::{self, Canary, Good, Look},
+    history,
+    ingest::{self, Notification, STATS_CHANNEL},
+};
+use crate::{
+    auth::jwt::Secret,
+    db,
+    merge::{self, Cause},
+    server::Services,
+};
 
 /// The first wait after a session has ended.
 const BACKOFF_MIN: Duration = Duration::from_millis(100);
+
+/// LISTENs, and events whose endpoints are asked for, at a time.
+const LISTENS_PER_STATEMENT: usize = 256;
 
 /// How often idle LISTENs are looked for; oftener only if they linger for less.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(5);
@@ -49,12 +68,18 @@ pub enum LinkError {
     /// The connection broke while notifications were awaited.
     #[error("the listening session broke")]
     Broken(#[source] sqlx::Error),
+    /// A notification to this gateway itself was committed and did not arrive.
+    #[error(
+        "a committed notification did not arrive: notify_database_url needs a session of its own, \
+         not one of a transaction pooler, in the database of database_url"
+    )]
+    CanaryLost,
 }
 
 impl LinkError {
     /// Every label that [`Self::kind`] gives.
-    pub const KINDS: [&'static str; 7] =
-        ["url", "connect", "in_recovery", "statement", "silent", "closed", "broken"];
+    pub const KINDS: [&'static str; 8] =
+        ["url", "connect", "in_recovery", "statement", "silent", "closed", "broken", "canary_lost"];
 
     /// The metric's label.
     #[must_use]
@@ -67,6 +92,7 @@ impl LinkError {
             Self::Silent => "silent",
             Self::Closed => "closed",
             Self::Broken(_) => "broken",
+            Self::CanaryLost => "canary_lost",
         }
     }
 }
@@ -76,12 +102,18 @@ pub(crate) async fn run(services: Arc<Services>) {
     let (queue, notifications) = mpsc::channel(ingest::BACKLOG_MAX);
     services.tracker.spawn(ingest::run(Arc::clone(&services), notifications));
     let mut backoff = BACKOFF_MIN;
+    let mut link = Link { cause: Cause::Start, good: None };
     loop {
         let mut was_up = false;
         let ended = tokio::select! {
-            error = session(&services, &queue, &mut was_up) => error,
+            error = session(&services, &queue, &mut link, &mut was_up) => error,
             () = services.stopped.cancelled() => break,
         };
+        // What a viewer may miss from here on is missed for this reason, not for those of the
+        // attempts that fail.
+        if was_up {
+            link.cause = Cause::Link(ended.kind());
+        }
         services.metrics.relay_link_up.set(0);
         services.metrics.relay_listens.set(0);
         services.metrics.relay_reconnects.with_label_values(&[ended.kind()]).inc();
@@ -105,6 +137,7 @@ pub(crate) async fn run(services: Arc<Services>) {
 async fn session(
     services: &Services,
     queue: &mpsc::Sender<Notification>,
+    link: &mut Link,
     was_up: &mut bool,
 ) -> LinkError {
     let relay = &services.config.relay;
@@ -114,11 +147,15 @@ async fn session(
         Ok(Err(error)) => return error,
         Err(_elapsed) => return LinkError::Unanswered,
     };
-    let mut session = Session { listener: Some(listener), deadline: relay.heartbeat_timeout };
-    let Err(error) = session.serve(services, queue, was_up).await;
+    let own_channel = canary::channel(services.gateway);
+    let mut session =
+        Session { listener: Some(listener), deadline: relay.heartbeat_timeout, own_channel };
+    let Err(error) = session.serve(services, queue, link, was_up).await;
     // What arrived while a statement waited for its answer.
     while let Some(notification) = session.listener().next_buffered() {
-        forward(queue, &notification).await;
+        if notification.channel() != session.own_channel {
+            forward(queue, &notification).await;
+        }
     }
     error
 }
@@ -143,15 +180,26 @@ async fn forward(queue: &mpsc::Sender<Notification>, notification: &PgNotificati
     let notification = Notification {
         channel: notification.channel().into(),
         payload: notification.payload().to_owned(),
+        pid: notification.process_id(),
     };
     // The receiver lives as long as the sender, which `run` holds.
     let _ = queue.send(notification).await;
+}
+
+/// What one session leaves to the next.
+struct Link {
+    /// Why something may be missed.
+    cause: Cause,
+    /// Up to where nothing is.
+    good: Option<Good>,
 }
 
 struct Session {
     /// Taken when the session ends.
     listener: Option<PgListener>,
     deadline: Duration,
+    /// The canary's.
+    own_channel: String,
 }
 
 impl Drop for Session {
@@ -169,7 +217,16 @@ impl Drop for Session {
     }
 }
 
-type Statement<'a> = std::pin::Pin<Box<dyn Future<Output = Result<(), sqlx::Error>> + Send + 'a>>;
+type Statement<'a, T> = Pin<Box<dyn Future<Output = Result<T, sqlx::Error>> + Send + 'a>>;
+type Looking<'a> = Pin<Box<dyn Future<Output = Option<Look>> + Send + 'a>>;
+
+/// What the look gives that is under way, if one is.
+async fn look(looking: &mut Option<Looking<'_>>) -> Option<Look> {
+    match looking {
+        Some(looking) => looking.await,
+        None => std::future::pending().await,
+    }
+}
 
 impl Session {
     #[expect(clippy::expect_used, reason = "only `drop` takes it")]
@@ -182,11 +239,11 @@ impl Session {
         &mut self,
         services: &Services,
         queue: &mpsc::Sender<Notification>,
+        link: &mut Link,
         was_up: &mut bool,
     ) -> Result<Infallible, LinkError> {
         let relay = &services.config.relay;
-        self.run(|listener| Box::pin(listener.listen(STATS_CHANNEL))).await?;
-        self.sync(services).await?;
+        self.begin(services, link).await?;
         *was_up = true;
         services.metrics.relay_link_up.set(1);
         services.metrics.relay_last_heartbeat.set(ingest::unix_seconds());
@@ -194,51 +251,139 @@ impl Session {
 
         let mut heartbeat = interval(relay.heartbeat_interval);
         let mut sweep = interval(SWEEP_INTERVAL.min(relay.linger.max(SWEEP_INTERVAL_MIN)));
-        for timer in [&mut heartbeat, &mut sweep] {
+        let mut canaries = interval(relay.canary_interval);
+        for timer in [&mut heartbeat, &mut sweep, &mut canaries] {
             timer.set_missed_tick_behavior(MissedTickBehavior::Delay);
         }
+        let mut canary = Canary::new();
+        // The canary's way to the database is not the session's: it must not be waited for.
+        let mut looking: Option<Looking<'_>> = None;
+        let mut overdue = pin!(sleep(Duration::MAX));
         loop {
             tokio::select! {
                 received = self.listener().try_recv() => match received {
+                    Ok(Some(notification)) if notification.channel() == self.own_channel => {
+                        if let Some(took) = canary.arrived(notification.payload()) {
+                            services.metrics.canary_seconds.observe(took.as_secs_f64());
+                            services.metrics.canary_last.set(ingest::unix_seconds());
+                        }
+                    }
                     Ok(Some(notification)) => forward(queue, &notification).await,
                     Ok(None) => return Err(LinkError::Closed),
                     Err(error) => return Err(LinkError::Broken(error)),
                 },
+                look = look(&mut looking) => {
+                    looking = None;
+                    if let Some(look) = look {
+                        self.look_into(services, link, &look).await?;
+                        // What cannot be looked into makes no snapshot good.
+                        if look.failures.is_some() {
+                            canary.committed(look.snapshot);
+                            overdue.as_mut().reset(Instant::now() + relay.canary_timeout);
+                        }
+                    }
+                }
+                () = &mut overdue, if canary.is_awaited() => return Err(LinkError::CanaryLost),
                 () = services.listens.changed() => self.sync(services).await?,
                 _ = sweep.tick() => self.sync(services).await?,
                 _ = heartbeat.tick() => {
                     self.run(|listener| Box::pin(db::heartbeat(listener))).await?;
                     services.metrics.relay_last_heartbeat.set(ingest::unix_seconds());
                 }
+                _ = canaries.tick(), if looking.is_none() && !canary.is_awaited() => {
+                    canary = Canary::new();
+                    let since = link.good.as_ref().map(|good| good.snapshot.clone());
+                    let nonce = canary.nonce().to_owned();
+                    looking = Some(Box::pin(canary::send(services, nonce, since)));
+                }
+            }
+            if let (Some(snapshot), Some(good)) = (canary.good(), &mut link.good)
+                && good.snapshot != *snapshot
+            {
+                good.snapshot = snapshot.clone();
             }
         }
     }
 
-    /// Runs statements on the session, under the deadline.
-    async fn run(
+    /// Listens to everything that is wanted, then tells who may have missed something.
+    async fn begin(&mut self, services: &Services, link: &mut Link) -> Result<(), LinkError> {
+        let limit = self.deadline / 2;
+        self.run(|listener| Box::pin(db::bound(listener, limit))).await?;
+        let own_channel = self.own_channel.clone();
+        self.run(|listener| {
+            Box::pin(async move { listener.listen_all([STATS_CHANNEL, &*own_channel]).await })
+        })
+        .await?;
+        let identity = self.run(|listener| Box::pin(db::identity(listener))).await?;
+        let (cause, covered) = (link.cause, services.listens.covered());
+        self.sync_for(services, cause).await?;
+        let snapshot = self.run(|listener| Box::pin(db::snapshot(listener))).await?;
+        let good = link.good.clone();
+        let now = Good { snapshot, identity };
+        let this = now.clone();
+        self.run(|listener| {
+            Box::pin(async move {
+                history::catch_up(services, listener, cause, covered, good.as_ref(), &this).await
+            })
+        })
+        .await?;
+        // What it sees has been heard, or was read just now.
+        link.good = Some(now);
+        Ok(())
+    }
+
+    /// Tells viewers of what the canary has found that triggers could not notify.
+    async fn look_into(
         &mut self,
-        statement: impl FnOnce(&mut PgListener) -> Statement<'_>,
+        services: &Services,
+        link: &Link,
+        look: &Look,
     ) -> Result<(), LinkError> {
+        let has_failed = look.failures.as_ref().is_some_and(|failures| !failures.is_empty());
+        let Some(good) = link.good.as_ref().filter(|_| has_failed) else {
+            return Ok(());
+        };
+        let since = &good.snapshot;
+        self.run(|listener| Box::pin(history::catch_up_failures(services, listener, since, look)))
+            .await
+    }
+
+    /// Runs statements on the session, under the deadline.
+    async fn run<'a, T>(
+        &'a mut self,
+        statement: impl FnOnce(&'a mut PgListener) -> Statement<'a, T>,
+    ) -> Result<T, LinkError> {
         match timeout(self.deadline, statement(self.listener())).await {
-            Ok(result) => result.map_err(LinkError::Statement),
+            Ok(Ok(answer)) => Ok(answer),
+            Ok(Err(error)) => Err(LinkError::Statement(error)),
             Err(_elapsed) => Err(LinkError::Silent),
         }
     }
 
     /// Listens to what is wanted and unlistens what is not.
     async fn sync(&mut self, services: &Services) -> Result<(), LinkError> {
+        self.sync_for(services, Cause::LateListen).await
+    }
+
+    /// As [`Self::sync`]; who has joined an event that nobody has listened to is caught up for this
+    /// cause.
+    async fn sync_for(&mut self, services: &Services, cause: Cause) -> Result<(), LinkError> {
         let changes = services.listens.changes(services.config.relay.linger);
-        if !changes.listen.is_empty() {
-            let channels = changes.listen.clone();
+        for channels in changes.listen.chunks(LISTENS_PER_STATEMENT) {
             self.run(|listener| {
                 Box::pin(async move { listener.listen_all(channels.iter().map(|it| &**it)).await })
             })
             .await?;
-            services.listens.activate(&changes.listen);
+            let sources = channels.iter().filter_map(|it| services.listens.source(it)).collect();
+            self.run(|listener| Box::pin(history::learn(services, listener, sources))).await?;
+            for source in services.listens.activate(channels) {
+                if let Some(event) = source.event.as_ref().filter(|event| event.take_owed()) {
+                    merge::offer_gap(services, event, cause, None, Instant::now());
+                }
+            }
         }
         for channel in &changes.unlisten {
-            let channel = channel.clone();
-            self.run(|listener| Box::pin(async move { listener.unlisten(&channel).await })).await?;
+            self.run(|listener| Box::pin(listener.unlisten(channel))).await?;
         }
         if changes != super::listens::Changes::default() {
             let (listened, unlistened) = (changes.listen.len(), changes.unlisten.len());

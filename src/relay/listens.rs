@@ -15,13 +15,13 @@ use tokio::{
     time::Instant,
 };
 
-use crate::{hub::TopicKey, topic_rules::NOTIFY_CHANNEL_BYTES_MAX};
+use crate::{hub::TopicKey, merge::Event, topic_rules::NOTIFY_CHANNEL_BYTES_MAX};
 
 /// Most UNLISTENs of one look, each an exchange with the server while joins wait for theirs.
 const UNLISTENS_MAX: usize = 16;
 
 /// A NOTIFY channel and where its notifications go.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub struct Source {
     /// The channel's name, at most 63 bytes.
     pub channel: Box<str>,
@@ -29,6 +29,8 @@ pub struct Source {
     pub user_event: Box<str>,
     /// One for each spelling of the event.
     pub topics: Vec<TopicKey>,
+    /// The event, where the rule merges.
+    pub(crate) event: Option<Arc<Event>>,
 }
 
 /// The channels that are wanted.
@@ -53,6 +55,9 @@ struct Wanted {
     /// Since when nobody holds it.
     idle_since: Option<Instant>,
     active: watch::Sender<bool>,
+    /// Since when everything on the channel has been heard, but for what a gap that is not filled
+    /// yet may have hidden.
+    covered_since: Option<Instant>,
 }
 
 /// A viewer's hold on a NOTIFY channel; dropping it lets go.
@@ -120,6 +125,7 @@ impl Listens {
                 holders: 0,
                 idle_since: None,
                 active: watch::Sender::new(false),
+                covered_since: None,
             });
             *held += usize::from(!is_held);
             entry.holders += 1;
@@ -175,14 +181,45 @@ impl Listens {
         changes
     }
 
-    /// Says that these channels are listened to, and wakes who waits for them.
-    pub(crate) fn activate(&self, channels: &[Box<str>]) {
-        let state = self.state.lock();
+    /// Says that these channels are listened to, and wakes who waits for them. Gives those that
+    /// were not before, not by an earlier session either.
+    pub(crate) fn activate(&self, channels: &[Box<str>]) -> Vec<Arc<Source>> {
+        let mut state = self.state.lock();
+        let mut fresh = Vec::new();
         for channel in channels {
-            if let Some(wanted) = state.wanted.get(channel) {
+            if let Some(wanted) = state.wanted.get_mut(channel) {
+                if wanted.covered_since.is_none() {
+                    wanted.covered_since = Some(Instant::now());
+                    fresh.push(Arc::clone(&wanted.source));
+                }
                 wanted.active.send_replace(true);
             }
         }
+        fresh
+    }
+
+    /// The channels that were listened to, by this session or an earlier one.
+    pub(crate) fn covered(&self) -> Vec<Arc<Source>> {
+        let state = self.state.lock();
+        let covered = state.wanted.values().filter(|it| it.covered_since.is_some());
+        covered.map(|it| Arc::clone(&it.source)).collect()
+    }
+
+    /// Says that not everything on the channel has been heard up to now.
+    pub(crate) fn cover_anew(&self, channel: &str) {
+        if let Some(wanted) = self.state.lock().wanted.get_mut(channel) {
+            wanted.covered_since = Some(Instant::now());
+        }
+    }
+
+    /// Since when everything on the channel has been heard.
+    pub(crate) fn covered_since(&self, channel: &str) -> Option<Instant> {
+        self.state.lock().wanted.get(channel)?.covered_since
+    }
+
+    /// How many hold the channel.
+    pub(crate) fn holders(&self, channel: &str) -> usize {
+        self.state.lock().wanted.get(channel).map_or(0, |it| it.holders)
     }
 
     /// Says that no channel is listened to: the session is gone.
@@ -198,6 +235,11 @@ impl Listening {
     #[must_use]
     pub fn is_active(&self) -> bool {
         *self.active.borrow()
+    }
+
+    /// Since when everything on the channel has been heard.
+    pub(crate) fn covered_since(&self) -> Option<Instant> {
+        self.listens.covered_since(&self.source.channel)
     }
 
     /// Waits, apart from this hold, until the channel is listened to.
@@ -234,7 +276,7 @@ mod tests {
     const LINGER: Duration = Duration::from_secs(60);
 
     fn source(channel: &str) -> Source {
-        Source { channel: channel.into(), user_event: "e".into(), topics: Vec::new() }
+        Source { channel: channel.into(), user_event: "e".into(), topics: Vec::new(), event: None }
     }
 
     #[tokio::test(start_paused = true)]
@@ -244,7 +286,7 @@ mod tests {
             (listens.hold(source("a")).unwrap(), listens.hold(source("a")).unwrap());
         let listen = listens.changes(LINGER).listen;
         assert_eq!(listen, ["a".into()]);
-        listens.activate(&listen);
+        assert_eq!(listens.activate(&listen).len(), 1);
         assert!(first.is_active() && second.is_active());
         assert_eq!(listens.changes(LINGER), Changes::default());
         drop((first, second));
@@ -276,7 +318,7 @@ mod tests {
     async fn what_only_lingers_makes_room_for_who_comes() {
         let listens = Arc::new(Listens::new(1));
         drop(listens.hold(source("a")).unwrap());
-        listens.activate(&["a".into()]);
+        drop(listens.activate(&["a".into()]));
         let _held = listens.hold(source("b")).unwrap();
         let changes = listens.changes(LINGER);
         assert_eq!((changes.listen, changes.unlisten), (vec!["b".into()], vec!["a".into()]));
@@ -287,7 +329,7 @@ mod tests {
     async fn a_lost_session_makes_channels_wait_again() {
         let listens = Arc::new(Listens::new(9));
         let held = listens.hold(source("a")).unwrap();
-        listens.activate(&["a".into()]);
+        drop(listens.activate(&["a".into()]));
         held.activation().await;
         listens.deactivate_all();
         assert!(!held.is_active());

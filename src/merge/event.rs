@@ -1,0 +1,620 @@
+//! One event of a merged rule: what is known of its endpoints, what waits for its window, what has
+//! been sent.
+//!
+//! Invariants: an endpoint is noted as changed before the message about it can be sent, so that a
+//! viewer who joins either is among the subscribers of the message or finds the change noted; what
+//! is offered leaves with exactly one message to the whole event; nothing here awaits or pushes.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    num::NonZeroU32,
+    sync::{Arc, Weak},
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use governor::{
+    Quota, RateLimiter,
+    clock::Clock,
+    middleware::NoOpMiddleware,
+    state::{InMemoryState, NotKeyed},
+};
+use parking_lot::Mutex;
+use tokio::time::Instant;
+
+use super::{
+    Cause, Method, Why,
+    invalidation::{self, Endpoints, Invalidation, Stamp},
+};
+use crate::{
+    hub::TopicKey,
+    outbox::Outbox,
+    protocol::{payload::Privacy, serializer::Broadcast},
+    topic_rules::{Captures, EID, Merge, Rule},
+};
+
+/// How long a message waits for others of its transaction, which arrive together: from the last
+/// one of the same backend, and from the first one of all.
+const SETTLE: Duration = Duration::from_millis(10);
+const SETTLE_MAX: Duration = Duration::from_millis(50);
+/// A larger union becomes the complete list.
+const UNION_MAX: usize = 200;
+/// Most endpoints of an event that are known; more are sent, and not remembered.
+const ENDPOINTS_MAX: usize = 2_000;
+/// What a fresh page may have missed: its own fetch may have been answered by a cache, its first
+/// upgrades refused.
+const FRESH: Duration = Duration::from_secs(30);
+/// Most messages that are told of afterwards, and most sources of one of them.
+const LOG_MAX: usize = 200;
+const SOURCES_MAX: usize = 50;
+
+/// An event: one per rule and EID, whatever the spelling of its topic.
+#[derive(Debug)]
+pub(crate) struct Event {
+    rule: Arc<Rule>,
+    merge: Merge,
+    eid: Box<str>,
+    topics: Vec<TopicKey>,
+    resync: Endpoints,
+    /// None where the rule's window is zero.
+    window: Option<Window>,
+    state: Mutex<State>,
+}
+
+type Window = RateLimiter<NotKeyed, InMemoryState, TokioClock, NoOpMiddleware<std::time::Instant>>;
+
+/// The runtime's clock, which tests can pause.
+#[derive(Debug, Clone, Copy, Default)]
+struct TokioClock;
+
+impl Clock for TokioClock {
+    type Instant = std::time::Instant;
+
+    fn now(&self) -> Self::Instant {
+        Instant::now().into_std()
+    }
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// When each endpoint last changed; none for one that is only known to exist.
+    endpoints: HashMap<Box<str>, Option<Instant>>,
+    /// What changed before this may not be noted.
+    forgotten: Option<Instant>,
+    pending: Option<Pending>,
+    /// What the whole event was sent within `carry`, by its own messages.
+    carried: VecDeque<(Instant, Endpoints)>,
+    /// Who was caught up within `carry`.
+    caught_up: VecDeque<CaughtUp>,
+    stamp: Stamp,
+    /// Somebody has joined before the event was listened to.
+    is_owed: bool,
+    heard: Heard,
+    muted_until: Option<Instant>,
+    log: VecDeque<Sent>,
+    last_notification: Option<SystemTime>,
+    last_delivery: Option<SystemTime>,
+    merged: u64,
+}
+
+/// Whether the event's notifications name their rows of the history.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) enum Heard {
+    #[default]
+    Nothing,
+    OnlyWithId,
+    SomeWithoutId,
+}
+
+#[derive(Debug)]
+struct Pending {
+    newest: Option<Invalidation>,
+    endpoints: Endpoints,
+    is_complete: bool,
+    /// Nothing had to be dropped from the lists.
+    is_clean: bool,
+    messages: usize,
+    sources: Vec<Source>,
+    gap: Option<Cause>,
+    first: Instant,
+    pid: Option<u32>,
+    due: Instant,
+    /// The window has made it wait.
+    has_waited: bool,
+}
+
+/// A client that was caught up alone.
+#[derive(Debug)]
+struct CaughtUp {
+    at: Instant,
+    outbox: Weak<Outbox>,
+    sub_topic: Arc<str>,
+    endpoints: Arc<Endpoints>,
+}
+
+/// One message that became part of another.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub(crate) struct Source {
+    /// Its row of the history.
+    pub(crate) id: Option<i64>,
+    #[serde(rename = "type")]
+    pub(crate) kind: Option<Box<str>>,
+}
+
+/// What was sent, to be told of afterwards.
+#[derive(Debug, Clone)]
+pub(crate) struct Sent {
+    pub(crate) at: SystemTime,
+    pub(crate) why: Why,
+    pub(crate) cause: Option<Cause>,
+    pub(crate) endpoints: Arc<Endpoints>,
+    /// How many messages it stands for, the first of which are listed.
+    pub(crate) merged: usize,
+    pub(crate) sources: Vec<Source>,
+    pub(crate) deliveries: usize,
+}
+
+/// What is known of a client that joins.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Known {
+    /// Its page was just loaded.
+    Fresh,
+    /// It has held this topic before on the same socket.
+    Held,
+    /// Its earlier socket held this topic and has missed nothing before.
+    Since(Instant),
+    /// Nothing.
+    Nothing,
+}
+
+/// What the event's timer finds.
+#[derive(Debug)]
+pub(crate) enum Due {
+    Nothing,
+    Later,
+    Send(Box<Outgoing>),
+}
+
+/// One message to the whole event.
+#[derive(Debug)]
+pub(crate) struct Outgoing {
+    pub(crate) broadcast: Broadcast,
+    /// What it is made of, if not of gaps alone.
+    newest: Option<Invalidation>,
+    pub(crate) sent: Sent,
+}
+
+/// A message to one client: the event's, with the endpoints of its catch-up, which it would else
+/// forget.
+#[derive(Debug)]
+pub(crate) struct Repeat {
+    pub(crate) outbox: Arc<Outbox>,
+    pub(crate) sub_topic: Arc<str>,
+    pub(crate) broadcast: Broadcast,
+}
+
+/// A message to one client that has joined.
+#[derive(Debug)]
+pub(crate) struct CatchUp {
+    pub(crate) broadcast: Broadcast,
+    pub(crate) cause: Cause,
+    pub(crate) method: Method,
+}
+
+/// An event as operators see it.
+#[derive(Debug)]
+pub(crate) struct Summary {
+    pub(crate) last_notification: Option<SystemTime>,
+    pub(crate) last_delivery: Option<SystemTime>,
+    pub(crate) merged: u64,
+    pub(crate) pending: usize,
+    pub(crate) muted_for: Option<Duration>,
+    pub(crate) heard: Heard,
+    pub(crate) endpoints: usize,
+}
+
+impl Event {
+    /// An event of which nothing is known.
+    pub(crate) fn new(rule: &Arc<Rule>, merge: &Merge, captures: &Captures) -> Self {
+        let key =
+            |sub_topic: String| TopicKey { sub_topic: sub_topic.into(), privacy: Privacy::Public };
+        let quota = Quota::with_period(merge.window).map(|it| it.allow_burst(NonZeroU32::MIN));
+        Self {
+            eid: captures.get(EID).cloned().unwrap_or_default(),
+            topics: rule.pattern.iter().map(|pattern| key(pattern.fill(captures))).collect(),
+            resync: rule.resync.iter().map(|pattern| pattern.fill(captures).into()).collect(),
+            window: quota.map(|quota| RateLimiter::direct_with_clock(quota, TokioClock)),
+            merge: merge.clone(),
+            rule: Arc::clone(rule),
+            state: Mutex::default(),
+        }
+    }
+
+    /// The event's id.
+    pub(crate) fn eid(&self) -> &str {
+        &self.eid
+    }
+
+    /// One for each spelling.
+    pub(crate) fn topics(&self) -> &[TopicKey] {
+        &self.topics
+    }
+
+    /// Reads a broadcast to this event.
+    ///
+    /// # Errors
+    /// The broadcast itself, if it is no invalidation.
+    pub(crate) fn read(&self, broadcast: Broadcast) -> Result<Invalidation, Broadcast> {
+        Invalidation::read(broadcast, &self.rule, &self.merge)
+    }
+
+    /// Takes an invalidation, and says whether nothing was waiting before. It leaves when
+    /// [`Self::due`] says so.
+    #[must_use]
+    pub(crate) fn offer(&self, invalidation: Invalidation, pid: Option<u32>) -> bool {
+        let now = Instant::now();
+        let mut state = self.state.lock();
+        let is_first = state.pending.is_none();
+        state.note(&invalidation.endpoints, Some(now));
+        state.last_notification = Some(SystemTime::now());
+        if invalidation.is_pointer {
+            state.note_all(&self.resync, now);
+        }
+        let pending = state.pending(now, now + SETTLE);
+        if !pending.has_waited && pid == pending.pid {
+            pending.due = (now + SETTLE).min(pending.first + SETTLE_MAX).max(pending.due);
+        }
+        pending.pid = pid;
+        pending.messages += 1;
+        pending.is_complete |= invalidation.is_pointer;
+        pending.is_clean &= invalidation.bad.is_empty();
+        pending.add(&invalidation.endpoints);
+        if pending.sources.len() < SOURCES_MAX {
+            let (id, kind) = (invalidation.id, invalidation.kind.clone());
+            pending.sources.push(Source { id, kind });
+        }
+        pending.newest = Some(invalidation);
+        is_first
+    }
+
+    /// Notes whether a notification named its row of the history.
+    pub(crate) fn hear(&self, has_id: bool) {
+        let mut state = self.state.lock();
+        state.heard = match (state.heard, has_id) {
+            (_, false) | (Heard::SomeWithoutId, true) => Heard::SomeWithoutId,
+            (Heard::Nothing | Heard::OnlyWithId, true) => Heard::OnlyWithId,
+        };
+    }
+
+    /// Whether the event's notifications have named their rows.
+    pub(crate) fn heard(&self) -> Heard {
+        self.state.lock().heard
+    }
+
+    /// Takes what everybody may have missed, to leave not before `earliest`: these endpoints, or
+    /// if there are none the complete list.
+    pub(crate) fn offer_gap(&self, cause: Cause, missed: Option<&Endpoints>, earliest: Instant) {
+        let now = Instant::now();
+        let mut state = self.state.lock();
+        match missed {
+            Some(endpoints) => state.note(endpoints, Some(now)),
+            // Each may have changed, up to now.
+            None => state.note_all(&self.resync, now),
+        }
+        let pending = state.pending(now, earliest.max(now + SETTLE));
+        pending.gap = Some(cause);
+        match missed {
+            Some(endpoints) => pending.add(endpoints),
+            None => {
+                pending.is_complete = true;
+                pending.endpoints = Endpoints::default();
+            }
+        }
+    }
+
+    /// Notes endpoints that exist.
+    pub(crate) fn learn(&self, endpoints: &Endpoints) {
+        self.state.lock().note(endpoints, None);
+    }
+
+    /// Notes that somebody has joined who could not be told what happens meanwhile.
+    pub(crate) fn owe(&self) {
+        self.state.lock().is_owed = true;
+    }
+
+    /// Whether somebody is owed a catch-up, who is then no more.
+    pub(crate) fn take_owed(&self) -> bool {
+        std::mem::take(&mut self.state.lock().is_owed)
+    }
+
+    /// When something is to be sent, as far as is known.
+    pub(crate) fn next(&self) -> Option<Instant> {
+        self.state.lock().pending.as_ref().map(|it| it.due)
+    }
+
+    /// Holds everything back until then, or no longer.
+    pub(crate) fn mute(&self, until: Option<Instant>) {
+        let mut state = self.state.lock();
+        state.muted_until = until;
+        if let Some(pending) = &mut state.pending {
+            pending.due = Instant::now();
+        }
+    }
+
+    /// What is to be sent, if its time has come; at the end of the server that does not matter.
+    pub(crate) fn due(&self, is_last: bool) -> Due {
+        let now = Instant::now();
+        let mut state = self.state.lock();
+        let muted_until = state.muted_until.filter(|until| *until > now);
+        let Some(pending) = &mut state.pending else {
+            return Due::Nothing;
+        };
+        if !is_last {
+            if let Some(until) = muted_until {
+                pending.due = until;
+                pending.has_waited = true;
+            }
+            if pending.due > now {
+                return Due::Later;
+            }
+            if let Some(Err(not_until)) = self.window.as_ref().map(Window::check) {
+                pending.due = Instant::from_std(not_until.earliest_possible());
+                pending.has_waited = true;
+                return Due::Later;
+            }
+        }
+        match state.pending.take() {
+            Some(pending) => Due::Send(Box::new(self.compose(&mut state, pending, now))),
+            None => Due::Nothing,
+        }
+    }
+
+    /// What clients get that were caught up alone, once `outgoing` has been pushed to everybody:
+    /// whoever is caught up after this has been told of it, and whoever was before gets both in one.
+    pub(crate) fn repeats(&self, outgoing: &Outgoing) -> Vec<Repeat> {
+        let message = &*outgoing.sent.endpoints;
+        let mut state = self.state.lock();
+        state.forget_carried(Instant::now(), self.merge.carry);
+        let stamp = state.next_stamp();
+        // Nearly all have been told the same.
+        let mut broadcasts: Vec<(&Endpoints, Broadcast)> = Vec::new();
+        let mut repeats = Vec::new();
+        for CaughtUp { outbox, sub_topic, endpoints, .. } in &state.caught_up {
+            let Some(outbox) = outbox.upgrade().filter(|_| !endpoints.is_subset(message)) else {
+                continue;
+            };
+            let place = broadcasts.iter().position(|(it, _)| **it == **endpoints);
+            let place = place.unwrap_or_else(|| {
+                let both: Endpoints = message.union(endpoints).cloned().collect();
+                let (newest, sent) = (outgoing.newest.as_ref(), &outgoing.sent);
+                broadcasts.push((endpoints, self.write(newest, sent, &both, stamp)));
+                broadcasts.len() - 1
+            });
+            let broadcast = broadcasts[place].1.clone();
+            repeats.push(Repeat { outbox, sub_topic: Arc::clone(sub_topic), broadcast });
+        }
+        repeats
+    }
+
+    /// Notes a message that has been sent.
+    pub(crate) fn sent(&self, sent: Sent) {
+        let mut state = self.state.lock();
+        if sent.deliveries > 0 {
+            state.last_delivery = Some(sent.at);
+        }
+        if state.log.len() >= LOG_MAX {
+            state.log.pop_front();
+        }
+        state.log.push_back(sent);
+    }
+
+    /// What a client gets that has just subscribed under `sub_topic`, if anything: what has changed
+    /// since it last heard of the event, or the complete list where that is not known.
+    /// `covered_since` is since when everything about the event has been heard here.
+    pub(crate) fn catch_up(
+        &self,
+        known: Known,
+        covered_since: Option<Instant>,
+        outbox: &Arc<Outbox>,
+        sub_topic: &Arc<str>,
+    ) -> Option<CatchUp> {
+        let now = Instant::now();
+        let (cause, since) = match known {
+            Known::Fresh => (Cause::Fresh, now.checked_sub(FRESH)),
+            Known::Held => (Cause::Held, now.checked_sub(FRESH)),
+            Known::Since(since) => (Cause::Returned, Some(since)),
+            Known::Nothing => (Cause::Unknown, None),
+        };
+        let mut state = self.state.lock();
+        let reaches = |since: &Instant| {
+            covered_since.is_some_and(|covered| covered <= *since)
+                && state.forgotten.is_none_or(|forgotten| forgotten <= *since)
+        };
+        let (mut endpoints, method) = match since.filter(reaches) {
+            Some(since) => (state.changed_since(since), Method::Exact),
+            None => (self.complete(&state), Method::Complete),
+        };
+        if endpoints.is_empty() {
+            return None;
+        }
+        let stamp = state.next_stamp();
+        state.forget_carried(now, self.merge.carry);
+        endpoints.extend(state.carried());
+        let (rule, merge) = (&self.rule, &self.merge);
+        let broadcast =
+            invalidation::catch_up(rule, merge, &self.eid, cause.kind(), &endpoints, stamp);
+        // When everybody comes back at once, all are told the same.
+        let endpoints = match state.caught_up.back() {
+            Some(last) if *last.endpoints == endpoints => Arc::clone(&last.endpoints),
+            Some(_) | None => Arc::new(endpoints),
+        };
+        state.caught_up.push_back(CaughtUp {
+            at: now,
+            outbox: Arc::downgrade(outbox),
+            sub_topic: Arc::clone(sub_topic),
+            endpoints,
+        });
+        Some(CatchUp { broadcast, cause, method })
+    }
+
+    /// What operators see.
+    pub(crate) fn summary(&self) -> Summary {
+        let now = Instant::now();
+        let state = self.state.lock();
+        Summary {
+            last_notification: state.last_notification,
+            last_delivery: state.last_delivery,
+            merged: state.merged,
+            pending: state.pending.as_ref().map_or(0, |it| it.messages.max(1)),
+            muted_for: state.muted_until.and_then(|until| until.checked_duration_since(now)),
+            heard: state.heard,
+            endpoints: state.endpoints.len(),
+        }
+    }
+
+    /// What was sent, the newest first.
+    pub(crate) fn log(&self) -> Vec<Sent> {
+        self.state.lock().log.iter().rev().cloned().collect()
+    }
+
+    /// Every endpoint of the event that is known.
+    fn complete(&self, state: &State) -> Endpoints {
+        let mut known: Vec<_> = state.endpoints.keys().cloned().collect();
+        known.sort_unstable();
+        self.resync.iter().cloned().chain(known).collect()
+    }
+
+    fn compose(&self, state: &mut State, pending: Pending, now: Instant) -> Outgoing {
+        let is_complete = pending.is_complete;
+        let own = if is_complete { self.complete(state) } else { pending.endpoints };
+        state.forget_carried(now, self.merge.carry);
+        let mut endpoints = own.clone();
+        endpoints.extend(state.carried());
+        let is_alone = pending.messages == 1 && pending.gap.is_none() && !is_complete;
+        let messages = pending.messages;
+        let is_as_it_came = is_alone && pending.is_clean && endpoints.len() == own.len();
+        if !own.is_empty() {
+            state.carried.push_back((now, own));
+        }
+        state.merged += (messages.max(1) - 1) as u64;
+        let why = match (pending.gap, pending.has_waited) {
+            (Some(_), _) => Why::Gap,
+            (None, true) => Why::Window,
+            (None, false) => Why::Leading,
+        };
+        let sent = Sent {
+            at: SystemTime::now(),
+            why,
+            cause: pending.gap,
+            endpoints: Arc::new(endpoints),
+            merged: messages,
+            sources: pending.sources,
+            deliveries: 0,
+        };
+        let broadcast = match &pending.newest {
+            Some(newest) if is_as_it_came => newest.broadcast.clone(),
+            newest => self.write(newest.as_ref(), &sent, &sent.endpoints, state.next_stamp()),
+        };
+        Outgoing { broadcast, newest: pending.newest, sent }
+    }
+
+    /// The newest message, or a catch-up where there is none, with these endpoints.
+    fn write(
+        &self,
+        newest: Option<&Invalidation>,
+        sent: &Sent,
+        endpoints: &Endpoints,
+        stamp: Stamp,
+    ) -> Broadcast {
+        let (rule, merge) = (&self.rule, &self.merge);
+        match newest {
+            Some(newest) => newest.rewritten(rule, merge, endpoints, stamp, sent.merged),
+            None => {
+                let cause = sent.cause.map_or(sent.why.kind(), Cause::kind);
+                invalidation::catch_up(rule, merge, &self.eid, cause, endpoints, stamp)
+            }
+        }
+    }
+}
+
+impl Pending {
+    fn add(&mut self, endpoints: &Endpoints) {
+        self.endpoints.extend(endpoints.iter().cloned());
+        // What is not sent one by one is known all the same, and so in the complete list.
+        self.is_complete |= self.endpoints.len() > UNION_MAX;
+        if self.is_complete {
+            self.endpoints = Endpoints::default();
+        }
+    }
+}
+
+impl State {
+    fn note(&mut self, endpoints: &Endpoints, at: Option<Instant>) {
+        for endpoint in endpoints {
+            if let Some(changed) = self.endpoints.get_mut(endpoint) {
+                *changed = at.or(*changed);
+            } else if self.endpoints.len() < ENDPOINTS_MAX {
+                self.endpoints.insert(endpoint.clone(), at);
+            } else if at.is_some() {
+                self.forgotten = at;
+            }
+        }
+    }
+
+    fn note_all(&mut self, resync: &Endpoints, at: Instant) {
+        self.note(resync, Some(at));
+        for changed in self.endpoints.values_mut() {
+            *changed = Some(at);
+        }
+    }
+
+    fn pending(&mut self, now: Instant, due: Instant) -> &mut Pending {
+        self.pending.get_or_insert_with(|| Pending {
+            newest: None,
+            endpoints: Endpoints::default(),
+            is_complete: false,
+            is_clean: true,
+            messages: 0,
+            sources: Vec::new(),
+            gap: None,
+            first: now,
+            pid: None,
+            due,
+            has_waited: false,
+        })
+    }
+
+    /// The oldest change first.
+    fn changed_since(&self, since: Instant) -> Endpoints {
+        let mut changed: Vec<_> = self
+            .endpoints
+            .iter()
+            .filter_map(|(endpoint, at)| Some(((*at)?, endpoint)))
+            .filter(|(at, _)| *at >= since)
+            .collect();
+        changed.sort_unstable();
+        changed.into_iter().map(|(_, endpoint)| endpoint.clone()).collect()
+    }
+
+    /// What the whole event was sent just before.
+    fn carried(&self) -> impl Iterator<Item = Box<str>> {
+        self.carried.iter().flat_map(|(_, endpoints)| endpoints.iter().cloned())
+    }
+
+    fn forget_carried(&mut self, now: Instant, carry: Duration) {
+        let is_over = |at: Instant| now.duration_since(at) > carry;
+        while self.carried.front().is_some_and(|(at, _)| is_over(*at)) {
+            self.carried.pop_front();
+        }
+        while self.caught_up.front().is_some_and(|it| is_over(it.at)) {
+            self.caught_up.pop_front();
+        }
+    }
+
+    /// Later than any before.
+    fn next_stamp(&mut self) -> Stamp {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let now = u64::try_from(now.as_micros()).unwrap_or(u64::MAX);
+        self.stamp = Stamp(now.max(self.stamp.0 + 1));
+        self.stamp
+    }
+}
