@@ -26,7 +26,7 @@ use tokio::time::timeout;
 use tokio_tungstenite::tungstenite::Message as Frame;
 
 use crate::support::{
-    client::{Client, client_key, decode, encode, expected_by, matches},
+    client::{Client, client_key, encode, expected_by, matches, message_of},
     server::{DEADLINE, TestServer, config},
     token,
 };
@@ -272,6 +272,8 @@ async fn play(name: &str, transcript: &Transcript, vsn: &str, wires: &Wires<'_>)
             peer.send(Frame::binary(bytes_of(hex.as_str().unwrap()))).await;
         } else if let Some(expected) = step.get("expect") {
             peer.expect(expected.clone(), &at).await;
+        } else if let Some(expected) = step.get("expect_user_broadcast") {
+            peer.expect_user_broadcast(expected.clone(), &at).await;
         } else if let Some(hex) = step.get("expect_binary") {
             let wanted = Frame::binary(bytes_of(hex.as_str().unwrap()));
             assert_eq!(peer.receive(&at).await, wanted, "{at}");
@@ -376,11 +378,20 @@ impl Peer {
     }
 
     async fn expect(&mut self, expected: Value, at: &str) {
+        let frame = self.receive(at).await;
+        assert!(frame.is_text(), "{at}: received {frame:?}");
+        self.compare(expected, &frame, at);
+    }
+
+    async fn expect_user_broadcast(&mut self, expected: Value, at: &str) {
+        let frame = self.receive(at).await;
+        assert_eq!(frame.is_binary(), self.serializer == Serializer::V2, "{at}: {frame:?}");
+        self.compare(expected, &frame, at);
+    }
+
+    fn compare(&self, expected: Value, frame: &Frame, at: &str) {
         let expected = expected_by(self.serializer, expected);
-        let received = match self.receive(at).await {
-            Frame::Text(text) => decode(self.serializer, &text),
-            frame => panic!("{at}: received {frame:?}"),
-        };
+        let received = message_of(self.serializer, frame);
         assert!(matches(&expected, &received), "{at}\nexpected {expected}\nreceived {received}");
     }
 }
