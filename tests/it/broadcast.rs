@@ -8,7 +8,8 @@ use tokio_tungstenite::tungstenite::Message as Frame;
 use crate::support::{
     client::Client,
     raw::frame,
-    server::{TestServer, config},
+    server::{TestServer, config, config_of_long_windows},
+    token,
 };
 
 /// A kind 3 frame with one-byte refs.
@@ -173,6 +174,42 @@ async fn of_several_at_once_each_own_broadcast_precedes_its_acknowledgement() {
         }
     }
     client.ends().await;
+    server.stop().await;
+}
+
+/// It waits for its event's next message, as those of the database do, and says what is true for
+/// its sender as well.
+#[tokio::test]
+async fn an_invalidation_of_a_socket_reaches_everybody_as_it_came_its_sender_too() {
+    let server = TestServer::start_with(config_of_long_windows());
+    let service = token::of_role("service_role");
+    for (serializer, eid) in [(Serializer::V1, "AB3028"), (Serializer::V2, "AB3029")] {
+        let topic = format!("cache_invalidate_{eid}");
+        let mut sender = Client::with_token(&server, serializer, &service).await;
+        let joined = sender.join_with(&topic, json!({ "broadcast": { "ack": true } })).await;
+        let mut others = Vec::new();
+        for (serializer, separator) in [(Serializer::V1, '_'), (Serializer::V2, ':')] {
+            let mut client = Client::connect(&server, serializer).await;
+            let topic = format!("cache_invalidate{separator}{eid}");
+            client.join(&topic).await;
+            others.push((client, topic));
+        }
+        let payload = json!({ "endpoints": ["/live/event/x"], "timestamp": 1795337027.571 });
+        let envelope =
+            json!({ "type": "broadcast", "event": "cache_invalidation", "payload": payload });
+        let key = format!("realtime:{topic}");
+        sender.send(json!([joined, "1", key, "broadcast", envelope])).await;
+        let ok = json!({ "status": "ok", "response": {} });
+        sender.expect(json!([joined, "1", key, "phx_reply", ok])).await;
+        for (mut client, topic) in [vec![(sender, topic)], others].into_iter().flatten() {
+            let heard = json!([null, null, format!("realtime:{topic}"), "broadcast", envelope]);
+            client.expect(heard).await;
+            client.repeated(&topic, payload.clone()).await;
+            client.ends().await;
+        }
+    }
+    assert_eq!(server.metric("tidegate_broadcasts_total{source=\"socket\"}").await, 0.0);
+    assert_eq!(server.metric("tidegate_broadcasts_total{source=\"merged\"}").await, 2.0);
     server.stop().await;
 }
 

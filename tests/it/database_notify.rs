@@ -24,7 +24,7 @@ use crate::support::{
     client::{Client, resync},
     postgres::Database,
     proxy::Proxy,
-    server::{DEADLINE, TestServer, config, plain_rule},
+    server::{DEADLINE, TestServer, config_of_long_windows, plain_rule},
     token,
 };
 
@@ -46,7 +46,7 @@ const PAYLOADS: [&str; 11] = [
 /// Joins wait for their LISTEN as long as may be: these tests prove what comes after. Beside the
 /// built-in rules stands one whose notifications are relayed one by one.
 fn settings(database: &Database) -> Config {
-    let mut config = config();
+    let mut config = config_of_long_windows();
     config.database_url = Secret::from(database.url());
     config.relay.listen_wait = Duration::from_millis(1500);
     config.topic.push(plain_rule());

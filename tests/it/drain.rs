@@ -13,7 +13,7 @@ use tokio::{
 use crate::support::{
     client::Client,
     raw::{answer, send, until_end, upgrade},
-    server::{TestServer, config},
+    server::{TestServer, config, config_of_long_windows},
     token,
 };
 
@@ -59,6 +59,35 @@ async fn the_end_of_the_shutdown_future_drains_as_well() {
     clients.spawn(client.closed());
     server.stop().await;
     assert_eq!(clients.join_all().await, [Some(1012)]);
+}
+
+/// Nobody would be told of it later: the next process has not heard it.
+#[tokio::test]
+async fn what_waits_for_its_window_is_sent_before_the_sockets_are_closed() {
+    const CACHE: &str = "cache_invalidate_AB3028";
+    let mut server = TestServer::start_with(config_of_long_windows());
+    let mut client = Client::connect(&server, Serializer::V1).await;
+    client.join(CACHE).await;
+    for number in 1..=2 {
+        let payload = json!({ "n": number, "endpoints": [format!("/{number}")] });
+        let message = json!({ "topic": CACHE, "event": "cache_invalidation", "payload": payload });
+        let head =
+            format!("POST /api/broadcast HTTP/1.1\r\napikey: {}", token::of_role("service_role"));
+        let body = json!({ "messages": [message] }).to_string();
+        assert_eq!(TestServer::request(server.public, &head, &body).await.0, 202);
+        if number == 1 {
+            assert_eq!(client.broadcast().await.1["payload"], payload);
+            client.repeated(CACHE, payload).await;
+            continue;
+        }
+        client.expect_nothing().await;
+        drain(&server).await;
+        let (_, last) = client.broadcast().await;
+        assert_eq!(last["payload"]["endpoints"], json!(["/2", "/1"]), "{last}");
+    }
+    assert_eq!(client.closed().await, Some(1012));
+    server.ended().await;
+    server.stop().await;
 }
 
 /// A socket on which nobody answers a close, and which so holds the drain up for a while.

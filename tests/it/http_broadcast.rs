@@ -8,9 +8,9 @@ use tokio::io::AsyncWriteExt;
 use tokio_tungstenite::tungstenite::Message as Frame;
 
 use crate::support::{
-    client::Client,
+    client::{Client, resync},
     raw::{Answer, answer, ask, post, send, until_end},
-    server::{TestServer, config},
+    server::{TestServer, config, config_of_long_windows},
     token,
 };
 
@@ -512,6 +512,46 @@ async fn a_rules_topic_is_written_by_whom_the_rule_names() {
     }
     assert_eq!(server.metric(denied).await, 8.0);
     client.ends().await;
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn invalidations_of_one_batch_leave_as_one() {
+    let server = TestServer::start_with(config_of_long_windows());
+    let mut v1 = Client::connect(&server, Serializer::V1).await;
+    let mut v2 = Client::connect(&server, Serializer::V2).await;
+    let topics = [CACHE, "cache_invalidate:AB3028"];
+    v1.join(topics[0]).await;
+    v2.join(topics[1]).await;
+    let message = |topic: &str, event: &str, n: u64| {
+        let payload = json!({ "n": n, "endpoints": ["/both", format!("/{n}")], "timestamp": 1.5 });
+        json!({ "topic": topic, "event": event, "payload": payload })
+    };
+    // One event under both spellings, and something else.
+    let invalidation = "cache_invalidation";
+    let messages = [
+        message(topics[0], invalidation, 1),
+        message(topics[0], "e", 2),
+        message(topics[1], invalidation, 3),
+    ];
+    let body = json!({ "messages": messages }).to_string();
+    let answer = ask(&server, post(BATCH, &[&apikey("service_role")], body)).await;
+    assert!(is_accepted(&answer), "{answer:?}");
+    for (mut client, topic) in [v1, v2].into_iter().zip(topics) {
+        let (_, other) = client.broadcast().await;
+        assert_eq!(other["payload"], messages[1]["payload"]);
+        let (_, both) = client.broadcast().await;
+        let payload = &both["payload"];
+        let endpoints = json!(["/both", "/1", "/3"]);
+        assert_eq!((&payload["n"], &payload["endpoints"]), (&json!(3), &endpoints), "{both}");
+        assert_eq!(payload["merged"], 2);
+        assert!(payload["timestamp"].as_f64() > Some(1e9), "clients drop an old one: {both}");
+        // Once more, with what they have been caught up with.
+        let (_, repeat) = client.broadcast().await;
+        let endpoints = [&["/both", "/1", "/3"].map(str::to_owned), &resync("AB3028")[..]].concat();
+        assert_eq!(repeat["payload"]["endpoints"], json!(endpoints), "{topic}");
+        client.ends().await;
+    }
     server.stop().await;
 }
 

@@ -42,6 +42,15 @@ pub(crate) fn config() -> Config {
     config
 }
 
+/// The settings of a test, with windows and repeats that outlast it, however slow the machine is.
+pub(crate) fn config_of_long_windows() -> Config {
+    let mut config = config();
+    let merge = config.topic[0].merge.as_mut().unwrap();
+    merge.window = Duration::from_secs(600);
+    merge.carry = Duration::from_secs(600);
+    config
+}
+
 /// A rule that relays what the database notifies as it comes: nothing is merged, and who joins is
 /// not caught up.
 pub(crate) fn plain_rule() -> Rule {
