@@ -4,6 +4,7 @@ use serde_json::{Value, json};
 use tidegate::{
     auth::jwt::{Secret, TokenError},
     connection::CloseReason,
+    merge::{BadEndpoint, Cause, Method, Why},
     metrics::RefusedUpgrade,
     protocol::{error_code::ErrorCode, message::Malformed, serializer::Serializer},
     relay::{LinkError, Outcome},
@@ -139,6 +140,15 @@ async fn every_series_is_there_before_anything_has_happened() {
         "broadcasts_total{source=\"socket\"}",
         "broadcasts_total{source=\"rest\"}",
         "broadcasts_total{source=\"database\"}",
+        "broadcasts_total{source=\"merged\"}",
+        "invalidations_merged_total",
+        "deaf_suspects",
+        "heals_sent_total",
+        "healed_total",
+        "canary_seconds_count",
+        "canary_last_arrival_timestamp_seconds",
+        "canary_failures_total",
+        "history_unreadable_total",
         "deliveries_total",
         "fanout_seconds_count",
         "fanout_seconds_sum",
@@ -166,6 +176,16 @@ async fn every_series_is_there_before_anything_has_happened() {
     }
     for result in TokenError::KINDS {
         wanted.push(format!("tokens_total{{result=\"{result}\"}}"));
+    }
+    for why in Why::ALL {
+        wanted.push(format!("invalidations_sent_total{{reason=\"{}\"}}", why.kind()));
+    }
+    for bad in BadEndpoint::ALL {
+        wanted.push(format!("endpoints_dropped_total{{reason=\"{}\"}}", bad.kind()));
+    }
+    for (cause, method) in Cause::all().flat_map(|it| Method::ALL.map(|method| (it, method))) {
+        let (cause, method) = (cause.kind(), method.kind());
+        wanted.push(format!("catch_ups_total{{cause=\"{cause}\",method=\"{method}\"}}"));
     }
     for cause in LinkError::KINDS {
         wanted.push(format!("relay_reconnects_total{{cause=\"{cause}\"}}"));

@@ -554,6 +554,27 @@ async fn failures_are_bounded_per_transaction_and_in_all() {
     assert_eq!(database.run("select count(*) from bids").await, "2220");
 }
 
+/// By it a gateway tells failures that it has looked into from those that it has not.
+#[tokio::test]
+async fn a_failure_names_its_transaction_also_in_a_table_of_before() {
+    let database = Database::start(Shape::Seed).await;
+    database.run(&rename_event("not an event")).await;
+    let failing = format!("begin; {} select pg_current_xact_id(); commit;", bid(ART, 1));
+    let newest = "select xact from tidegate.trigger_failures order by id desc limit 1";
+    let xact = database.run(&failing).await;
+    assert_eq!(database.run(newest).await, xact);
+
+    // A file of before has made the table, and rows in it.
+    database.run("alter table tidegate.trigger_failures drop column xact").await;
+    for rows in [1, 2] {
+        database.cluster.psql_file("seed", &system_file()).await.unwrap();
+        let is_known = "select count(*), bool_and(xact is not null) from tidegate.trigger_failures";
+        assert_eq!(database.run(is_known).await, format!("{rows}|t"));
+        let xact = database.run(&failing).await;
+        assert_eq!(database.run(newest).await, xact);
+    }
+}
+
 #[tokio::test]
 async fn a_hostile_search_path_changes_nothing() {
     for mut database in Database::both().await {
