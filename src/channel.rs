@@ -342,6 +342,11 @@ impl Channel {
         &self.topic
     }
 
+    /// Whether the client hears the topic.
+    pub(crate) fn is_subscribed(&self) -> bool {
+        self.subscription.is_some()
+    }
+
     /// The topic without its prefix.
     pub(crate) fn sub_topic(&self) -> Arc<str> {
         Arc::clone(&self.key.sub_topic)

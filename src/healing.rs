@@ -251,8 +251,10 @@ impl Healing {
                 .take(TOPICS_PER_ROUND)
                 .cloned()
                 .collect();
-            suspect.next = suspect.next.max(now + SPACING);
-            round.extend(suspect.tell(topics, now));
+            if let Some(heal) = suspect.tell(topics, now) {
+                suspect.next = suspect.next.max(now + SPACING);
+                round.push(heal);
+            }
         }
         round
     }

@@ -53,8 +53,8 @@ struct State {
 
 #[derive(Debug, Clone, Copy)]
 struct Lost {
-    /// The earliest of their last data frames.
-    last_data: Instant,
+    /// The earliest of their last data frames; none if that is not known.
+    last_data: Option<Instant>,
     /// The latest of their ends.
     ended: Instant,
 }
@@ -75,14 +75,15 @@ impl LostSockets {
         Self { state: Mutex::default(), max, silence_timeout }
     }
 
-    /// Notes that a socket which held the topic has ended, `last_data` after which nothing was
-    /// heard of it.
-    pub(crate) fn record(&self, client: ClientKey, topic: &str, last_data: Instant) {
+    /// Notes that a socket which held the topic has ended, and when it last said something; none
+    /// if it may have been away before, for nobody knows how long.
+    pub(crate) fn record(&self, client: ClientKey, topic: &str, last_data: Option<Instant>) {
         let now = Instant::now();
         let mut state = self.state.lock();
         let is_full = state.topics >= self.max;
         let topics = state.clients.entry(client).or_default();
         if let Some(lost) = topics.get_mut(topic) {
+            // None is the least.
             lost.last_data = lost.last_data.min(last_data);
             lost.ended = now;
         } else if !is_full {
@@ -111,7 +112,7 @@ impl LostSockets {
         }
         // The socket of another with the same record may be dead, too, and not found out yet.
         let unnoticed = now.checked_sub(self.silence_timeout)?;
-        lost.last_data.min(unnoticed).checked_sub(SLACK)
+        lost.last_data?.min(unnoticed).checked_sub(SLACK)
     }
 
     /// The topics that the client may have lost.
@@ -133,7 +134,7 @@ impl LostSockets {
             topics.iter().map(|(topic, lost)| Record {
                 client: *client,
                 topic: topic.clone(),
-                age: now.duration_since(lost.last_data),
+                age: lost.last_data.map_or(2 * REMEMBERED, |it| now.duration_since(it)),
             })
         });
         records.collect()
@@ -181,9 +182,9 @@ mod tests {
         tokio::time::advance(REMEMBERED).await;
         let lost = alone(9);
         let first = Instant::now();
-        lost.record(client(1), "t", first);
+        lost.record(client(1), "t", Some(first));
         tokio::time::advance(Duration::from_secs(600)).await;
-        lost.record(client(1), "t", Instant::now());
+        lost.record(client(1), "t", Some(Instant::now()));
         assert_eq!(lost.since(client(1), "t"), Some(first - SLACK));
         assert_eq!(lost.since(client(1), "other"), None);
         assert_eq!(lost.since(client(2), "t"), None);
@@ -193,7 +194,7 @@ mod tests {
     async fn a_socket_whose_death_is_not_noticed_yet_is_reckoned_with() {
         tokio::time::advance(REMEMBERED).await;
         let lost = alone(9);
-        lost.record(client(1), "t", Instant::now());
+        lost.record(client(1), "t", Some(Instant::now()));
         assert_eq!(lost.since(client(1), "t"), Some(Instant::now() - SILENCE - SLACK));
     }
 
@@ -201,7 +202,7 @@ mod tests {
     async fn a_record_holds_for_a_day() {
         tokio::time::advance(REMEMBERED).await;
         let lost = alone(9);
-        lost.record(client(1), "t", Instant::now());
+        lost.record(client(1), "t", Some(Instant::now()));
         tokio::time::advance(REMEMBERED - Duration::from_secs(1)).await;
         assert!(lost.since(client(1), "t").is_some());
         tokio::time::advance(Duration::from_secs(1)).await;
@@ -214,9 +215,9 @@ mod tests {
     async fn where_one_was_not_recorded_none_is_believed() {
         tokio::time::advance(REMEMBERED).await;
         let lost = alone(1);
-        lost.record(client(1), "t", Instant::now());
+        lost.record(client(1), "t", Some(Instant::now()));
         assert!(lost.since(client(1), "t").is_some());
-        lost.record(client(2), "t", Instant::now());
+        lost.record(client(2), "t", Some(Instant::now()));
         assert_eq!(lost.since(client(1), "t"), None);
         assert_eq!(lost.topics(client(1)), ["t".into()]);
     }
@@ -225,7 +226,7 @@ mod tests {
     async fn beside_another_gateway_none_is_believed() {
         tokio::time::advance(REMEMBERED).await;
         let lost = alone(9);
-        lost.record(client(1), "t", Instant::now());
+        lost.record(client(1), "t", Some(Instant::now()));
         lost.set_alone(false);
         assert_eq!(lost.since(client(1), "t"), None);
     }

@@ -83,11 +83,9 @@ enum Origin {
 /// How a socket stands to a topic.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Hold {
-    /// It has asked to join.
+    /// It has asked to join. Whether it hears anything, its channel knows.
     Asked,
-    /// It has joined.
-    Joined,
-    /// It has left.
+    /// It has heard the topic, and has left.
     Left,
 }
 
@@ -103,6 +101,8 @@ struct Waiting {
     join_ref: Option<Ref>,
     reference: Option<Ref>,
     answer: Result<Channel, Refusal>,
+    /// What was known of the client when it asked.
+    known: Known,
     /// The channel that the join replaces.
     replaced: Option<Box<Channel>>,
     backlog: Vec<Message>,
@@ -192,10 +192,10 @@ impl Socket {
         let Some(Slot::Waiting(waiting)) = self.channels.remove(topic) else {
             return;
         };
-        let Waiting { join_ref, reference, answer, replaced, backlog } = *waiting;
+        let Waiting { join_ref, reference, answer, known, replaced, backlog } = *waiting;
         self.backlog_bytes -= backlog.iter().map(|it| it.payload.len()).sum::<usize>();
         match answer {
-            Ok(channel) => self.open(channel, reference.as_ref(), replaced),
+            Ok(channel) => self.open(channel, reference.as_ref(), known, replaced),
             Err(refusal) => {
                 self.refusals -= 1;
                 let (join_ref, reference) = (join_ref.as_ref(), reference.as_ref());
@@ -255,9 +255,8 @@ impl Socket {
     }
 
     fn suspect(&mut self) {
-        let is_held = |hold: &Hold| matches!(hold, Hold::Asked | Hold::Joined);
-        let joined = self.held.iter().filter(|(_, hold)| is_held(hold));
-        let joined = joined.map(|(topic, _)| Arc::from(&**topic)).collect();
+        let asked = self.held.iter().filter(|(_, hold)| **hold == Hold::Asked);
+        let joined = asked.map(|(topic, _)| Arc::from(&**topic)).collect();
         let Self { services, outbox, apikey, client, opened, .. } = self;
         let suspicion = Healing::suspect(services, outbox, apikey, *client, *opened, joined);
         self.suspicion = Some(suspicion);
@@ -287,32 +286,34 @@ impl Socket {
     }
 
     /// What is known of the client and a topic that it joins.
-    fn known(&self, sub_topic: &str) -> Known {
+    fn known(&self, sub_topic: &str, replaced: Option<&Channel>) -> Known {
+        if replaced.is_some_and(Channel::is_subscribed) {
+            return Known::Held;
+        }
         match (self.held.get(sub_topic), self.origin) {
-            (Some(Hold::Joined | Hold::Left), _) => Known::Held,
-            (Some(Hold::Asked) | None, Origin::Fresh) => Known::Fresh,
-            (Some(Hold::Asked) | None, Origin::Unknown | Origin::Earlier | Origin::Unclear) => {
+            (Some(Hold::Left), _) => Known::Held,
+            // It has asked before and was not told what happened since.
+            (Some(Hold::Asked), _) => Known::Nothing,
+            (None, Origin::Fresh) => Known::Fresh,
+            (None, Origin::Unknown | Origin::Earlier | Origin::Unclear) => {
                 let since = self.services.lost_sockets.since(self.client, sub_topic);
                 since.map_or(Known::Nothing, Known::Since)
             }
         }
     }
 
-    /// Remembers how the socket stands to a topic that the database tells of.
+    /// Remembers how the socket stands to a topic, if the database tells of it.
     fn hold(&mut self, topic: &str, hold: Hold) {
         let sub_topic = topic.strip_prefix(TOPIC_PREFIX).unwrap_or(topic);
         if let Some(held) = self.held.get_mut(sub_topic) {
-            // A topic that is asked for again has been held all the same.
-            if hold != Hold::Asked || *held == Hold::Left {
-                *held = hold;
-            }
-        } else if self.held.len() < HELD_MAX {
+            *held = hold;
+        } else if self.held.len() < HELD_MAX && self.services.rules.is_listened(sub_topic) {
             self.held.insert(sub_topic.into(), hold);
         }
-        let Some(suspicion) = &self.suspicion else { return };
-        match hold {
-            Hold::Asked | Hold::Joined => suspicion.joined(sub_topic),
-            Hold::Left => suspicion.left(sub_topic),
+        match (&self.suspicion, hold) {
+            (Some(suspicion), Hold::Asked) => suspicion.joined(sub_topic),
+            (Some(suspicion), Hold::Left) => suspicion.left(sub_topic),
+            (None, Hold::Asked | Hold::Left) => {}
         }
     }
 
@@ -344,6 +345,7 @@ impl Socket {
         let channels_max = self.services.config.limits.channels_per_socket_max;
         let (join_ref, reference) = (join.join_ref.clone(), join.reference.clone());
         let topic = join.topic.clone();
+        let known = self.known(sub_topic, replaced.as_deref());
         let mut answer = if is_nameless {
             Err(Refusal::new(ErrorCode::TopicNameRequired))
         } else if self.services.draining.is_cancelled() {
@@ -353,18 +355,18 @@ impl Socket {
         } else {
             Channel::admit(self.context(), join)
         };
+        // Who goes away before it is answered has lost the topic, too.
+        self.hold(&topic, Hold::Asked);
         let wait: Pin<Box<dyn Future<Output = ()> + Send>> = match &mut answer {
             Ok(channel) => match channel.listen(self.context()) {
                 None => {
                     if let Ok(channel) = answer {
-                        self.open(channel, reference.as_ref(), replaced);
+                        self.open(channel, reference.as_ref(), known, replaced);
                     }
                     return;
                 }
                 Some(activation) => {
                     self.empty_since = None;
-                    // Who goes away meanwhile has lost the topic, too.
-                    self.hold(&topic, Hold::Asked);
                     let listen_wait = self.services.config.relay.listen_wait;
                     Box::pin(async move {
                         // Answered all the same when the time is over.
@@ -385,7 +387,7 @@ impl Socket {
                 Box::pin(sleep(self.services.config.protocol.error_delay))
             }
         };
-        let waiting = Waiting { join_ref, reference, answer, replaced, backlog: Vec::new() };
+        let waiting = Waiting { join_ref, reference, answer, known, replaced, backlog: Vec::new() };
         self.channels.insert(topic.clone(), Slot::Waiting(Box::new(waiting)));
         self.waiting.push(Box::pin(async move {
             wait.await;
@@ -397,11 +399,10 @@ impl Socket {
         &mut self,
         mut channel: Channel,
         reference: Option<&Ref>,
+        known: Known,
         replaced: Option<Box<Channel>>,
     ) {
         let context = self.context();
-        let sub_topic = channel.sub_topic();
-        let known = self.known(&sub_topic);
         match replaced {
             Some(mut replaced) => {
                 channel.take_over(&mut replaced);
@@ -411,8 +412,7 @@ impl Socket {
             None => channel.open(context, reference, known),
         }
         if channel.is_listened() {
-            self.services.healing.note_joined(&sub_topic);
-            self.hold(&sub_topic, Hold::Joined);
+            self.services.healing.note_joined(&channel.sub_topic());
         }
         self.expires_at = self.expires_at.min(channel.expires_at());
         self.channels.insert(channel.topic().into(), Slot::Joined(Box::new(channel)));
@@ -430,7 +430,7 @@ impl Socket {
             return self.services.metrics.count_dropped(Dropped::StaleLeave);
         }
         if let Some(Slot::Joined(channel)) = self.channels.remove(&leave.topic) {
-            if channel.is_listened() {
+            if channel.is_subscribed() {
                 self.hold(&leave.topic, Hold::Left);
             }
             channel.reply(self.context(), leave.reference.as_ref(), OK);
@@ -511,13 +511,15 @@ impl Socket {
 
 impl Drop for Socket {
     fn drop(&mut self) {
-        for (topic, hold) in &self.held {
-            match hold {
-                Hold::Asked | Hold::Joined => {
-                    self.services.lost_sockets.record(self.client, topic, self.last_data);
-                }
-                Hold::Left => {}
-            }
+        let lost = self.held.iter().filter(|(_, hold)| **hold == Hold::Asked);
+        for (sub_topic, _) in lost {
+            let heard = match self.channels.get(&*format!("{TOPIC_PREFIX}{sub_topic}")) {
+                Some(Slot::Joined(channel)) => channel.is_subscribed(),
+                Some(Slot::Waiting(_)) | None => false,
+            };
+            // Nobody knows how long who was never answered had been away before.
+            let last_heard = heard.then_some(self.last_data);
+            self.services.lost_sockets.record(self.client, sub_topic, last_heard);
         }
     }
 }

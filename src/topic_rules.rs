@@ -156,6 +156,17 @@ impl TopicRules {
     }
 }
 
+impl TopicRules {
+    /// Whether the database tells of `sub_topic`.
+    #[must_use]
+    pub fn is_listened(&self, sub_topic: &str) -> bool {
+        match self.find(sub_topic) {
+            Found::Rule(rule, _) => rule.listen.is_some(),
+            Found::Other | Found::Refused => false,
+        }
+    }
+}
+
 impl Rule {
     /// Whether a token with these claims may receive the topic's broadcasts.
     #[must_use]

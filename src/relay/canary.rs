@@ -32,9 +32,10 @@ pub(crate) struct Good {
 pub(crate) struct Canary {
     nonce: String,
     sent: Instant,
-    /// Once it is known.
+    is_committed: bool,
+    /// Once it may become good.
     snapshot: Option<Snapshot>,
-    arrived: Option<Instant>,
+    has_arrived: bool,
 }
 
 /// What one look at the database gave.
@@ -86,7 +87,8 @@ impl Canary {
     /// One that has not been sent yet.
     pub(crate) fn new() -> Self {
         let nonce = Uuid::new_v4().simple().to_string();
-        Self { nonce, sent: Instant::now(), snapshot: None, arrived: None }
+        let sent = Instant::now();
+        Self { nonce, sent, is_committed: false, snapshot: None, has_arrived: false }
     }
 
     /// What is notified.
@@ -94,26 +96,27 @@ impl Canary {
         &self.nonce
     }
 
-    /// Notes that the nonce has been committed after this snapshot was taken.
-    pub(crate) fn committed(&mut self, snapshot: Snapshot) {
-        self.snapshot = Some(snapshot);
+    /// Notes that the nonce has been committed, after this snapshot was taken if that may become
+    /// good.
+    pub(crate) fn committed(&mut self, snapshot: Option<Snapshot>) {
+        self.is_committed = true;
+        self.snapshot = snapshot;
     }
 
     /// Notes what has arrived on the canary's channel, and says how long it took if it is ours.
     pub(crate) fn arrived(&mut self, payload: &str) -> Option<Duration> {
-        (payload == self.nonce && self.arrived.is_none()).then(|| {
-            self.arrived = Some(Instant::now());
-            self.sent.elapsed()
-        })
+        let is_first = payload == self.nonce && !self.has_arrived;
+        self.has_arrived |= is_first;
+        is_first.then(|| self.sent.elapsed())
     }
 
     /// The snapshot, once it is good.
     pub(crate) fn good(&self) -> Option<&Snapshot> {
-        self.arrived.and(self.snapshot.as_ref())
+        self.snapshot.as_ref().filter(|_| self.has_arrived)
     }
 
     /// Whether it has been committed and not arrived.
     pub(crate) fn is_awaited(&self) -> bool {
-        self.snapshot.is_some() && self.arrived.is_none()
+        self.is_committed && !self.has_arrived
     }
 }

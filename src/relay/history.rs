@@ -68,6 +68,8 @@ pub(super) async fn catch_up_failures(
 ) -> Result<(), sqlx::Error> {
     let failures = look.failures.as_deref().unwrap_or_default();
     let (kept, lost): (Vec<_>, Vec<_>) = failures.iter().partition(|it| it.is_in_history);
+    // What has come to exist meanwhile belongs to the complete list, too.
+    learn(services, listener, services.listens.covered()).await?;
     let covered = events(services.listens.covered());
     if !lost.is_empty() {
         let is_unknown = lost.iter().any(|it| it.eid.is_none());

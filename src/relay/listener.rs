@@ -277,10 +277,8 @@ impl Session {
                     if let Some(look) = look {
                         self.look_into(services, link, &look).await?;
                         // What cannot be looked into makes no snapshot good.
-                        if look.failures.is_some() {
-                            canary.committed(look.snapshot);
-                            overdue.as_mut().reset(Instant::now() + relay.canary_timeout);
-                        }
+                        canary.committed(look.failures.is_some().then_some(look.snapshot));
+                        overdue.as_mut().reset(Instant::now() + relay.canary_timeout);
                     }
                 }
                 () = &mut overdue, if canary.is_awaited() => return Err(LinkError::CanaryLost),

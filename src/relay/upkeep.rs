@@ -71,9 +71,8 @@ impl Upkeep {
         // After that: who has ended by then has left its records.
         let within = if self.has_read { REREAD } else { REMEMBERED };
         for record in db::lost_sockets(pool, services.gateway, within).await? {
-            if let Some(last_data) = Instant::now().checked_sub(record.age) {
-                services.lost_sockets.record(record.client, &record.topic, last_data);
-            }
+            let last_data = Instant::now().checked_sub(record.age);
+            services.lost_sockets.record(record.client, &record.topic, last_data);
         }
         if !self.has_read {
             for (topic, age) in db::recent_topics(pool, RECENT_MAX).await? {
