@@ -397,10 +397,11 @@ pub(crate) async fn lost_sockets(
         .collect()
 }
 
-/// Writes this gateway's records, and that it has ended, at once.
+/// Writes this gateway's records and, if they are all, that it has ended, at once.
 pub(crate) async fn end_gateway(
     pool: &PgPool,
     gateway: Uuid,
+    is_orderly: bool,
     records: &[Record],
 ) -> Result<(), sqlx::Error> {
     let clients: Vec<_> = records.iter().map(|it| it.client.0).collect();
@@ -419,10 +420,12 @@ pub(crate) async fn end_gateway(
     .execute(&mut *transaction)
     .await?;
     sqlx::query(
-        "INSERT INTO tidegate.gateways (id, ended_at) VALUES ($1, clock_timestamp())
-        ON CONFLICT (id) DO UPDATE SET seen_at = clock_timestamp(), ended_at = clock_timestamp()",
+        "INSERT INTO tidegate.gateways (id, ended_at)
+        VALUES ($1, CASE WHEN $2 THEN clock_timestamp() END)
+        ON CONFLICT (id) DO UPDATE SET seen_at = clock_timestamp(), ended_at = excluded.ended_at",
     )
     .bind(gateway)
+    .bind(is_orderly)
     .execute(&mut *transaction)
     .await?;
     transaction.commit().await
@@ -468,32 +471,31 @@ pub(crate) async fn note_recent_topics(
     .map(drop)
 }
 
-/// Deletes a batch of what is over, if no other gateway is at it: of the history, what is older
-/// than `keep`, and what gateways share, after a day. Gives how much of the history.
-pub(crate) async fn forget(pool: &PgPool, keep: Duration) -> Result<i32, sqlx::Error> {
-    let mut transaction = pool.begin().await?;
-    let is_ours: bool = sqlx::query_scalar("SELECT pg_try_advisory_xact_lock($1)")
-        .bind(FORGET_LOCK)
-        .fetch_one(&mut *transaction)
-        .await?;
-    if !is_ours {
-        return Ok(0);
-    }
+/// Deletes a batch of the history that is older than `keep`, if no other gateway is at it. Gives
+/// how many rows.
+pub(crate) async fn forget_history(pool: &PgPool, keep: Duration) -> Result<i32, sqlx::Error> {
+    let forgotten = sqlx::query_scalar::<_, Option<i32>>(
+        "SELECT CASE WHEN pg_try_advisory_xact_lock($1)
+            THEN tidegate.forget_history(make_interval(secs => $2), $3) END",
+    )
+    .bind(FORGET_LOCK)
+    .bind(keep.as_secs_f64())
+    .bind(FORGET_BATCH)
+    .fetch_one(pool)
+    .await?;
+    Ok(forgotten.unwrap_or(0))
+}
+
+/// Deletes what gateways have shared and no longer need.
+pub(crate) async fn forget_shared(pool: &PgPool) -> Result<(), sqlx::Error> {
     for statement in [
         "DELETE FROM tidegate.lost_sockets WHERE at < clock_timestamp() - interval '24 hours'",
         "DELETE FROM tidegate.recent_topics WHERE seen_at < clock_timestamp() - interval '24 hours'",
         "DELETE FROM tidegate.gateways WHERE seen_at < clock_timestamp() - interval '48 hours'",
     ] {
-        sqlx::query(statement).execute(&mut *transaction).await?;
+        sqlx::query(statement).execute(pool).await?;
     }
-    let forgotten =
-        sqlx::query_scalar("SELECT tidegate.forget_history(make_interval(secs => $1), $2)")
-            .bind(keep.as_secs_f64())
-            .bind(FORGET_BATCH)
-            .fetch_one(&mut *transaction)
-            .await?;
-    transaction.commit().await?;
-    Ok(forgotten)
+    Ok(())
 }
 
 /// Invalidates an endpoint of an event, or the event and its media, for the viewers of every

@@ -275,7 +275,8 @@ async fn drain(services: &Services) {
     let closed = timeout_at(deadline, services.connections.wait()).await;
     // Who never had a database to share with has nobody to leave anything to.
     if let Some(pool) = services.pool.as_ref().filter(|pool| pool.size() > 0) {
-        upkeep::end(services, pool, deadline.min(Instant::now() + STOP_TIMEOUT)).await;
+        let is_orderly = closed.is_ok();
+        upkeep::end(services, pool, is_orderly, Instant::now() + STOP_TIMEOUT).await;
     }
     services.stopped.cancel();
     services.tracker.close();

@@ -23,7 +23,7 @@ const FORGET_TIMEOUT: Duration = Duration::from_secs(30);
 pub(crate) async fn run(services: Arc<Services>, pool: PgPool) {
     let mut ticks = interval(services.config.relay.canary_interval);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut upkeep = Upkeep { has_read: false, slow_at: None };
+    let mut upkeep = Upkeep { read_at: None, slow_at: None };
     loop {
         let round = async {
             ticks.tick().await;
@@ -38,8 +38,8 @@ pub(crate) async fn run(services: Arc<Services>, pool: PgPool) {
 }
 
 struct Upkeep {
-    /// Whether what was there at the start has been read.
-    has_read: bool,
+    /// When it was last read what others have left.
+    read_at: Option<Instant>,
     slow_at: Option<Instant>,
 }
 
@@ -69,17 +69,18 @@ impl Upkeep {
     async fn share(&mut self, services: &Services, pool: &PgPool) -> Result<(), sqlx::Error> {
         let has_others = db::sign_of_life(pool, services.gateway).await?;
         // After that: who has ended by then has left its records.
-        let within = if self.has_read { REREAD } else { REMEMBERED };
+        let now = Instant::now();
+        let within = self.read_at.map_or(REMEMBERED, |at| now.duration_since(at) + REREAD);
         for record in db::lost_sockets(pool, services.gateway, within).await? {
             let last_data = Instant::now().checked_sub(record.age);
             services.lost_sockets.record(record.client, &record.topic, last_data);
         }
-        if !self.has_read {
+        if self.read_at.is_none() {
             for (topic, age) in db::recent_topics(pool, RECENT_MAX).await? {
                 services.healing.note_recent(&topic, age);
             }
         }
-        self.has_read = true;
+        self.read_at = Some(now);
         let topics: Vec<_> = services.healing.take_new().iter().map(ToString::to_string).collect();
         if !topics.is_empty() {
             db::note_recent_topics(pool, &topics).await?;
@@ -90,14 +91,16 @@ impl Upkeep {
 }
 
 async fn forget(services: &Services, pool: &PgPool) -> Result<(), sqlx::Error> {
-    while db::forget(pool, services.config.history.keep).await? >= db::FORGET_BATCH {}
-    Ok(())
+    while db::forget_history(pool, services.config.history.keep).await? >= db::FORGET_BATCH {}
+    db::forget_shared(pool).await
 }
 
-/// Leaves this gateway's records to the others, until the deadline.
-pub(crate) async fn end(services: &Services, pool: &PgPool, deadline: Instant) {
+/// Leaves this gateway's records to the others, until the deadline. Its end is orderly if every
+/// socket has ended and so has its record.
+pub(crate) async fn end(services: &Services, pool: &PgPool, is_orderly: bool, deadline: Instant) {
     let records = services.lost_sockets.records();
-    match timeout_at(deadline, db::end_gateway(pool, services.gateway, &records)).await {
+    let end = db::end_gateway(pool, services.gateway, is_orderly, &records);
+    match timeout_at(deadline, end).await {
         Ok(Ok(())) => tracing::info!(records = records.len(), "records of lost sockets are left"),
         Ok(Err(error)) => {
             tracing::warn!(error = &error as &dyn Error, "no records of lost sockets are left");
