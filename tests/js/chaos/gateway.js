@@ -20,7 +20,7 @@ export class Gateway {
   #settings;
   #process;
   #lives = [];
-  #isKilled = false;
+  #isEnded = false;
   /** What the metrics of the lives before this one came to. */
   #before = new Map();
 
@@ -48,14 +48,14 @@ export class Gateway {
   async resume() {
     const started = await Process.start(BIN, ['serve'], { env: environment(this.#settings) });
     this.#process = started;
-    this.#isKilled = false;
+    this.#isEnded = false;
     this.#lives.push(started);
     const line = await started.line(started.lines, /^listening /);
     const [, listen, admin] = /public=(\S+) admin=(\S+)/.exec(line);
     this.#settings = { ...this.#settings, LISTEN: listen, ADMIN_LISTEN: admin };
     this.port = Number(listen.split(':').at(-1));
     this.admin = `http://${admin}`;
-    started.exited.then(([code, signal]) => this.#isKilled || this.onEnd(code ?? signal));
+    started.exited.then(([code, signal]) => this.#isEnded || this.onEnd(code ?? signal));
   }
 
   /** Every line that it has logged, in all its lives. */
@@ -70,10 +70,12 @@ export class Gateway {
 
   /** Ends it without a word to anybody. */
   async kill() {
-    const metrics = await this.#scrape();
-    this.#isKilled = true;
-    await this.#process?.stop('SIGKILL');
-    this.#before = sum(this.#before, metrics);
+    await this.#end('SIGKILL');
+  }
+
+  /** Ends it as an operator does. */
+  async drain() {
+    await this.#end('SIGTERM');
   }
 
   freeze() {
@@ -97,6 +99,13 @@ export class Gateway {
         resolve(error ? errors || error.message : null),
       ),
     );
+  }
+
+  async #end(signal) {
+    const metrics = await this.#scrape();
+    this.#isEnded = true;
+    await this.#process?.stop(signal);
+    this.#before = sum(this.#before, metrics);
   }
 
   async #scrape() {

@@ -154,6 +154,7 @@ export class Screen {
     if (this.isOver) return;
     if (this.#stamps.has(timestamp)) {
       this.repeated += 1;
+      this.owner.log?.(`ignores it: timestamp ${timestamp} came before`);
       return;
     }
     this.#stamps.add(timestamp);

@@ -16,12 +16,14 @@ import { Writer } from './writer.js';
 
 const TABLES = new URL('../../../migrations/examples/production_tables.sql', import.meta.url);
 
-/** Shorter than the defaults, so that a run sees a dead database link being noticed. */
+/** Shorter than the defaults, so that a run sees the end of what they bound. */
 const SETTINGS = {
   LOG: 'info,tidegate=debug',
   RELAY__HEARTBEAT_INTERVAL: '1s',
   RELAY__HEARTBEAT_TIMEOUT: '2s',
   RELAY__CONNECT_TIMEOUT: '2s',
+  LIMITS__SILENCE_TIMEOUT: '40s',
+  DRAIN__TIMEOUT: '2s',
 };
 
 /** For everybody to join, before anything happens. */
@@ -219,6 +221,10 @@ export class Run {
     switch (fault.kind) {
       case 'gateway killed':
         await this.#gateway.kill();
+        await passed(fault.for);
+        return await this.#gateway.resume();
+      case 'gateway drained':
+        await this.#gateway.drain();
         await passed(fault.for);
         return await this.#gateway.resume();
       case 'gateway stopped':

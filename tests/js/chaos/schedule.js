@@ -14,9 +14,16 @@ export const PUBLISHED = ['2.53.0', '2.57.4', '2.87.0', '2.119.1'];
 const VIEWERS = 50;
 const WRITE_EVERY = 300;
 
+/**
+ * In some runs no gateway is killed before. One that was may have lost anybody, and whoever comes back
+ * then gets everything; until then what a client has missed is reckoned from when it was lost.
+ */
+const CALM = 150_000;
+
 /** How often each fault is drawn, and what it needs for itself while it lasts. */
 const FAULTS = {
   'gateway killed': { weight: 3, needs: 'gateway' },
+  'gateway drained': { weight: 2, needs: 'gateway' },
   'gateway stopped': { weight: 2, needs: 'gateway' },
   'postgres stopped': { weight: 2, needs: 'database' },
   'listener terminated': { weight: 2, needs: 'database' },
@@ -78,11 +85,13 @@ function viewer(random, index, end) {
 function faults(random, end) {
   const busy = {};
   const list = [];
+  const killsFrom = random.pick([0, CALM]);
   let bag = [];
   for (let at = 2000; at < end; at += random.seconds(0.5, 3.5)) {
     if (bag.length === 0) {
       bag = random.shuffled(KINDS.flatMap((kind) => Array(FAULTS[kind].weight).fill(kind)));
     }
+    if (at < killsFrom) bag = bag.filter((kind) => kind !== 'gateway killed');
     const next = bag.findIndex((kind) => (busy[FAULTS[kind].needs] ?? 0) <= at);
     if (next < 0) continue;
     const [kind] = bag.splice(next, 1);
@@ -103,6 +112,8 @@ function details(random, kind) {
   switch (kind) {
     case 'gateway killed':
       return { for: random.pick([0, random.seconds(0.2, 1), random.seconds(1, 4)]) };
+    case 'gateway drained':
+      return { for: random.pick([0, random.seconds(0.2, 2)]) };
     case 'gateway stopped':
       return { for: random.seconds(0.5, 5) };
     case 'postgres stopped':
