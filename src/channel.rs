@@ -216,15 +216,20 @@ impl Channel {
             None => services.config.notify_url().is_empty().then(|| services.events.started()),
         };
         let sub_topic = &self.key.sub_topic;
-        let Some(catch_up) = event.catch_up(known, covered_since, context.outbox, sub_topic) else {
-            return;
-        };
-        let CatchUp { broadcast, cause, method } = catch_up;
-        let metrics = &services.metrics;
-        metrics.catch_ups.with_label_values(&[cause.kind(), method.kind()]).inc();
-        metrics.invalidations_sent.with_label_values(&[Why::CatchUp.kind()]).inc();
-        if let Some(frame) = context.outbox.serializer().encode_broadcast(&self.topic, &broadcast) {
-            context.send(frame);
+        while let Some(catch_up) = event.catch_up(known, covered_since, context.outbox, sub_topic) {
+            let CatchUp { broadcast, cause, method, messages } = catch_up;
+            let metrics = &services.metrics;
+            metrics.catch_ups.with_label_values(&[cause.kind(), method.kind()]).inc();
+            metrics.invalidations_sent.with_label_values(&[Why::CatchUp.kind()]).inc();
+            let serializer = context.outbox.serializer();
+            if let Some(frame) = serializer.encode_broadcast(&self.topic, &broadcast) {
+                context.send(frame);
+            }
+            // A message that left in between may stand before this one, which would make the
+            // client forget it: then once more, with its endpoints.
+            if event.messages() == messages {
+                break;
+            }
         }
     }
 

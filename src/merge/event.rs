@@ -86,6 +86,8 @@ struct State {
     /// Who was caught up within `carry`.
     caught_up: VecDeque<CaughtUp>,
     stamp: Stamp,
+    /// How many the whole event was sent.
+    messages: u64,
     /// Somebody has joined before the event was listened to.
     is_owed: bool,
     heard: Heard,
@@ -198,6 +200,8 @@ pub(crate) struct CatchUp {
     pub(crate) broadcast: Broadcast,
     pub(crate) cause: Cause,
     pub(crate) method: Method,
+    /// How many messages the whole event had been sent.
+    pub(crate) messages: u64,
 }
 
 /// An event as operators see it.
@@ -378,6 +382,7 @@ impl Event {
         // Nearly all have been told the same.
         let mut broadcasts: Vec<(&Endpoints, Broadcast)> = Vec::new();
         let mut repeats = Vec::new();
+        // Each client is in the list once, so one stamp does for all.
         for CaughtUp { outbox, sub_topic, endpoints, .. } in &state.caught_up {
             let Some(outbox) = outbox.upgrade().filter(|_| !endpoints.is_subset(message)) else {
                 continue;
@@ -439,6 +444,10 @@ impl Event {
         let stamp = state.next_stamp();
         state.forget_carried(now, self.merge.carry);
         endpoints.extend(state.carried());
+        // Who joins again at once would forget what it was told at first.
+        if let Some(earlier) = state.take_caught_up(outbox, sub_topic) {
+            endpoints.extend(earlier.iter().cloned());
+        }
         let (rule, merge) = (&self.rule, &self.merge);
         let broadcast =
             invalidation::catch_up(rule, merge, &self.eid, cause.kind(), &endpoints, stamp);
@@ -453,7 +462,12 @@ impl Event {
             sub_topic: Arc::clone(sub_topic),
             endpoints,
         });
-        Some(CatchUp { broadcast, cause, method })
+        Some(CatchUp { broadcast, cause, method, messages: state.messages })
+    }
+
+    /// How many messages the whole event was sent.
+    pub(crate) fn messages(&self) -> u64 {
+        self.state.lock().messages
     }
 
     /// What operators see.
@@ -496,6 +510,7 @@ impl Event {
             state.carried.push_back((now, own));
         }
         state.merged += (messages.max(1) - 1) as u64;
+        state.messages += 1;
         let why = match (pending.gap, pending.has_waited) {
             (Some(_), _) => Why::Gap,
             (None, true) => Why::Window,
@@ -593,6 +608,18 @@ impl State {
             .collect();
         changed.sort_unstable();
         changed.into_iter().map(|(_, endpoint)| endpoint.clone()).collect()
+    }
+
+    /// Forgets that this client was caught up, and gives of what.
+    fn take_caught_up(
+        &mut self,
+        outbox: &Arc<Outbox>,
+        sub_topic: &Arc<str>,
+    ) -> Option<Arc<Endpoints>> {
+        let is_it =
+            |it: &CaughtUp| it.outbox.as_ptr() == Arc::as_ptr(outbox) && it.sub_topic == *sub_topic;
+        let place = self.caught_up.iter().position(is_it)?;
+        self.caught_up.remove(place).map(|it| it.endpoints)
     }
 
     /// What the whole event was sent just before.
