@@ -195,7 +195,7 @@ impl Channel {
     /// Pushes what has changed since the client last heard of the event, after it has subscribed: a
     /// change is noted before its message is fanned out, so that it is in the one or in the other.
     fn catch_up(&self, context: Context<'_>, known: Known) {
-        let Some(event) = self.event.as_ref().filter(|_| self.subscription.is_some()) else {
+        let (Some(event), Some(subscription)) = (&self.event, &self.subscription) else {
             return;
         };
         if cfg!(feature = "without-catch-up") {
@@ -215,13 +215,13 @@ impl Channel {
             // Without a database there is nothing else to be heard.
             None => services.config.notify_url().is_empty().then(|| services.events.started()),
         };
-        let sub_topic = &self.key.sub_topic;
-        while let Some(catch_up) = event.catch_up(known, covered_since, context.outbox, sub_topic) {
+        let outbox = context.outbox;
+        while let Some(catch_up) = event.catch_up(known, covered_since, outbox, subscription) {
             let CatchUp { broadcast, cause, method, messages } = catch_up;
             let metrics = &services.metrics;
             metrics.catch_ups.with_label_values(&[cause.kind(), method.kind()]).inc();
             metrics.invalidations_sent.with_label_values(&[Why::CatchUp.kind()]).inc();
-            let serializer = context.outbox.serializer();
+            let serializer = outbox.serializer();
             if let Some(frame) = serializer.encode_broadcast(&self.topic, &broadcast) {
                 context.send(frame);
             }

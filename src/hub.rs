@@ -8,7 +8,7 @@ use std::{
     array,
     collections::{HashMap, hash_map::RandomState},
     hash::BuildHasher,
-    sync::{Arc, OnceLock},
+    sync::{Arc, OnceLock, Weak},
 };
 
 use parking_lot::Mutex;
@@ -70,6 +70,7 @@ pub struct Subscription {
     hub: Arc<Hub>,
     key: TopicKey,
     slot: usize,
+    life: Arc<()>,
 }
 
 impl Default for Hub {
@@ -85,7 +86,7 @@ impl Hub {
         // The list is copied only while a fan-out still walks the previous one.
         let slot =
             Arc::make_mut(self.shard(&key).lock().entry(key.clone()).or_default()).insert(outbox);
-        Subscription { hub: Arc::clone(self), key, slot }
+        Subscription { hub: Arc::clone(self), key, slot, life: Arc::default() }
     }
 
     /// Pushes `broadcasts` to every subscriber of the topic: to each all of them at once, so that
@@ -142,6 +143,16 @@ impl Subscription {
     /// Pushes `broadcasts` to the topic's other subscribers.
     pub async fn publish_to_others(&self, broadcasts: &[Broadcast]) -> FannedOut {
         self.hub.fan_out(&self.key, broadcasts, Some(self.slot)).await
+    }
+
+    /// What it is subscribed to.
+    pub(crate) fn sub_topic(&self) -> &Arc<str> {
+        &self.key.sub_topic
+    }
+
+    /// Ends with the subscription.
+    pub(crate) fn life(&self) -> Weak<()> {
+        Arc::downgrade(&self.life)
     }
 }
 

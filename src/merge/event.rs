@@ -26,7 +26,7 @@ use super::{
     invalidation::{self, Endpoints, Invalidation, Stamp},
 };
 use crate::{
-    hub::TopicKey,
+    hub::{Subscription, TopicKey},
     outbox::Outbox,
     protocol::{payload::Privacy, serializer::Broadcast},
     topic_rules::{Captures, EID, Merge, Rule},
@@ -129,6 +129,8 @@ struct Pending {
 struct CaughtUp {
     at: Instant,
     outbox: Weak<Outbox>,
+    /// Ends with its subscription.
+    life: Weak<()>,
     sub_topic: Arc<str>,
     endpoints: Arc<Endpoints>,
 }
@@ -383,8 +385,9 @@ impl Event {
         let mut broadcasts: Vec<(&Endpoints, Broadcast)> = Vec::new();
         let mut repeats = Vec::new();
         // Each client is in the list once, so one stamp does for all.
-        for CaughtUp { outbox, sub_topic, endpoints, .. } in &state.caught_up {
-            let Some(outbox) = outbox.upgrade().filter(|_| !endpoints.is_subset(message)) else {
+        for CaughtUp { outbox, life, sub_topic, endpoints, .. } in &state.caught_up {
+            let is_needed = life.strong_count() > 0 && !endpoints.is_subset(message);
+            let Some(outbox) = outbox.upgrade().filter(|_| is_needed) else {
                 continue;
             };
             let place = broadcasts.iter().position(|(it, _)| **it == **endpoints);
@@ -412,17 +415,17 @@ impl Event {
         state.log.push_back(sent);
     }
 
-    /// What a client gets that has just subscribed under `sub_topic`, if anything: what has changed
-    /// since it last heard of the event, or the complete list where that is not known.
-    /// `covered_since` is since when everything about the event has been heard here.
+    /// What a client gets that has just subscribed, if anything: what has changed since it last
+    /// heard of the event, or the complete list where that is not known. `covered_since` is since
+    /// when everything about the event has been heard here.
     pub(crate) fn catch_up(
         &self,
         known: Known,
         covered_since: Option<Instant>,
         outbox: &Arc<Outbox>,
-        sub_topic: &Arc<str>,
+        subscription: &Subscription,
     ) -> Option<CatchUp> {
-        let now = Instant::now();
+        let (now, sub_topic) = (Instant::now(), subscription.sub_topic());
         let (cause, since) = match known {
             Known::Fresh => (Cause::Fresh, now.checked_sub(FRESH)),
             Known::Held => (Cause::Held, now.checked_sub(FRESH)),
@@ -459,6 +462,7 @@ impl Event {
         state.caught_up.push_back(CaughtUp {
             at: now,
             outbox: Arc::downgrade(outbox),
+            life: subscription.life(),
             sub_topic: Arc::clone(sub_topic),
             endpoints,
         });
