@@ -19,6 +19,7 @@ mod database_notify;
 mod database_objects;
 mod demo;
 mod drain;
+mod gaps;
 mod handshake;
 mod http_broadcast;
 mod join;

@@ -121,6 +121,10 @@ async fn forward(
     seen: &watch::Sender<Seen>,
 ) {
     let Ok(server) = TcpStream::connect(("127.0.0.1", port)).await else { return };
+    // Else small pieces that follow each other wait 40 ms each.
+    for stream in [&client, &server] {
+        stream.set_nodelay(true).unwrap();
+    }
     let (client_read, client_write) = client.into_split();
     let (server_read, server_write) = server.into_split();
     let up = pump(client_read, server_write, state.clone(), |state, bytes| {
