@@ -1,8 +1,10 @@
-//! The admin routes: metrics, readiness, drain.
+//! The admin routes: metrics, readiness, events, drain.
 //!
 //! Invariant: with a token set, every route asks for it.
 
-use std::sync::Arc;
+mod events;
+
+use std::{sync::Arc, time::Duration};
 
 use hyper::{Method, StatusCode, header, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -12,15 +14,19 @@ use tokio::net::TcpStream;
 use crate::{
     auth::jwt::Secret,
     http::{Answer, Ask, content, empty, object, text},
+    relay::ingest::unix_seconds,
     server::Services,
 };
+
+/// After so many canaries that did not arrive, the link is not relied on.
+const CANARIES_MISSED: u32 = 3;
 
 /// Serves one connection's requests.
 pub(crate) async fn serve(services: Arc<Services>, stream: TcpStream) {
     let (timeout, stopped) = (services.config.limits.handshake_timeout, services.stopped.clone());
     let service = service_fn(|ask| {
-        let answer = route(&services, &ask);
-        async move { Ok::<_, std::convert::Infallible>(answer) }
+        let services = Arc::clone(&services);
+        async move { Ok::<_, std::convert::Infallible>(route(&services, ask).await) }
     });
     let connection = hyper::server::conn::http1::Builder::new()
         .timer(TokioTimer::new())
@@ -33,10 +39,27 @@ pub(crate) async fn serve(services: Arc<Services>, stream: TcpStream) {
     }
 }
 
-fn route(services: &Services, ask: &Ask) -> Answer {
-    if !is_allowed(&services.config.admin_token, ask) {
+async fn route(services: &Services, ask: Ask) -> Answer {
+    if !is_allowed(&services.config.admin_token, &ask) {
         return object(StatusCode::UNAUTHORIZED, &json!({ "message": "Unauthorized" }));
     }
+    let path = ask.uri().path().to_owned();
+    // `/events/{eid}/{what}`
+    let event = path.strip_prefix("/events/").and_then(|rest| rest.split_once('/'));
+    let answer = match (ask.method(), path.as_str(), event) {
+        (&Method::GET, "/events", _) => events::list(services, &ask).await,
+        (&Method::GET, _, Some((eid, "history"))) => events::history(services, &ask, eid).await,
+        (&Method::POST, _, Some((eid, "invalidate"))) => {
+            events::invalidate(services, ask, eid).await
+        }
+        (&Method::POST, _, Some((eid, "mute"))) => events::mute(services, &ask, eid),
+        (_, _, _) => Ok(route_whole(services, &ask)),
+    };
+    answer.unwrap_or_else(|refused| refused.answer())
+}
+
+/// The routes that are about the whole gateway.
+fn route_whole(services: &Services, ask: &Ask) -> Answer {
     match (ask.method(), ask.uri().path()) {
         (&Method::GET, "/metrics") => {
             let topics = i64::try_from(services.hub.topic_count()).unwrap_or(i64::MAX);
@@ -54,20 +77,31 @@ fn route(services: &Services, ask: &Ask) -> Answer {
     }
 }
 
-/// `{"ready":true,"draining":false,"link":"up"}`: 503 while draining and, if `strict`, while the
-/// database link is down. Without `strict` a link that is down does not take the gateway out of a
-/// load balancer: all gateways would go at once, and their clients with them.
+/// `{"ready":true,"draining":false,"link":"up","canary":1.25}`: 503 while draining and, if `strict`,
+/// while the database link is down or nobody knows whether it works: the last canary arrived too
+/// long ago. Without `strict` a link that is down does not take the gateway out of a load balancer:
+/// all gateways would go at once, and their clients with them.
 fn readiness(services: &Services, strict: bool) -> Answer {
     let draining = services.draining.is_cancelled();
-    let link = match (services.config.notify_url().is_empty(), services.metrics.relay_link_up.get())
-    {
+    let metrics = &services.metrics;
+    let link = match (services.config.notify_url().is_empty(), metrics.relay_link_up.get()) {
         (true, _) => "none",
         (false, 0) => "down",
         (false, _) => "up",
     };
-    let ready = !(draining || strict && link == "down");
+    let arrived = metrics.canary_last.get();
+    // In seconds; none before the first.
+    let canary = (arrived > 0.0).then(|| {
+        let age = Duration::try_from_secs_f64(unix_seconds() - arrived).unwrap_or_default();
+        events::seconds(age)
+    });
+    let silence = canary.unwrap_or_else(|| services.events.started().elapsed().as_secs_f64());
+    let patience = services.config.relay.canary_interval * CANARIES_MISSED;
+    let is_deaf = link == "down" || link == "up" && silence > patience.as_secs_f64();
+    let ready = !(draining || strict && is_deaf);
     let status = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-    object(status, &json!({ "ready": ready, "draining": draining, "link": link }))
+    let body = json!({ "ready": ready, "draining": draining, "link": link, "canary": canary });
+    object(status, &body)
 }
 
 /// Whether the request carries the admin token, compared in constant time.

@@ -347,6 +347,13 @@ fn send(services: &Services, Heal { outbox, topics }: Heal) {
         return;
     }
     services.metrics.heals_sent.inc_by(topics.len() as u64);
+    for topic in &topics {
+        if let Found::Rule(rule, captures) = services.rules.find(topic)
+            && let Some(event) = services.events.of(&rule, &captures)
+        {
+            event.healed();
+        }
+    }
     let frames = topics.iter().map(|sub_topic| {
         let topic = format!("{TOPIC_PREFIX}{sub_topic}");
         outbox.serializer().encode(&Push {

@@ -95,6 +95,12 @@ impl Hub {
         self.fan_out(key, broadcasts, None).await
     }
 
+    /// Subscribers of the topic.
+    #[must_use]
+    pub fn subscriber_count(&self, key: &TopicKey) -> usize {
+        self.shard(key).lock().get(key).map_or(0, |subscribers| subscribers.len())
+    }
+
     /// Topics with at least one subscriber.
     #[must_use]
     pub fn topic_count(&self) -> usize {

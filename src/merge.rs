@@ -6,6 +6,7 @@
 
 mod event;
 mod invalidation;
+mod told;
 
 use std::{
     collections::{BinaryHeap, HashMap},
@@ -22,8 +23,9 @@ use tokio::{
 use self::event::{Due, Outgoing};
 pub use self::invalidation::BadEndpoint;
 pub(crate) use self::{
-    event::{CatchUp, Event, Heard, Known},
-    invalidation::Endpoints,
+    event::{CatchUp, Event, Heard, Known, Sent, Summary},
+    invalidation::{ENDPOINT_BYTES_MAX, Endpoints},
+    told::{Count, MINUTE, Told},
 };
 use crate::{
     hub::FannedOut,
@@ -132,7 +134,7 @@ impl Method {
 pub enum Why {
     /// Nothing had been sent within the window.
     Leading,
-    /// The window has ended.
+    /// The window, or a mute, has ended.
     Window,
     /// Everybody may have missed something.
     Gap,
@@ -181,6 +183,8 @@ struct State {
 struct Held {
     event: Arc<Event>,
     used: Instant,
+    /// So long it is not forgotten.
+    muted_until: Option<Instant>,
 }
 
 #[derive(Debug)]
@@ -206,19 +210,45 @@ impl Events {
             return Some(Arc::clone(&held.event));
         }
         if state.events.len() >= self.max {
-            state.events.retain(|_, held| Arc::strong_count(&held.event) > 1);
+            state.events.retain(|_, held| {
+                Arc::strong_count(&held.event) > 1 || held.muted_until.is_some_and(|it| it > now)
+            });
             if state.events.len() >= self.max {
                 return None;
             }
         }
         let event = Arc::new(Event::new(rule, merge, captures));
-        state.events.insert(key, Held { event: Arc::clone(&event), used: now });
+        let held = Held { event: Arc::clone(&event), used: now, muted_until: None };
+        state.events.insert(key, held);
         Some(event)
     }
 
     /// Every event that is remembered.
     pub(crate) fn all(&self) -> Vec<Arc<Event>> {
         self.state.lock().events.values().map(|held| Arc::clone(&held.event)).collect()
+    }
+
+    /// The events of this id, of any rule.
+    pub(crate) fn named(&self, eid: &str) -> Vec<Arc<Event>> {
+        let state = self.state.lock();
+        let events = state.events.values().map(|held| &held.event);
+        events.filter(|event| event.eid() == eid).map(Arc::clone).collect()
+    }
+
+    /// Holds back what the event is sent, until then or no longer.
+    pub(crate) fn mute(&self, event: &Arc<Event>, until: Option<Instant>) {
+        {
+            let mut state = self.state.lock();
+            let State { events, timers } = &mut *state;
+            let key = event.topics().first();
+            if let Some(held) = key.and_then(|key| events.get_mut(&*key.sub_topic)) {
+                held.muted_until = until;
+            }
+            // They would keep the event until another mute's end; the one that counts is made below.
+            timers.retain(|timer| !Arc::ptr_eq(&timer.event, event));
+        }
+        event.mute(until);
+        self.schedule(event);
     }
 
     /// Since when this process could hear anything; without a database that is all there is.
@@ -344,6 +374,7 @@ async fn send(services: &Services, event: &Event, outgoing: Outgoing) {
         let broadcasts = std::slice::from_ref(&outgoing.broadcast);
         fanned_out += services.hub.publish(topic, broadcasts).await;
     }
+    let mut repeats = 0;
     let repeated = &metrics.invalidations_sent.with_label_values(&[Why::Repeat.kind()]);
     for event::Repeat { outbox, sub_topic, broadcast } in event.repeats(&outgoing) {
         let topic = format!("{TOPIC_PREFIX}{sub_topic}");
@@ -351,6 +382,7 @@ async fn send(services: &Services, event: &Event, outgoing: Outgoing) {
             // A full outbox closes its own connection.
             if outbox.push(frame).is_ok() {
                 repeated.inc();
+                repeats += 1;
             }
         }
     }
@@ -358,7 +390,7 @@ async fn send(services: &Services, event: &Event, outgoing: Outgoing) {
     metrics.invalidations_sent.with_label_values(&[sent.why.kind()]).inc();
     metrics.invalidations_merged.inc_by(sent.merged.saturating_sub(1) as u64);
     metrics.count_fan_out(&metrics.broadcasts_merged, 1, fanned_out, started);
-    sent.deliveries = fanned_out.deliveries;
+    (sent.deliveries, sent.repeats) = (fanned_out.deliveries, repeats);
     event.sent(sent);
 }
 

@@ -140,6 +140,12 @@ impl TopicRules {
         Self { rules: rules.into_iter().map(Arc::new).collect(), allow_other }
     }
 
+    /// The rules that merge and of which `eid` is an event, with what their patterns capture.
+    pub fn merged<'a>(&'a self, eid: &'a str) -> impl Iterator<Item = (&'a Arc<Rule>, Captures)> {
+        let merged = self.rules.iter().filter(|rule| rule.merge.is_some());
+        merged.filter_map(move |rule| Some((rule, rule.event_captures(eid)?)))
+    }
+
     /// Finds the rule that decides about `sub_topic`.
     #[must_use]
     pub fn find(&self, sub_topic: &str) -> Found {
@@ -168,6 +174,16 @@ impl TopicRules {
 }
 
 impl Rule {
+    /// What the patterns capture where the event is this one; none if they capture more than an
+    /// event, or cannot capture that.
+    #[must_use]
+    pub fn event_captures(&self, eid: &str) -> Option<Captures> {
+        let pattern = self.pattern.first()?;
+        let captures = Captures::from([(EID.into(), eid.into())]);
+        // The pattern knows what it takes: filled in, it must give the same again.
+        (pattern.captures(&pattern.fill(&captures))? == captures).then_some(captures)
+    }
+
     /// Whether a token with these claims may receive the topic's broadcasts.
     #[must_use]
     pub fn may_read(&self, captures: &Captures, claims: &Claims) -> bool {

@@ -24,6 +24,7 @@ use tokio::time::Instant;
 use super::{
     Cause, Method, Why,
     invalidation::{self, Endpoints, Invalidation, Stamp},
+    told::{Count, Counts, Told},
 };
 use crate::{
     hub::{Subscription, TopicKey},
@@ -43,9 +44,12 @@ const ENDPOINTS_MAX: usize = 2_000;
 /// What a fresh page may have missed: its own fetch may have been answered by a cache, its first
 /// upgrades refused.
 const FRESH: Duration = Duration::from_secs(30);
-/// Most messages that are told of afterwards, and most sources of one of them.
+/// Most messages that are told of afterwards; of each so many sources and endpoints, and of a
+/// source's type so many characters.
 const LOG_MAX: usize = 200;
 const SOURCES_MAX: usize = 50;
+const LISTED_MAX: usize = 100;
+const KIND_CHARS_MAX: usize = 100;
 
 /// An event: one per rule and EID, whatever the spelling of its topic.
 #[derive(Debug)]
@@ -53,6 +57,7 @@ pub(crate) struct Event {
     rule: Arc<Rule>,
     merge: Merge,
     eid: Box<str>,
+    channel: Box<str>,
     topics: Vec<TopicKey>,
     resync: Endpoints,
     /// None where the rule's window is zero.
@@ -92,7 +97,8 @@ struct State {
     is_owed: bool,
     heard: Heard,
     muted_until: Option<Instant>,
-    log: VecDeque<Sent>,
+    log: VecDeque<Arc<Sent>>,
+    told: Counts,
     last_notification: Option<SystemTime>,
     last_delivery: Option<SystemTime>,
     merged: u64,
@@ -150,11 +156,15 @@ pub(crate) struct Sent {
     pub(crate) at: SystemTime,
     pub(crate) why: Why,
     pub(crate) cause: Option<Cause>,
+    /// Once it is sent, the first of them.
     pub(crate) endpoints: Arc<Endpoints>,
+    pub(crate) endpoint_count: usize,
     /// How many messages it stands for, the first of which are listed.
     pub(crate) merged: usize,
     pub(crate) sources: Vec<Source>,
     pub(crate) deliveries: usize,
+    /// How many clients got it once more, with what they were just caught up with.
+    pub(crate) repeats: usize,
 }
 
 /// What is known of a client that joins.
@@ -215,7 +225,11 @@ pub(crate) struct Summary {
     pub(crate) pending: usize,
     pub(crate) muted_for: Option<Duration>,
     pub(crate) heard: Heard,
+    /// How many are known.
     pub(crate) endpoints: usize,
+    /// Of single clients.
+    pub(crate) catch_ups: u64,
+    pub(crate) heals: u64,
 }
 
 impl Event {
@@ -226,6 +240,7 @@ impl Event {
         let quota = Quota::with_period(merge.window).map(|it| it.allow_burst(NonZeroU32::MIN));
         Self {
             eid: captures.get(EID).cloned().unwrap_or_default(),
+            channel: rule.listen.as_ref().map_or_else(String::new, |it| it.fill(captures)).into(),
             topics: rule.pattern.iter().map(|pattern| key(pattern.fill(captures))).collect(),
             resync: rule.resync.iter().map(|pattern| pattern.fill(captures).into()).collect(),
             window: quota.map(|quota| RateLimiter::direct_with_clock(quota, TokioClock)),
@@ -238,6 +253,16 @@ impl Event {
     /// The event's id.
     pub(crate) fn eid(&self) -> &str {
         &self.eid
+    }
+
+    /// What the rule is called.
+    pub(crate) fn rule_name(&self) -> &str {
+        &self.rule.name
+    }
+
+    /// Where the database tells of the event.
+    pub(crate) fn channel(&self) -> &str {
+        &self.channel
     }
 
     /// One for each spelling.
@@ -275,8 +300,9 @@ impl Event {
         pending.is_clean &= invalidation.bad.is_empty();
         pending.add(&invalidation.endpoints);
         if pending.sources.len() < SOURCES_MAX {
-            let (id, kind) = (invalidation.id, invalidation.kind.clone());
-            pending.sources.push(Source { id, kind });
+            let kind = invalidation.kind.as_deref();
+            let kind = kind.map(|it| it.chars().take(KIND_CHARS_MAX).collect::<String>().into());
+            pending.sources.push(Source { id: invalidation.id, kind });
         }
         pending.newest = Some(invalidation);
         is_first
@@ -404,7 +430,10 @@ impl Event {
     }
 
     /// Notes a message that has been sent.
-    pub(crate) fn sent(&self, sent: Sent) {
+    pub(crate) fn sent(&self, mut sent: Sent) {
+        if sent.endpoint_count > LISTED_MAX {
+            sent.endpoints = Arc::new(sent.endpoints.iter().take(LISTED_MAX).cloned().collect());
+        }
         let mut state = self.state.lock();
         if sent.deliveries > 0 {
             state.last_delivery = Some(sent.at);
@@ -412,7 +441,12 @@ impl Event {
         if state.log.len() >= LOG_MAX {
             state.log.pop_front();
         }
-        state.log.push_back(sent);
+        state.log.push_back(Arc::new(sent));
+    }
+
+    /// Notes that a client that may be deaf to the event was told to join it.
+    pub(crate) fn healed(&self) {
+        self.state.lock().told.add(Told::Heal, SystemTime::now());
     }
 
     /// What a client gets that has just subscribed, if anything: what has changed since it last
@@ -444,6 +478,7 @@ impl Event {
         if endpoints.is_empty() {
             return None;
         }
+        state.told.add(Told::CatchUp(cause, method), SystemTime::now());
         let stamp = state.next_stamp();
         state.forget_carried(now, self.merge.carry);
         endpoints.extend(state.carried());
@@ -486,12 +521,19 @@ impl Event {
             muted_for: state.muted_until.and_then(|until| until.checked_duration_since(now)),
             heard: state.heard,
             endpoints: state.endpoints.len(),
+            catch_ups: state.told.catch_ups,
+            heals: state.told.heals,
         }
     }
 
-    /// What was sent, the newest first.
-    pub(crate) fn log(&self) -> Vec<Sent> {
-        self.state.lock().log.iter().rev().cloned().collect()
+    /// What the whole event was sent, the newest first.
+    pub(crate) fn log(&self) -> Vec<Arc<Sent>> {
+        self.state.lock().log.iter().rev().map(Arc::clone).collect()
+    }
+
+    /// What single clients were told, the latest first.
+    pub(crate) fn told(&self) -> Vec<Count> {
+        self.state.lock().told.latest()
     }
 
     /// Every endpoint of the event that is known.
@@ -524,10 +566,12 @@ impl Event {
             at: SystemTime::now(),
             why,
             cause: pending.gap,
+            endpoint_count: endpoints.len(),
             endpoints: Arc::new(endpoints),
             merged: messages,
             sources: pending.sources,
             deliveries: 0,
+            repeats: 0,
         };
         let broadcast = match &pending.newest {
             Some(newest) if is_as_it_came => newest.broadcast.clone(),

@@ -217,9 +217,9 @@ impl Listens {
         self.state.lock().wanted.get(channel)?.covered_since
     }
 
-    /// How many hold the channel.
-    pub(crate) fn holders(&self, channel: &str) -> usize {
-        self.state.lock().wanted.get(channel).map_or(0, |it| it.holders)
+    /// Whether the channel is listened to.
+    pub(crate) fn is_active(&self, channel: &str) -> bool {
+        self.state.lock().wanted.get(channel).is_some_and(|it| *it.active.borrow())
     }
 
     /// Says that no channel is listened to: the session is gone.

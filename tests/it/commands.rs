@@ -417,7 +417,7 @@ async fn sigterm_and_sigint_end_a_server_with_0_and_its_sockets_with_1012() {
         let head = "GET /healthz HTTP/1.1";
         assert_eq!(TestServer::request(serving.public, head, "").await.0, 200);
         let (_, ready) = TestServer::request(serving.admin, "GET /readyz HTTP/1.1", "").await;
-        assert_eq!(ready, r#"{"draining":false,"link":"none","ready":true}"#);
+        assert_eq!(ready, r#"{"canary":null,"draining":false,"link":"none","ready":true}"#);
         let mut client = Client::at(serving.public, V1, &token::of_role("anon")).await;
         client.join("cache_invalidate_AB3028").await;
         let public = serving.public;

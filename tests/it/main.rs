@@ -20,6 +20,7 @@ mod database_notify;
 mod database_objects;
 mod demo;
 mod drain;
+mod events;
 mod gaps;
 mod handshake;
 mod healing;

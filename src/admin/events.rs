@@ -1,0 +1,429 @@
+//! The admin routes of events: which of them live, what they were sent, and what an operator makes
+//! of one: everything is fetched again, or nothing is sent for a while.
+//!
+//! Invariants: an answer has a bound in entries, a request one in bytes and in time; what an
+//! operator asks for loses no invalidation. A time is RFC 3339 in UTC with milliseconds, a duration
+//! a number of seconds.
+
+use std::{
+    borrow::Cow,
+    collections::BTreeMap,
+    ops::RangeInclusive,
+    sync::Arc,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use http_body_util::{BodyExt, LengthLimitError, Limited};
+use hyper::StatusCode;
+use percent_encoding::percent_decode_str;
+use serde::Deserialize;
+use serde_json::{Value, json};
+use tokio::{
+    task::yield_now,
+    time::{Instant, timeout},
+};
+
+use crate::{
+    db,
+    http::{Answer, Ask, content, object},
+    merge::{
+        self, Cause, Count, ENDPOINT_BYTES_MAX, Endpoints, Event, Heard, MINUTE, Method, Sent,
+        Summary, Told,
+    },
+    server::Services,
+};
+
+/// Events of one answer, at most and unless asked otherwise.
+const EVENTS_MAX: usize = 10_000;
+const EVENTS: usize = 1_000;
+/// Entries of one history, at most and unless asked otherwise; the memory has fewer.
+const ENTRIES_MAX: usize = 1_000;
+const ENTRIES: usize = 100;
+/// How far back a history goes, at most and unless asked otherwise.
+const MINUTES_MAX: usize = 24 * 60;
+const MINUTES: usize = 60;
+/// Longest mute: as long as an event is remembered.
+const MUTE_MAX: Duration = Duration::from_secs(24 * 3600);
+/// An endpoint, escaped, and its field.
+const BODY_BYTES_MAX: usize = 8 * 1024;
+/// Events, or entries of a history, between two yields.
+const ROWS_PER_YIELD: usize = 128;
+
+/// Why a request is not done.
+pub(super) struct Refused(StatusCode, Cow<'static, str>);
+
+impl Refused {
+    fn bad(text: impl Into<Cow<'static, str>>) -> Self {
+        Self(StatusCode::BAD_REQUEST, text.into())
+    }
+
+    pub(super) fn answer(&self) -> Answer {
+        object(self.0, &json!({ "message": self.1 }))
+    }
+}
+
+/// `GET /events?limit=`: the live events, those with the most viewers first.
+///
+/// `{"live":1,"events":[{"eid":"AB3028","rule":"cache","viewers":12,"last_notification":"…","last_delivery":"…",
+/// "merged":4,"pending":0,"endpoints":9,"catch_ups":31,"heals":0,"coverage":{"since":"…","seconds":61.5},
+/// "history":"trusted","muted_for":null}]}`
+///
+/// # Errors
+/// [`Refused`] for a bad parameter.
+pub(super) async fn list(services: &Services, ask: &Ask) -> Result<Answer, Refused> {
+    let mut parameters = parameters(ask, &["limit"])?;
+    let limit = number(&mut parameters, "limit", EVENTS, 1..=EVENTS_MAX)?;
+    let mut live = Vec::new();
+    for (number, event) in services.events.all().into_iter().enumerate() {
+        live.extend(Live::of(services, event));
+        if number % ROWS_PER_YIELD == ROWS_PER_YIELD - 1 {
+            yield_now().await;
+        }
+    }
+    live.sort_by(|a, b| b.viewers.cmp(&a.viewers).then_with(|| a.event.eid().cmp(b.event.eid())));
+    let count = live.len();
+    let rows = rows(live.iter().take(limit), |live| live.row(services)).await;
+    Ok(json_text(format!("{{\"live\":{count},\"events\":{rows}}}")))
+}
+
+/// `GET /events/{eid}/history?minutes=&limit=`: what this gateway has sent, the newest first.
+///
+/// `{"eid":"AB3028","messages":[{"rule":"cache","at":"…","why":"window","cause":null,"endpoints":["…"],
+/// "endpoint_count":1,"merged":2,"from":[{"id":7,"type":"vote_cast"}],"deliveries":12,"repeats":0}],
+/// "single_clients":[{"rule":"cache","minute":"…","why":"catch_up","cause":"fresh","method":"exact","clients":3}]}`
+///
+/// # Errors
+/// [`Refused`] for a bad parameter, or an event that is not known here.
+pub(super) async fn history(services: &Services, ask: &Ask, eid: &str) -> Result<Answer, Refused> {
+    let mut parameters = parameters(ask, &["minutes", "limit"])?;
+    let minutes = number(&mut parameters, "minutes", MINUTES, 1..=MINUTES_MAX)?;
+    let limit = number(&mut parameters, "limit", ENTRIES, 1..=ENTRIES_MAX)?;
+    let eid = event_id(services, eid)?;
+    let events = services.events.named(&eid);
+    if events.is_empty() {
+        let text = "this gateway does not know the event: nobody has joined it for a day";
+        return Err(Refused(StatusCode::NOT_FOUND, text.into()));
+    }
+    let since = SystemTime::now() - Duration::from_secs(minutes as u64 * 60);
+    let (mut messages, mut single_clients) = (Vec::new(), Vec::new());
+    for event in &events {
+        let log = event.log().into_iter().filter(|sent| sent.at >= since);
+        messages.extend(log.map(|sent| (event, sent)));
+        // A minute counts as long as it reaches into the time asked for.
+        let told = event.told().into_iter().filter(|count| count.minute + MINUTE > since);
+        single_clients.extend(told.map(|count| (event, count)));
+    }
+    messages.sort_by_key(|(_, sent)| std::cmp::Reverse(sent.at));
+    single_clients.sort_by_key(|(_, count)| std::cmp::Reverse(count.minute));
+    let messages = rows(messages.iter().take(limit), |(event, sent)| message(event, sent)).await;
+    let single_clients = single_clients.iter().take(limit);
+    let single_clients = rows(single_clients, |(event, count)| told(event, count)).await;
+    Ok(json_text(format!(
+        "{{\"eid\":{},\"messages\":{messages},\"single_clients\":{single_clients}}}",
+        Value::from(eid),
+    )))
+}
+
+/// `POST /events/{eid}/invalidate`, with `{"endpoint":"/live/…"}` or without a body: through the
+/// database, which reaches every gateway and the history, else to the viewers of this one.
+///
+/// # Errors
+/// [`Refused`] for what is not an event's id or not an endpoint, or if there is no room for the
+/// event.
+pub(super) async fn invalidate(
+    services: &Services,
+    ask: Ask,
+    eid: &str,
+) -> Result<Answer, Refused> {
+    parameters(&ask, &[])?;
+    let eid = event_id(services, eid)?;
+    let endpoint = endpoint(services, ask).await?;
+    let failure = match through_database(services, &eid, endpoint.as_deref()).await {
+        Some(Ok(())) => {
+            tracing::info!(eid, endpoint, "an operator has invalidated through the database");
+            let what = endpoint.as_deref().unwrap_or("the event and its media");
+            let muted_for = muted_for(&services.events.named(&eid));
+            return Ok(accepted(&json!({
+                "eid": eid, "endpoint": endpoint, "via": "database", "error": null,
+                "muted_for": muted_for,
+                "message": format!("every gateway tells its viewers: {what}"),
+            })));
+        }
+        Some(Err(failure)) => Some(failure),
+        None => None,
+    };
+    let events = known_or_new(services, &eid)?;
+    let missed = endpoint.as_deref().map(|it| Endpoints::from([it.into()]));
+    let mut viewers = 0;
+    for event in &events {
+        viewers += viewer_count(services, event);
+        merge::offer_gap(services, event, Cause::Operator, missed.as_ref(), Instant::now());
+    }
+    tracing::info!(eid, endpoint, viewers, "an operator has invalidated for this gateway");
+    let what = endpoint.as_deref().unwrap_or("everything of the event");
+    let why = match &failure {
+        Some(failure) => format!("the database failed ({failure})"),
+        None => "there is no database".to_owned(),
+    };
+    Ok(accepted(&json!({
+        "eid": eid, "endpoint": endpoint, "via": "gateway", "error": failure,
+        "viewers": viewers, "muted_for": muted_for(&events),
+        "message": format!("{why}: this gateway alone tells its viewers: {what}"),
+    })))
+}
+
+/// `POST /events/{eid}/mute?for=10m`: holds back and unites what the event is sent; `0s` ends it.
+///
+/// # Errors
+/// [`Refused`] for what is not an event's id or not a duration, or if there is no room for the
+/// event.
+pub(super) fn mute(services: &Services, ask: &Ask, eid: &str) -> Result<Answer, Refused> {
+    let mut parameters = parameters(ask, &["for"])?;
+    let eid = event_id(services, eid)?;
+    let length = parameters
+        .remove("for")
+        .and_then(|text| humantime::parse_duration(&text).ok())
+        .filter(|length| *length <= MUTE_MAX)
+        .ok_or(Refused::bad("for: expected a duration from 0s to 24h, such as 10m"))?;
+    let until = (!length.is_zero()).then(|| Instant::now() + length);
+    let events = known_or_new(services, &eid)?;
+    for event in &events {
+        services.events.mute(event, until);
+    }
+    tracing::info!(eid, seconds = length.as_secs(), "an operator has muted the event");
+    let message = match until {
+        Some(_) => format!(
+            "invalidations are held back for {}, then leave in one message",
+            humantime::format_duration(length)
+        ),
+        None => "invalidations are sent".to_owned(),
+    };
+    let answer = json!({ "eid": eid, "muted_for": muted_for(&events), "message": message });
+    Ok(object(StatusCode::OK, &answer))
+}
+
+/// An event with viewers, a LISTEN, something to send or a mute.
+struct Live {
+    event: Arc<Event>,
+    summary: Summary,
+    viewers: usize,
+}
+
+impl Live {
+    fn of(services: &Services, event: Arc<Event>) -> Option<Self> {
+        let (summary, viewers) = (event.summary(), viewer_count(services, &event));
+        let is_live = viewers > 0
+            || summary.pending > 0
+            || summary.muted_for.is_some()
+            || services.listens.is_active(event.channel());
+        is_live.then_some(Self { event, summary, viewers })
+    }
+
+    fn row(&self, services: &Services) -> Value {
+        let Self { event, summary, viewers } = self;
+        let covered_since = if services.config.notify_url().is_empty() {
+            // Without a database nothing else is to be heard.
+            Some(services.events.started())
+        } else {
+            services.listens.covered_since(event.channel())
+        };
+        let coverage = covered_since.map(|since| {
+            let lasts = since.elapsed();
+            json!({ "since": time(SystemTime::now() - lasts), "seconds": seconds(lasts) })
+        });
+        let history = match summary.heard {
+            Heard::OnlyWithId => "trusted",
+            Heard::SomeWithoutId => "untrusted",
+            Heard::Nothing => "unknown",
+        };
+        json!({
+            "eid": event.eid(), "rule": event.rule_name(), "viewers": viewers,
+            "last_notification": summary.last_notification.map(time),
+            "last_delivery": summary.last_delivery.map(time),
+            "merged": summary.merged, "pending": summary.pending, "endpoints": summary.endpoints,
+            "catch_ups": summary.catch_ups, "heals": summary.heals,
+            "coverage": coverage, "history": history, "muted_for": summary.muted_for.map(seconds),
+        })
+    }
+}
+
+fn message(event: &Event, sent: &Sent) -> Value {
+    json!({
+        "rule": event.rule_name(), "at": time(sent.at), "why": sent.why.kind(),
+        "cause": sent.cause.map(Cause::kind),
+        "endpoints": sent.endpoints.iter().collect::<Vec<_>>(), "endpoint_count": sent.endpoint_count,
+        "merged": sent.merged, "from": sent.sources,
+        "deliveries": sent.deliveries, "repeats": sent.repeats,
+    })
+}
+
+fn told(event: &Event, count: &Count) -> Value {
+    let (why, cause, method) = match count.told {
+        Told::CatchUp(cause, method) => ("catch_up", Some(cause), Some(method)),
+        Told::Heal => ("heal", None, None),
+    };
+    json!({
+        "rule": event.rule_name(), "minute": time(count.minute), "why": why,
+        "cause": cause.map(Cause::kind), "method": method.map(Method::kind),
+        "clients": count.clients,
+    })
+}
+
+/// A JSON array of one row for each of these, written in pieces, so that others get their turn.
+async fn rows<T>(all: impl Iterator<Item = T>, row: impl Fn(T) -> Value) -> String {
+    let mut text = "[".to_owned();
+    for (number, it) in all.enumerate() {
+        if number > 0 {
+            text.push(',');
+        }
+        text.push_str(&row(it).to_string());
+        if number % ROWS_PER_YIELD == ROWS_PER_YIELD - 1 {
+            yield_now().await;
+        }
+    }
+    text.push(']');
+    text
+}
+
+/// Subscribers under all spellings.
+fn viewer_count(services: &Services, event: &Event) -> usize {
+    event.topics().iter().map(|topic| services.hub.subscriber_count(topic)).sum()
+}
+
+/// The longest, in seconds.
+fn muted_for(events: &[Arc<Event>]) -> Option<f64> {
+    events.iter().filter_map(|event| event.summary().muted_for).max().map(seconds)
+}
+
+/// The events of this id; where nobody has joined yet, one for each rule that has it.
+fn known_or_new(services: &Services, eid: &str) -> Result<Vec<Arc<Event>>, Refused> {
+    for (rule, captures) in services.rules.merged(eid) {
+        if services.events.of(rule, &captures).is_none() {
+            let text = "no room for another event: see relay.listens_max";
+            return Err(Refused(StatusCode::SERVICE_UNAVAILABLE, text.into()));
+        }
+    }
+    Ok(services.events.named(eid))
+}
+
+/// What became of it, if there is a database.
+async fn through_database(
+    services: &Services,
+    eid: &str,
+    endpoint: Option<&str>,
+) -> Option<Result<(), String>> {
+    let invalidate = db::invalidate(services.pool.as_ref()?, eid, endpoint);
+    let failure = match timeout(services.config.relay.connect_timeout, invalidate).await {
+        Ok(Ok(_payload)) => return Some(Ok(())),
+        // The database's own words, without the place in its source.
+        Ok(Err(error)) => match error.as_database_error() {
+            Some(refused) => refused.message().to_owned(),
+            None => error.to_string(),
+        },
+        Err(_elapsed) => "it does not answer".to_owned(),
+    };
+    tracing::warn!(eid, error = failure, "nothing invalidated through the database");
+    Some(Err(failure))
+}
+
+/// The endpoint that the body names, if it does.
+async fn endpoint(services: &Services, ask: Ask) -> Result<Option<Box<str>>, Refused> {
+    #[derive(Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Body {
+        endpoint: Option<Box<str>>,
+    }
+    let read = Limited::new(ask.into_body(), BODY_BYTES_MAX).collect();
+    let body = match timeout(services.config.limits.body_timeout, read).await {
+        Ok(Ok(body)) => body.to_bytes(),
+        Ok(Err(error)) if error.is::<LengthLimitError>() => {
+            return Err(Refused(StatusCode::PAYLOAD_TOO_LARGE, "the body is too large".into()));
+        }
+        Ok(Err(_broken)) => return Err(Refused::bad("the body breaks off")),
+        Err(_elapsed) => {
+            return Err(Refused(StatusCode::REQUEST_TIMEOUT, "the body does not come".into()));
+        }
+    };
+    let body = body.trim_ascii();
+    if body.is_empty() {
+        return Ok(None);
+    }
+    // The derived reader would take an array of the fields, too.
+    let read = body.starts_with(b"{").then(|| serde_json::from_slice::<Body>(body).ok());
+    let Some(Body { endpoint }) = read.flatten() else {
+        return Err(Refused::bad("the body: expected nothing or {\"endpoint\":\"/live/…\"}"));
+    };
+    let is_endpoint = |text: &str| {
+        (1..=ENDPOINT_BYTES_MAX).contains(&text.len()) && !text.contains(char::is_control)
+    };
+    if endpoint.as_deref().is_some_and(|text| !is_endpoint(text)) {
+        return Err(Refused::bad(format!(
+            "endpoint: expected 1 to {ENDPOINT_BYTES_MAX} bytes without control characters"
+        )));
+    }
+    Ok(endpoint)
+}
+
+/// The path's part as the id of an event that some rule merges.
+fn event_id(services: &Services, part: &str) -> Result<String, Refused> {
+    percent_decode_str(part)
+        .decode_utf8()
+        .ok()
+        .map(Cow::into_owned)
+        .filter(|eid| services.rules.merged(eid).next().is_some())
+        .ok_or(Refused::bad(
+            "no rule with merge takes this event id; the built-in one takes 1 to 50 of A-Z a-z 0-9 -",
+        ))
+}
+
+/// The query's values, by name; each of these names may be there once, and no other.
+fn parameters(
+    ask: &Ask,
+    names: &[&'static str],
+) -> Result<BTreeMap<&'static str, String>, Refused> {
+    let mut values = BTreeMap::new();
+    for (name, value) in form_urlencoded::parse(ask.uri().query().unwrap_or_default().as_bytes()) {
+        let Some(known) = names.iter().find(|known| **known == name) else {
+            let text = if names.is_empty() { "none".to_owned() } else { names.join(", ") };
+            return Err(Refused::bad(format!("unknown parameter: expected {text}")));
+        };
+        if values.insert(*known, value.into_owned()).is_some() {
+            return Err(Refused::bad(format!("{known}: given twice")));
+        }
+    }
+    Ok(values)
+}
+
+fn number(
+    parameters: &mut BTreeMap<&'static str, String>,
+    name: &'static str,
+    default: usize,
+    range: RangeInclusive<usize>,
+) -> Result<usize, Refused> {
+    let Some(text) = parameters.remove(name) else { return Ok(default) };
+    let is_plain = text.bytes().all(|byte| byte.is_ascii_digit());
+    let number = text.parse().ok().filter(|number| is_plain && range.contains(number));
+    number.ok_or_else(|| {
+        let (least, most) = (range.start(), range.end());
+        Refused::bad(format!("{name}: expected a number from {least} to {most}"))
+    })
+}
+
+fn accepted(body: &Value) -> Answer {
+    object(StatusCode::ACCEPTED, body)
+}
+
+fn json_text(text: String) -> Answer {
+    content(StatusCode::OK, "application/json; charset=utf-8", text)
+}
+
+/// `2026-11-22T15:50:00.123Z`
+fn time(at: SystemTime) -> String {
+    // The library knows no time before 1970.
+    humantime::format_rfc3339_millis(at.max(UNIX_EPOCH)).to_string()
+}
+
+/// To the millisecond.
+pub(super) fn seconds(duration: Duration) -> f64 {
+    (duration.as_secs_f64() * 1000.0).round() / 1000.0
+}
