@@ -2,6 +2,7 @@
 //!
 //! Invariant: with a token set, every route asks for it.
 
+pub mod command;
 mod events;
 
 use std::{sync::Arc, time::Duration};

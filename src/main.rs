@@ -12,6 +12,7 @@ use std::{
 
 use clap::{Parser, Subcommand};
 use tidegate::{
+    admin::command::{self, CommandError},
     auth::jwt::sign_role,
     bench,
     config::Config,
@@ -61,6 +62,21 @@ enum Command {
         /// Only says whether they are right
         #[arg(long)]
         check: bool,
+    },
+    /// Has the viewers of an event fetch an endpoint again, or everything of the event
+    Invalidate {
+        /// The event
+        eid: String,
+        /// The endpoint: /live/event/AB3028
+        endpoint: Option<String>,
+    },
+    /// Holds back what an event is sent, to leave in one message afterwards
+    Mute {
+        /// The event
+        eid: String,
+        /// How long, at most 24h; 0s ends it
+        #[arg(long = "for", value_name = "LENGTH", value_parser = humantime::parse_duration)]
+        length: Duration,
     },
     /// Starts a throw-away database, a gateway, simulated activity and a page
     Demo(demo::DemoArgs),
@@ -114,6 +130,10 @@ fn usage(error: impl Error + 'static) -> Failure {
     Failure { exit: USAGE, error: Box::new(error) }
 }
 
+fn unasked(error: CommandError) -> Failure {
+    Failure { exit: error.exit_code(), error: Box::new(error) }
+}
+
 async fn run(cli: Cli) -> Result<(), Failure> {
     let mut out = io::stdout();
     match cli.command.unwrap_or(Command::Serve) {
@@ -155,6 +175,15 @@ async fn run(cli: Cli) -> Result<(), Failure> {
         Command::Token { role, claims, ttl } => {
             let (config, _) = settings()?;
             println!("{}", sign_role(&config.jwt_secret, &role, &claims, ttl).map_err(usage)?);
+        }
+        Command::Invalidate { eid, endpoint } => {
+            let (config, _) = settings()?;
+            let asked = command::invalidate(&config, &eid, endpoint.as_deref()).await;
+            println!("{}", asked.map_err(unasked)?);
+        }
+        Command::Mute { eid, length } => {
+            let (config, _) = settings()?;
+            println!("{}", command::mute(&config, &eid, length).await.map_err(unasked)?);
         }
         Command::Config { check } => {
             let (_, effective) = settings()?;

@@ -1,6 +1,10 @@
-//! What operators see of events and make of them: the admin routes.
+//! What operators see of events and make of them: the admin routes, and the commands that ask them.
 
-use std::time::{Duration, SystemTime};
+use std::{
+    net::SocketAddr,
+    process::Stdio,
+    time::{Duration, SystemTime},
+};
 
 use serde_json::{Value, json};
 use tidegate::{
@@ -9,7 +13,12 @@ use tidegate::{
     db,
     protocol::serializer::Serializer::{V1, V2},
 };
-use tokio::time::timeout;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpListener,
+    process::Command,
+    time::timeout,
+};
 
 use crate::support::{
     client::{Client, resync},
@@ -904,5 +913,127 @@ async fn a_canary_that_never_came_is_null_and_strictly_not_waited_for() {
     let (status, body) = ask(&server, "GET /readyz?strict=1", "").await;
     let expected = json!({ "ready": true, "draining": false, "link": "none", "canary": null });
     assert_eq!((status, body), (200, expected));
+    server.stop().await;
+}
+
+/// What a command says: exit code, stdout, stderr.
+async fn run(
+    arguments: &[&str],
+    admin: SocketAddr,
+    more: &[(&str, &str)],
+) -> (i32, String, String) {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_tidegate"));
+    command.args(arguments).env_clear().env("TIDEGATE_ADMIN_LISTEN", admin.to_string());
+    command.envs(more.iter().copied()).stdin(Stdio::null()).kill_on_drop(true);
+    let output = timeout(DEADLINE, command.output()).await.expect("it ends in time").unwrap();
+    let text = |bytes| String::from_utf8(bytes).unwrap();
+    let code = output.status.code().expect("no signal has ended it");
+    (code, text(output.stdout), text(output.stderr))
+}
+
+#[tokio::test]
+async fn the_commands_invalidate_and_mute_through_the_admin_address() {
+    let mut settings = settings();
+    settings.admin_token = Secret::from("the-admins-token");
+    let server = TestServer::start_with(settings);
+    let token = [("TIDEGATE_ADMIN_TOKEN", "the-admins-token")];
+    let mut viewer = Client::connect(&server, V1).await;
+    viewer.join(TOPIC).await;
+
+    let (code, out, err) = run(&["invalidate", EID, "/live/ä?&%"], server.admin, &token).await;
+    assert_eq!((code, &*err), (0, ""), "{out}");
+    assert!(out.lines().count() == 1 && out.contains("/live/ä?&%"), "{out}");
+    assert_eq!(invalidation(&mut viewer, TOPIC).await["endpoints"], json!(["/live/ä?&%"]));
+    let (code, out, err) = run(&["mute", EID, "--for", "1h 30m"], server.admin, &token).await;
+    assert_eq!((code, &*err), (0, ""), "{out}");
+    assert!(out.lines().count() == 1 && out.contains("1h 30m"), "{out}");
+    let (code, out, err) = run(&["invalidate", EID], server.admin, &token).await;
+    assert_eq!((code, &*err), (0, ""), "{out}");
+    viewer.expect_nothing().await;
+    let (code, _, err) = run(&["mute", EID, "--for", "0s"], server.admin, &token).await;
+    assert_eq!((code, &*err), (0, ""));
+    let payload = invalidation(&mut viewer, TOPIC).await;
+    let complete = resync(EID).map(Value::from).into_iter().chain(["/live/ä?&%".into()]);
+    assert_eq!(payload["endpoints"], complete.collect::<Value>());
+
+    for more in [&[][..], &[("TIDEGATE_ADMIN_TOKEN", "hidden-token")]] {
+        let (code, out, err) = run(&["invalidate", EID], server.admin, more).await;
+        assert_eq!((code, &*out), (64, ""), "{err}");
+        assert!(err.contains("TIDEGATE_ADMIN_TOKEN") && !err.contains("hidden-token"), "{err}");
+    }
+    for (arguments, named) in [
+        (&["invalidate"][..], "EID"),
+        (&["mute", EID], "--for"),
+        (&["mute", EID, "--for", "soon"], "--for"),
+        (&["mute", EID, "--for", "25h"], "24h"),
+        (&["mute", "AB 3028", "--for", "1h"], "event id"),
+        (&["invalidate", "../AB3028"], "event id"),
+        (&["invalidate", ""], "event id"),
+        (&["invalidate", EID, ""], "endpoint"),
+        (&["invalidate", EID, "/a", "/b"], "/b"),
+    ] {
+        let (code, out, err) = run(arguments, server.admin, &token).await;
+        assert_eq!((code, &*out), (64, ""), "{arguments:?}: {err}");
+        assert!(err.contains(named), "{arguments:?}: {err}");
+    }
+    let settings = [token[0], ("TIDEGATE_NO_SUCH", "1")];
+    assert_eq!(run(&["mute", EID, "--for", "1h"], server.admin, &settings).await.0, 64);
+    viewer.ends().await;
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn where_no_gateway_answers_the_commands_exit_1_and_say_where_they_looked() {
+    let bound = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let closed = bound.local_addr().unwrap();
+    drop(bound);
+    for arguments in [&["invalidate", EID][..], &["mute", EID, "--for", "1h"]] {
+        let (code, out, err) = run(arguments, closed, &[]).await;
+        assert_eq!((code, &*out, err.lines().count()), (1, "", 1), "{err}");
+        assert!(err.contains("nobody answers") && err.contains(&closed.to_string()), "{err}");
+        let (code, _, err) = run(arguments, ([127, 0, 0, 1], 0).into(), &[]).await;
+        assert!(code == 64 && err.contains("TIDEGATE_ADMIN_LISTEN"), "{code} {err}");
+    }
+    // Something else is there.
+    let other = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = other.local_addr().unwrap();
+    for (said, named) in [
+        ("SSH-2.0-OpenSSH_9.2\r\n", "can be read"),
+        ("HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok", "not a gateway"),
+        ("HTTP/1.1 202 Accepted\r\ncontent-length: 90\r\n\r\n{\"message\":", "can be read"),
+        ("HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n", "404"),
+        ("", "can be read"),
+    ] {
+        let answer = async {
+            let (mut stream, _) = other.accept().await.unwrap();
+            // It answers once it has been asked.
+            stream.read_buf(&mut Vec::with_capacity(9_000)).await.unwrap();
+            // The command may go before it has been told everything.
+            let _ = stream.write_all(said.as_bytes()).await;
+            let _ = stream.shutdown().await;
+        };
+        let ((code, out, err), ()) = tokio::join!(run(&["invalidate", EID], address, &[]), answer);
+        assert_eq!((code, &*out), (1, ""), "{said}: {err}");
+        assert!(err.contains(named), "{said}: {err}");
+    }
+    // It accepts, by its backlog, and says nothing.
+    let quick = [("TIDEGATE_RELAY__CONNECT_TIMEOUT", "1ms")];
+    let (code, _, err) = run(&["invalidate", EID], address, &quick).await;
+    assert!(code == 1 && err.contains("no answer in time"), "{code} {err}");
+}
+
+/// Who runs it must know that viewers of other gateways were not told.
+#[tokio::test]
+async fn an_invalidation_that_only_one_gateway_has_told_exits_1() {
+    let database = Database::create().await;
+    let server = TestServer::start_with(settings_at(database.url()));
+    server.link_is_up().await;
+    let mut viewer = Client::connect(&server, V2).await;
+    viewer.join(TOPIC).await;
+    let (code, out, err) = run(&["invalidate", EID, "/a"], server.admin, &[]).await;
+    assert_eq!((code, &*out), (1, ""), "{err}");
+    assert!(err.contains("the database failed") && err.contains("this gateway alone"), "{err}");
+    assert_eq!(invalidation(&mut viewer, TOPIC).await["endpoints"], json!(["/a"]));
+    viewer.close().await;
     server.stop().await;
 }
