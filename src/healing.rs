@@ -47,8 +47,8 @@ const CANDIDATES_MAX: usize = 1024;
 const TOLD_MAX: u32 = 5;
 /// The least time between two rounds for news of one event.
 const NAMED_SPACING: Duration = Duration::from_secs(3);
-/// Suspects between two yields.
-const SUSPECTS_PER_YIELD: usize = 64;
+/// Suspects between two yields, each up to 0.1 ms of work.
+const SUSPECTS_PER_YIELD: usize = 4;
 /// Most topics that are remembered for all.
 const RECENT_MAX: usize = 10_000;
 /// While nobody is suspect.
@@ -163,7 +163,7 @@ impl Healing {
         let new = state.recent.iter_mut().filter(|(_, recent)| recent.is_new);
         new.map(|(topic, recent)| {
             recent.is_new = false;
-            topic.clone()
+            Arc::clone(topic)
         })
         .collect()
     }
@@ -201,17 +201,20 @@ impl Healing {
         let mut state = self.state.lock();
         let suspect = state.suspects.get_mut(slot).filter(|suspect| suspect.next <= now)?;
         let lost = services.lost_sockets.topics(suspect.client);
-        let mut topics: Vec<_> = lost
+        let mut candidates: Vec<_> = lost
             .iter()
             .chain(latest.iter().filter(|topic| !lost.contains(topic)))
-            .filter(|topic| suspect.may_be_deaf_to(services, topic))
-            .map(|topic| (suspect.told.get(topic).copied().unwrap_or(0), Arc::clone(topic)))
+            .map(|topic| (suspect.told.get(topic).copied().unwrap_or(0), topic))
             .filter(|(told, _)| *told < TOLD_MAX)
             .collect();
         // What did not fit into an earlier round comes first; else the order stays.
-        topics.sort_by_key(|(told, _)| *told);
-        let topics: Vec<_> =
-            topics.into_iter().take(TOPICS_PER_ROUND).map(|(_, topic)| topic).collect();
+        candidates.sort_by_key(|(told, _)| *told);
+        let topics: Vec<_> = candidates
+            .into_iter()
+            .filter(|(_, topic)| suspect.may_be_deaf_to(services, topic))
+            .take(TOPICS_PER_ROUND)
+            .map(|(_, topic)| Arc::clone(topic))
+            .collect();
         let next = NEXT_ROUNDS.get(suspect.rounds).map(|after| suspect.opened + *after);
         suspect.rounds += 1;
         suspect.next = next.unwrap_or(now + ROUND).max(now + SPACING);

@@ -133,7 +133,7 @@ impl LostSockets {
         let records = state.clients.iter().flat_map(|(client, topics)| {
             topics.iter().map(|(topic, lost)| Record {
                 client: *client,
-                topic: topic.clone(),
+                topic: Arc::clone(topic),
                 age: lost.last_data.map_or(2 * REMEMBERED, |it| now.duration_since(it)),
             })
         });
