@@ -101,8 +101,9 @@ export class Client {
   async close() {
     await within(this.supabase.removeAllChannels(), 'leaving all channels').catch(() => {});
     this.supabase.realtime.disconnect();
-    // Some versions have a new connection on its way even so.
-    this.supabase.realtime.connect = () => {};
+    // Some versions have a new connection on its way even so, the newest one floor below.
+    const { realtime } = this.supabase;
+    for (const it of [realtime, realtime.socketAdapter?.socket]) if (it) it.connect = () => {};
     // A channel that its client has forgotten may still try to join, again and again.
     for (const { raw } of this.#channels) raw.teardown?.();
     await this.supabase.auth.stopAutoRefresh?.();
