@@ -160,20 +160,26 @@ pub(crate) async fn bound(listener: &mut PgListener, limit: Duration) -> Result<
     .map(drop)
 }
 
-/// What tells one server from another and from what it was before it was restored: its system
-/// identifier and timeline. The timeline is that of the log being written: the control file has
-/// the old one until the first checkpoint after a promotion. Where a provider has closed these
-/// functions, the time of its start.
+/// What tells one database from another and from what it was before it was restored: the server's
+/// system identifier and timeline, and its own oid. The timeline is that of the log being written:
+/// the control file has the old one until the first checkpoint after a promotion. Where a provider
+/// has closed these functions, the time of the server's start instead.
 pub(crate) async fn identity(listener: &mut PgListener) -> Result<String, sqlx::Error> {
     let identity = sqlx::query_scalar(
-        "SELECT (SELECT system_identifier FROM pg_control_system())::text
-            || ' ' || left(pg_walfile_name(pg_current_wal_lsn()), 8)",
+        "SELECT concat_ws(' ', d.oid, (SELECT system_identifier FROM pg_control_system()),
+            left(pg_walfile_name(pg_current_wal_lsn()), 8))
+        FROM pg_database d WHERE d.datname = current_database()",
     )
     .fetch_one(&mut *listener)
     .await;
     match identity {
         Err(sqlx::Error::Database(_)) => {
-            sqlx::query_scalar("SELECT pg_postmaster_start_time()::text").fetch_one(listener).await
+            sqlx::query_scalar(
+                "SELECT concat_ws(' ', d.oid, pg_postmaster_start_time())
+                FROM pg_database d WHERE d.datname = current_database()",
+            )
+            .fetch_one(listener)
+            .await
         }
         Ok(_) | Err(_) => identity,
     }
@@ -262,10 +268,12 @@ pub(crate) async fn trigger_failures(
         .collect()
 }
 
-/// Whether the history lacks something that was committed after `since`.
+/// Whether the history lacks something that was committed after `since`: it was not written, or is
+/// no longer kept.
 pub(crate) async fn has_holes(
     listener: &mut PgListener,
     since: &Snapshot,
+    keep: Duration,
 ) -> Result<bool, sqlx::Error> {
     sqlx::query_scalar(
         "WITH newer AS (
@@ -275,11 +283,13 @@ pub(crate) async fn has_holes(
             WHERE xact >= pg_snapshot_xmin($1::pg_snapshot)
                 AND NOT pg_visible_in_snapshot(xact, $1::pg_snapshot)
         )
-        SELECT EXISTS (
+        SELECT $2::timestamptz < clock_timestamp() - make_interval(secs => $3) OR EXISTS (
             SELECT FROM newer
             WHERE is_cut OR coalesce(sqlstate, '') NOT IN ('P0002', '22023', '53000'))",
     )
     .bind(&since.xacts)
+    .bind(&since.at)
+    .bind(keep.as_secs_f64())
     .fetch_one(listener)
     .await
 }

@@ -138,7 +138,8 @@ async fn read(
     if covered.is_empty() {
         return Ok(None);
     }
-    let Some(has_holes) = readable(services, db::has_holes(listener, since).await)? else {
+    let keep = services.config.history.keep;
+    let Some(has_holes) = readable(services, db::has_holes(listener, since, keep).await)? else {
         return Ok(None);
     };
     let eids: Vec<_> = covered.iter().map(|(_, event)| event.eid().to_owned()).collect();
