@@ -5,13 +5,14 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 export CARGO_INCREMENTAL ?= 1
 
-.PHONY: help demo test check bench fmt lint docs rust doctests client bench-short system node
+.PHONY: help demo test check bench chaos fmt lint docs rust doctests client bench-short system node
 
 help:
 	@echo 'make demo    everything on one screen: database, gateway, simulated event, page'
 	@echo 'make test    everything that is tested'
 	@echo 'make check   fmt, clippy, unit tests: no database'
 	@echo 'make bench   the numbers of the README, measured on this machine'
+	@echo 'make chaos   faults drawn at random, and nothing missed: SEED= SECONDS= (random, 300)'
 
 demo: system node
 	npm ci --prefix client/demo --ignore-scripts --no-audit --no-fund --loglevel=error
@@ -25,6 +26,11 @@ check: fmt lint
 
 bench: system
 	cargo bench --locked --bench reach
+
+chaos: system node
+	cargo build --locked
+	npm ci --prefix tests/js --ignore-scripts --no-audit --no-fund --loglevel=error
+	exec env SEED='$(SEED)' SECONDS='$(SECONDS)' TRANSCRIPT=target/chaos.log node tests/js/chaos.js
 
 fmt:
 	cargo fmt --check
@@ -43,10 +49,13 @@ rust:
 doctests:
 	cargo test --locked --doc
 
+# One build more, of our own crate alone, is for the proof that the chaos run finds what is missed.
 client:
+	cargo build --locked --features without-catch-up
+	cp target/debug/tidegate target/debug/tidegate-without-catch-up
 	cargo build --locked
 	npm ci --prefix tests/js --ignore-scripts --no-audit --no-fund --loglevel=error
-	npm test --prefix tests/js
+	TIDEGATE_BIN_WITHOUT_CATCH_UP=$(CURDIR)/target/debug/tidegate-without-catch-up npm test --prefix tests/js
 
 bench-short:
 	cargo test --locked --bench reach -- --short
