@@ -224,7 +224,7 @@ async fn prepare() -> (Database, Proxy, Config) {
 /// A viewer who has joined: of a client of whom nothing is known, so that it is told everything.
 async fn viewer(server: &TestServer, serializer: Serializer, topic: &str, all: &[&str]) -> Client {
     let mut viewer = Client::connect(server, serializer).await;
-    viewer.join(topic).await;
+    viewer.join_only(topic, json!({})).await;
     is_caught_up(&mut viewer, topic, "unknown", all).await;
     viewer
 }
@@ -709,7 +709,7 @@ async fn a_transaction_that_fails_for_many_events_leaves_none_untold() {
             insert into art (event_id, round, easel) select id, 1, 1 from e"
         );
         scene.database.run(&row).await;
-        viewer.join(&format!("cache_invalidate_{eid}")).await;
+        viewer.join_only(&format!("cache_invalidate_{eid}"), json!({})).await;
         assert_eq!(told(&mut viewer).await.cause, "unknown");
     }
     scene.is_long_ago().await;
@@ -919,7 +919,7 @@ async fn viewers_who_are_there_before_the_first_session_are_caught_up_when_it_be
     let server = TestServer::start_with(config.clone());
     let mut viewer = viewer(&server, V2, TOPIC, &RESYNC).await;
     let mut other = Client::connect(&server, V1).await;
-    other.join(OTHER_TOPIC).await;
+    other.join_only(OTHER_TOPIC, json!({})).await;
     assert_eq!(told(&mut other).await.cause, "unknown");
     proxy.has_held().await;
     database.run(&bid(ART, 2)).await;
@@ -941,7 +941,7 @@ async fn who_joins_while_the_link_is_away_is_answered_and_caught_up_when_it_is_b
     .await;
     let mut other = {
         let mut other = Client::connect(&scene.server, V2).await;
-        other.join(OTHER_TOPIC).await;
+        other.join_only(OTHER_TOPIC, json!({})).await;
         assert_eq!(told(&mut other).await.cause, "unknown");
         scene.server.metric_reaches("tidegate_relay_listens", 1.0).await;
         other

@@ -120,14 +120,21 @@ impl Client {
     /// Joins a topic with this config, and expects `ok` and, on a topic of rule `cache`, to be
     /// caught up. Gives the join's ref.
     pub(crate) async fn join_with(&mut self, sub_topic: &str, config: Value) -> String {
+        let reference = self.join_only(sub_topic, config).await;
+        if sub_topic.starts_with(CACHE) {
+            self.caught_up(sub_topic).await;
+        }
+        reference
+    }
+
+    /// Joins a topic with this config, and expects `ok`; what follows is the test's to read. Gives
+    /// the join's ref.
+    pub(crate) async fn join_only(&mut self, sub_topic: &str, config: Value) -> String {
         let reference = self.next_ref();
         let topic = format!("realtime:{sub_topic}");
         self.send(json!([reference, reference, topic, "phx_join", { "config": config }])).await;
         let ok = json!({ "status": "ok", "response": "$any" });
         self.expect(json!([reference, reference, topic, "phx_reply", ok])).await;
-        if sub_topic.starts_with(CACHE) {
-            self.caught_up(sub_topic).await;
-        }
         reference
     }
 
