@@ -364,13 +364,17 @@ async fn endpoint(services: &Services, ask: Ask) -> Result<Option<Box<str>>, Ref
     Ok(endpoint)
 }
 
-/// The path's part as the id of an event that some rule merges.
+/// The path's part as the id of an event that some rule merges. A rule that captures more than the
+/// id has no event by the id alone, but those that are known.
 fn event_id(services: &Services, part: &str) -> Result<String, Refused> {
+    let is_taken = |eid: &String| {
+        services.rules.merged(eid).next().is_some() || !services.events.named(eid).is_empty()
+    };
     percent_decode_str(part)
         .decode_utf8()
         .ok()
         .map(Cow::into_owned)
-        .filter(|eid| services.rules.merged(eid).next().is_some())
+        .filter(is_taken)
         .ok_or(Refused::bad(
             "no rule with merge takes this event id; the built-in one takes 1 to 50 of A-Z a-z 0-9 -",
         ))

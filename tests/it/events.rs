@@ -673,6 +673,40 @@ async fn a_mute_holds_for_who_joins_later_and_is_not_forgotten_for_want_of_room(
     server.stop().await;
 }
 
+/// A rule may have a class of its own for events, or several events of one id.
+#[tokio::test]
+async fn an_event_of_any_merged_rule_is_found_by_its_id() {
+    const PERSON: &str = "00000000-0000-4000-8000-00000000000a";
+    let mut settings = settings();
+    let rule = |name: &str, pattern: &str, listen: &str| {
+        serde_json::from_value(json!({
+            "name": name, "pattern": [pattern], "listen": listen, "event": "news",
+            "merge": {}, "read": [{ "role": ["anon"] }],
+        }))
+        .unwrap()
+    };
+    let by_uuid = rule("uuid", "by_{eid:uuid}", "by_{eid:uuid}");
+    let by_person = rule("person", "of_{eid}_{person:uuid}", "of_{eid}_{person:uuid}");
+    settings.topic[0] = by_uuid;
+    settings.topic.push(by_person);
+    let server = TestServer::start_with(settings);
+    let answer = done(&server, &format!("POST /events/{PERSON}/mute?for=1h"), "").await;
+    assert!(answer["muted_for"].is_f64(), "{answer}");
+    assert_eq!(row_when(&server, PERSON, |_| true).await["rule"], "uuid");
+    // Whose event it is, the id alone does not say; but it does once the event is known.
+    let request = format!("POST /events/{EID}/invalidate");
+    assert_eq!(refusal(&server, &request, "").await.0, 400);
+    let mut viewer = Client::connect(&server, V2).await;
+    viewer.join(&format!("of_AB3028_{PERSON}")).await;
+    let answer = done(&server, &request, r#"{"endpoint":"/a"}"#).await;
+    assert_eq!(answer["viewers"], 1, "{answer}");
+    let (topic, envelope) = viewer.broadcast().await;
+    assert_eq!(topic, format!("realtime:of_AB3028_{PERSON}"));
+    assert_eq!(envelope["payload"]["endpoints"], json!(["/a"]), "{envelope}");
+    viewer.ends().await;
+    server.stop().await;
+}
+
 #[tokio::test]
 async fn a_bad_parameter_is_refused_by_name() {
     let server = TestServer::start_with(settings());
