@@ -31,7 +31,7 @@ use crate::{
 /// Most messages of one topic that wait for the answer to its join.
 const BACKLOG_MAX: usize = 100;
 
-/// Most topics of one socket of which it is remembered that it has held them.
+/// Beyond so many topics, a socket's past ones are forgotten.
 const HELD_MAX: usize = 1_000;
 
 /// A ref above this is none of a page that was just loaded.
@@ -307,7 +307,12 @@ impl Socket {
         let sub_topic = topic.strip_prefix(TOPIC_PREFIX).unwrap_or(topic);
         if let Some(held) = self.held.get_mut(sub_topic) {
             *held = hold;
-        } else if self.held.len() < HELD_MAX && self.services.rules.is_listened(sub_topic) {
+        } else if self.services.rules.is_listened(sub_topic) {
+            if self.held.len() >= HELD_MAX {
+                // What is held must be remembered; all else saves a complete list at best.
+                let channels = &self.channels;
+                self.held.retain(|it, _| channels.contains_key(&*format!("{TOPIC_PREFIX}{it}")));
+            }
             self.held.insert(sub_topic.into(), hold);
         }
         match (&self.suspicion, hold) {

@@ -91,6 +91,8 @@ struct State {
     /// Who was caught up within `carry`.
     caught_up: VecDeque<CaughtUp>,
     stamp: Stamp,
+    /// That of the newest message which was sent last, as it was written.
+    last_timestamp: Option<Box<str>>,
     /// How many the whole event was sent.
     messages: u64,
     /// Somebody has joined before the event was listened to.
@@ -551,7 +553,10 @@ impl Event {
         endpoints.extend(state.carried());
         let is_alone = pending.messages == 1 && pending.gap.is_none() && !is_complete;
         let messages = pending.messages;
-        let is_as_it_came = is_alone && pending.is_clean && endpoints.len() == own.len();
+        let timestamp = pending.newest.as_ref().and_then(|it| it.timestamp.clone());
+        let is_new = timestamp.is_none() || timestamp != state.last_timestamp;
+        let is_as_it_came = is_alone && is_new && pending.is_clean && endpoints.len() == own.len();
+        state.last_timestamp = timestamp;
         if !own.is_empty() {
             state.carried.push_back((now, own));
         }

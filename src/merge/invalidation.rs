@@ -71,6 +71,8 @@ pub(crate) struct Invalidation {
     pub(crate) id: Option<i64>,
     /// The payload's `type`.
     pub(crate) kind: Option<Box<str>>,
+    /// The payload's `timestamp` as it was written: clients drop what has that of another message.
+    pub(crate) timestamp: Option<Box<str>>,
     /// It stands for everything of the event.
     pub(crate) is_pointer: bool,
 }
@@ -121,10 +123,10 @@ impl Invalidation {
             }
         }
         let id = fields.raw("id").and_then(|it| it.parse().ok());
-        let kind = fields.text("type");
+        let (kind, timestamp) = (fields.text("type"), fields.raw("timestamp").map(Into::into));
         let is_pointer =
             fields.raw("pointer") == Some("true") || bad.contains(&BadEndpoint::TooMany);
-        Ok(Self { payload, endpoints, bad, id, kind, is_pointer, broadcast })
+        Ok(Self { payload, endpoints, bad, id, kind, timestamp, is_pointer, broadcast })
     }
 
     /// The message with another list, under a new stamp: it stands for `merged` messages.
