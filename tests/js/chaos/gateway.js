@@ -10,6 +10,12 @@ const BIN =
   process.env.TIDEGATE_BIN ??
   fileURLToPath(new URL('../../../target/debug/tidegate', import.meta.url));
 
+/**
+ * Of this process alone: while the gateway is down, its ports of 127.0.0.1 could be given to any
+ * connection that somebody opens.
+ */
+const HOST = `127.77.${(process.pid >> 8) & 255}.${process.pid & 255}`;
+
 /** `migrate` waits for locks, but not for ever. */
 const MIGRATE_TIMEOUT = 30_000;
 
@@ -28,8 +34,8 @@ export class Gateway {
   constructor(settings) {
     this.#settings = {
       JWT_SECRET: this.#secret,
-      LISTEN: '127.0.0.1:0',
-      ADMIN_LISTEN: '127.0.0.1:0',
+      LISTEN: `${HOST}:0`,
+      ADMIN_LISTEN: `${HOST}:0`,
       ...settings,
     };
   }
@@ -53,7 +59,8 @@ export class Gateway {
     const line = await started.line(started.lines, /^listening /);
     const [, listen, admin] = /public=(\S+) admin=(\S+)/.exec(line);
     this.#settings = { ...this.#settings, LISTEN: listen, ADMIN_LISTEN: admin };
-    this.port = Number(listen.split(':').at(-1));
+    const [host, port] = listen.split(':');
+    this.address = { host, port: Number(port) };
     this.admin = `http://${admin}`;
     started.exited.then(([code, signal]) => this.#isEnded || this.onEnd(code ?? signal));
   }

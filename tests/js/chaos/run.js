@@ -140,7 +140,7 @@ export class Run {
   /** A viewer at the end of a line of its own. */
   async #add(Kind, spec) {
     const gateway = this.#gateway;
-    const onward = () => ({ host: '127.0.0.1', port: gateway.port, localAddress: spec.address });
+    const onward = () => ({ ...gateway.address, localAddress: spec.address });
     const line = await Line.open(onward);
     this.#lines.push(line);
     this.viewers.push(

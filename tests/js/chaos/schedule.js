@@ -15,10 +15,15 @@ const VIEWERS = 50;
 const WRITE_EVERY = 300;
 
 /**
- * In some runs no gateway is killed before. One that was may have lost anybody, and whoever comes back
- * then gets everything; until then what a client has missed is reckoned from when it was lost.
+ * When the gateway's ends begin. One that was killed may have lost anybody, and one that has just
+ * started has not heard what was before: whoever comes back then gets everything. What somebody has
+ * missed is reckoned only where there was peace for a while.
  */
-const CALM = 150_000;
+const PEACE = [
+  {},
+  { 'gateway killed': 150_000 },
+  { 'gateway killed': 200_000, 'gateway drained': 200_000 },
+];
 
 /** How often each fault is drawn, and what it needs for itself while it lasts. */
 const FAULTS = {
@@ -85,13 +90,13 @@ function viewer(random, index, end) {
 function faults(random, end) {
   const busy = {};
   const list = [];
-  const killsFrom = random.pick([0, CALM]);
+  const peace = random.pick(PEACE);
   let bag = [];
   for (let at = 2000; at < end; at += random.seconds(0.5, 3.5)) {
     if (bag.length === 0) {
       bag = random.shuffled(KINDS.flatMap((kind) => Array(FAULTS[kind].weight).fill(kind)));
     }
-    if (at < killsFrom) bag = bag.filter((kind) => kind !== 'gateway killed');
+    bag = bag.filter((kind) => (peace[kind] ?? 0) <= at);
     const next = bag.findIndex((kind) => (busy[FAULTS[kind].needs] ?? 0) <= at);
     if (next < 0) continue;
     const [kind] = bag.splice(next, 1);
