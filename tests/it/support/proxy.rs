@@ -12,6 +12,9 @@ use tokio::{
 
 use super::server::DEADLINE;
 
+/// More than any statement of ours has.
+const PIECE_BYTES: usize = 64 * 1024;
+
 /// Forwards TCP connections to a target, and holds their bytes back when told to.
 pub(crate) struct Proxy {
     pub(crate) address: SocketAddr,
@@ -149,7 +152,8 @@ async fn pump(
     mut state: watch::Receiver<State>,
     holds: impl Fn(&State, &[u8]) -> bool,
 ) {
-    let mut waiting = Vec::new();
+    // A vector without room reads 64 bytes, which may end within the words to hold at.
+    let mut waiting = Vec::with_capacity(PIECE_BYTES);
     loop {
         if !holds(&state.borrow_and_update(), &waiting) {
             if to.write_all(&waiting).await.is_err() {
