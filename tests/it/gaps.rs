@@ -8,7 +8,7 @@ use std::{
 };
 
 use serde_json::json;
-use sqlx::{AssertSqlSafe, PgConnection};
+use sqlx::{AssertSqlSafe, PgConnection, postgres::PgListener};
 use tidegate::{
     auth::jwt::Secret,
     config::Config,
@@ -423,6 +423,30 @@ async fn a_gap_that_is_read_in_vain_is_told_once_and_by_its_own_cause() {
     scene.end([viewer, other]).await;
 }
 
+/// Each is either notified to the new session or read by it.
+#[tokio::test]
+async fn what_is_committed_while_the_next_session_begins_is_told() {
+    let mut scene = Scene::start().await;
+    let [mut viewer, mut other] = scene.viewers().await;
+    scene.lose(Loss::Terminated).await;
+    scene.proxy.hold_at("LISTEN \"cache_invalidate_AB3028\"");
+    scene.proxy.has_held().await;
+    scene.database.run(&bid(ART, 2)).await;
+    scene.proxy.hold_at("tidegate.trigger_failures");
+    scene.proxy.has_held().await;
+    scene.database.run(&media()).await;
+    scene.restore().await;
+    let mut heard = BTreeSet::new();
+    while heard.len() < 3 {
+        heard.extend(told(&mut viewer).await.endpoints);
+    }
+    assert_eq!(heard, [BID[0], BID[1], MEDIA[0]].map(ToOwned::to_owned).into());
+    scene.tells_nothing([(&mut other, OTHER_TOPIC)]).await;
+    scene.has_counted(&[(ENDED, "exact", 1)]).await;
+    viewer.close().await;
+    scene.end([other]).await;
+}
+
 /// Else the gateways of one database would rely on each other.
 #[tokio::test]
 async fn two_gateways_of_one_database_both_tell_what_was_missed() {
@@ -565,6 +589,26 @@ async fn where_the_history_cannot_be_read_everybody_gets_the_complete_list_and_t
     }
     let ends = counts(&scene.server, "tidegate_relay_reconnects_total").await;
     assert_eq!(ends, [("cause=\"ended\"".to_owned(), gaps)].into());
+    scene.end([viewer, other]).await;
+}
+
+/// What was committed at its beginning may be forgotten already.
+#[tokio::test]
+async fn a_gap_that_is_longer_than_the_history_ends_in_the_complete_list() {
+    let mut scene = Scene::start_with(|config| {
+        config.history.keep = Duration::from_secs(1);
+        // So long at least is the gap.
+        config.relay.canary_timeout = Duration::from_secs(2);
+    })
+    .await;
+    let [mut viewer, mut other] = scene.viewers().await;
+    scene.lose(Loss::HalfOpen).await;
+    Transaction::begin(&scene.database, &bid(ART, 2)).await.commit().await;
+    scene.database.run("select tidegate.forget_history('1 second')").await;
+    scene.restore().await;
+    is_caught_up(&mut viewer, TOPIC, "canary_lost", &ALL).await;
+    is_caught_up(&mut other, OTHER_TOPIC, "canary_lost", &OTHER_ALL).await;
+    scene.has_counted(&[("canary_lost", "complete", 2)]).await;
     scene.end([viewer, other]).await;
 }
 
@@ -799,16 +843,23 @@ async fn a_database_with_nothing_of_ours_has_its_pooler_found_out_too() {
     a_lost_canary_ends_the_session(&database, config).await;
 }
 
-/// As a half-open link looks to a gateway whose own statements get through late.
+/// That a canary has left, and has seen a change, does not say that the change has arrived.
 #[tokio::test]
-async fn what_was_committed_while_canaries_were_lost_is_told_once() {
-    let mut scene = Scene::start_with(|config| {
-        config.relay.canary_timeout = Duration::from_secs(2);
-    })
-    .await;
+async fn what_a_lost_canary_has_seen_was_missed() {
+    let (database, proxy, mut config) = prepare().await;
+    let mut sky = Proxy::start("127.0.0.1", database.cluster.port()).await;
+    let name = database.shape.database();
+    config.database_url = Secret::from(&*format!("postgres://tidegate@{}/{name}", sky.address));
+    config.relay.canary_timeout = Duration::from_secs(2);
+    let server = TestServer::start_with(config.clone());
+    server.link_is_up().await;
+    let mut scene = Scene { database, proxy, server, config };
     let [mut viewer, mut other] = scene.viewers().await;
+    sky.hold_at("tidegate_canary");
+    sky.has_held().await;
     scene.lose(Loss::HalfOpen).await;
-    scene.database.run(&bid(ART, 2)).await;
+    Transaction::begin(&scene.database, &bid(ART, 2)).await.commit().await;
+    sky.release();
     scene.restore().await;
     is_caught_up(&mut viewer, TOPIC, "canary_lost", &BID).await;
     scene.tells_nothing([(&mut viewer, TOPIC), (&mut other, OTHER_TOPIC)]).await;
@@ -852,6 +903,38 @@ async fn a_server_that_went_back_costs_everybody_the_complete_list() {
     scene.database.cluster.stop_immediate().await.unwrap();
     shell(&scene.database.cluster, "rm -rf data && mv copy data");
     scene.database.cluster.restart().await.unwrap();
+    is_caught_up(&mut viewer, TOPIC, "restored", &ALL).await;
+    is_caught_up(&mut other, OTHER_TOPIC, "restored", &OTHER_ALL).await;
+    scene.tells_nothing([(&mut viewer, TOPIC), (&mut other, OTHER_TOPIC)]).await;
+    scene.has_counted(&[("restored", "complete", 2)]).await;
+    scene.end([viewer, other]).await;
+}
+
+/// What it holds is as old as the dump, whatever the server has counted since.
+#[tokio::test]
+async fn a_database_that_was_dropped_and_made_anew_costs_everybody_the_complete_list() {
+    let (database, proxy, config) = prepare().await;
+    let name = database.shape.database();
+    let Database { cluster, listener, .. } = database;
+    // It would be in the way of the copy.
+    drop(listener);
+    let copy = format!("create database copy template {name}");
+    let copied = async { while cluster.psql("postgres", &copy).await.is_err() {} };
+    timeout(DEADLINE, copied).await.expect("nobody else is connected");
+    let listener = PgListener::connect(&cluster.url("postgres")).await.unwrap();
+    let database = Database { cluster, shape: Shape::Production, listener };
+    let server = TestServer::start_with(config.clone());
+    server.link_is_up().await;
+    let mut scene = Scene { database, proxy, server, config };
+    let [mut viewer, mut other] = scene.viewers().await;
+    scene.lose(Loss::Terminated).await;
+    for sql in [
+        format!("drop database {name} with (force)"),
+        format!("alter database copy rename to {name}"),
+    ] {
+        scene.database.cluster.psql("postgres", &sql).await.unwrap();
+    }
+    scene.restore().await;
     is_caught_up(&mut viewer, TOPIC, "restored", &ALL).await;
     is_caught_up(&mut other, OTHER_TOPIC, "restored", &OTHER_ALL).await;
     scene.tells_nothing([(&mut viewer, TOPIC), (&mut other, OTHER_TOPIC)]).await;
