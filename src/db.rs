@@ -237,11 +237,12 @@ pub(crate) struct TriggerFailure {
 /// What triggers could not do and had not recorded at `since`, where a viewer may have missed
 /// something: not where there is no event to tell of, nor where the message was sent and only the
 /// history lacks it, nor what concerns `auction_winner` alone. A transaction records ten failures
-/// and the table about a thousand: beyond, anything may have failed.
+/// and the table about a thousand: beyond, anything may have failed. Gives them with what was seen,
+/// as `pg_snapshot` writes it; so is `since`.
 pub(crate) async fn trigger_failures(
     pool: &PgPool,
-    since: &Snapshot,
-) -> Result<Vec<TriggerFailure>, sqlx::Error> {
+    since: &str,
+) -> Result<(String, Vec<TriggerFailure>), sqlx::Error> {
     let rows = sqlx::query(
         "WITH newer AS (
             SELECT id, event_eid, sqlstate, message,
@@ -251,21 +252,29 @@ pub(crate) async fn trigger_failures(
             WHERE xact >= pg_snapshot_xmin($1::pg_snapshot)
                 AND NOT pg_visible_in_snapshot(xact, $1::pg_snapshot)
         )
-        SELECT CASE WHEN NOT is_cut THEN event_eid END,
-            sqlstate IS NOT DISTINCT FROM '53000' AND NOT is_cut
-        FROM newer
-        WHERE is_cut
-            OR coalesce(sqlstate, '') NOT IN ('P0002', '22023')
-                AND coalesce(message, '') NOT LIKE 'writing the history%'
-                AND coalesce(message, '') NOT LIKE 'looking up the winn%'
-        GROUP BY 1, 2",
+        SELECT pg_current_snapshot()::text, f.eid, f.is_in_history
+        FROM (VALUES (1)) AS always LEFT JOIN (
+            SELECT CASE WHEN NOT is_cut THEN event_eid END AS eid,
+                sqlstate IS NOT DISTINCT FROM '53000' AND NOT is_cut AS is_in_history
+            FROM newer
+            WHERE is_cut
+                OR coalesce(sqlstate, '') NOT IN ('P0002', '22023')
+                    AND coalesce(message, '') NOT LIKE 'writing the history%'
+                    AND coalesce(message, '') NOT LIKE 'looking up the winn%'
+            GROUP BY 1, 2
+        ) f ON true",
     )
-    .bind(&since.xacts)
+    .bind(since)
     .fetch_all(pool)
     .await?;
-    rows.iter()
-        .map(|row| Ok(TriggerFailure { eid: row.try_get(0)?, is_in_history: row.try_get(1)? }))
-        .collect()
+    let (mut seen, mut failures) = (String::new(), Vec::new());
+    for row in &rows {
+        seen = row.try_get(0)?;
+        if let Some(is_in_history) = row.try_get(2)? {
+            failures.push(TriggerFailure { eid: row.try_get(1)?, is_in_history });
+        }
+    }
+    Ok((seen, failures))
 }
 
 /// Whether the history lacks something that was committed after `since`: it was not written, or is

@@ -23,6 +23,8 @@ use crate::{
 #[derive(Debug, Clone)]
 pub(crate) struct Good {
     pub(crate) snapshot: Snapshot,
+    /// What triggers failed to do and this sees has been looked into.
+    pub(crate) looked: String,
     /// Of the server that took it.
     pub(crate) identity: String,
 }
@@ -42,8 +44,9 @@ pub(crate) struct Canary {
 #[derive(Debug)]
 pub(crate) struct Look {
     pub(crate) snapshot: Snapshot,
-    /// What triggers could not do since the last good snapshot; none if that cannot be read.
-    pub(crate) failures: Option<Vec<TriggerFailure>>,
+    /// What triggers could not do since the last look, with what this one saw; none if that cannot
+    /// be read.
+    pub(crate) failures: Option<(String, Vec<TriggerFailure>)>,
 }
 
 /// The channel of one gateway's canary.
@@ -55,17 +58,17 @@ pub(crate) fn channel(gateway: Uuid) -> String {
 pub(crate) async fn send(
     services: &Services,
     nonce: String,
-    since: Option<Snapshot>,
+    looked: Option<String>,
 ) -> Option<Look> {
     let pool = services.pool.as_ref()?;
     let look = async {
         let channel = channel(services.gateway);
         let snapshot = db::send_canary(pool, &channel, &nonce).await?;
         // After the snapshot was taken: what it does not see is found now or by the next one.
-        let failures = match &since {
-            Some(since) => db::trigger_failures(pool, since).await.ok(),
+        let failures = match &looked {
+            Some(looked) => db::trigger_failures(pool, looked).await.ok(),
             // Where nothing is good yet, the next session starts with the complete list.
-            None => Some(Vec::new()),
+            None => None,
         };
         Ok::<_, sqlx::Error>(Look { snapshot, failures })
     };

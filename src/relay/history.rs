@@ -66,7 +66,7 @@ pub(super) async fn catch_up_failures(
     since: &Snapshot,
     look: &Look,
 ) -> Result<(), sqlx::Error> {
-    let failures = look.failures.as_deref().unwrap_or_default();
+    let failures = look.failures.as_ref().map(|(_, failures)| &**failures).unwrap_or_default();
     let (kept, lost): (Vec<_>, Vec<_>) = failures.iter().partition(|it| it.is_in_history);
     // What has come to exist meanwhile belongs to the complete list, too.
     learn(services, listener, services.listens.covered()).await?;

@@ -290,9 +290,9 @@ impl Session {
                 }
                 _ = canaries.tick(), if looking.is_none() && !canary.is_awaited() => {
                     canary = Canary::new();
-                    let since = link.good.as_ref().map(|good| good.snapshot.clone());
+                    let looked = link.good.as_ref().map(|good| good.looked.clone());
                     let nonce = canary.nonce().to_owned();
-                    looking = Some(Box::pin(canary::send(services, nonce, since)));
+                    looking = Some(Box::pin(canary::send(services, nonce, looked)));
                 }
             }
             if let (Some(snapshot), Some(good)) = (canary.good(), &mut link.good)
@@ -317,7 +317,7 @@ impl Session {
         self.sync_for(services, cause).await?;
         let snapshot = self.run(|listener| Box::pin(db::snapshot(listener))).await?;
         let good = link.good.clone();
-        let now = Good { snapshot, identity };
+        let now = Good { looked: snapshot.xacts.clone(), snapshot, identity };
         let this = now.clone();
         self.run(|listener| {
             Box::pin(async move {
@@ -334,13 +334,16 @@ impl Session {
     async fn look_into(
         &mut self,
         services: &Services,
-        link: &Link,
+        link: &mut Link,
         look: &Look,
     ) -> Result<(), LinkError> {
-        let has_failed = look.failures.as_ref().is_some_and(|failures| !failures.is_empty());
-        let Some(good) = link.good.as_ref().filter(|_| has_failed) else {
+        let (Some(good), Some((seen, failures))) = (&mut link.good, &look.failures) else {
             return Ok(());
         };
+        good.looked.clone_from(seen);
+        if failures.is_empty() {
+            return Ok(());
+        }
         let since = &good.snapshot;
         self.run(|listener| Box::pin(history::catch_up_failures(services, listener, since, look)))
             .await
