@@ -15,14 +15,22 @@ const VIEWERS = 50;
 const WRITE_EVERY = 300;
 
 /**
- * When the gateway's ends begin. One that was killed may have lost anybody, and one that has just
- * started has not heard what was before: whoever comes back then gets everything. What somebody has
- * missed is reckoned only where there was peace for a while.
+ * Before when some faults do not happen. A gateway that was killed may have lost anybody, and one that
+ * has just started or lost its database has not heard what was before: whoever comes back then gets
+ * everything. What somebody has missed is reckoned only where there was peace for a while.
  */
 const PEACE = [
   {},
   { 'gateway killed': 150_000 },
-  { 'gateway killed': 200_000, 'gateway drained': 200_000 },
+  {
+    'gateway killed': 200_000,
+    'gateway drained': 200_000,
+    ...Object.fromEntries(
+      ['gateway stopped', 'postgres stopped', 'listener terminated', 'link half open', 'burst'].map(
+        (kind) => [kind, 150_000],
+      ),
+    ),
+  },
 ];
 
 /** How often each fault is drawn, and what it needs for itself while it lasts. */

@@ -169,8 +169,9 @@ class Page {
     this.#screens.get(channel.topic.slice('realtime:'.length)).joined();
   }
 
-  /** A join was not answered before the client gave it up. */
+  /** A join was not answered before the client gave it up; it has forgotten the topic. */
   gaveUp(channel, asked) {
+    this.#channels.delete(channel.topic.slice('realtime:'.length));
     this.#context.unanswered(this.#viewer.name, channel.topic, asked);
     this.#viewer.lost(this, `the join of ${channel.topic} was not answered`);
   }
