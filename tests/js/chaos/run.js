@@ -10,7 +10,7 @@ import { Gateway } from './gateway.js';
 import { Ledger } from './ledger.js';
 import { Line } from './line.js';
 import { Published } from './published.js';
-import { EVENTS } from './schedule.js';
+import { EVENTS, needs } from './schedule.js';
 import { Viewer } from './viewer.js';
 import { Writer } from './writer.js';
 
@@ -63,6 +63,8 @@ export class Run {
   /** `{ kind, from, to, whom }` of every fault. */
   #faults = [];
   #under = new Set();
+  /** By what it needs, the end of the latest fault. */
+  #latest = new Map();
   #ended;
   #end;
 
@@ -207,7 +209,15 @@ export class Run {
     this.#log('run', done ? 'everybody has been told' : 'NOT everybody has been told');
   }
 
+  /** A fault that lasts longer than it was meant to holds up the next of its place. */
   async #fault(fault) {
+    const before = this.#latest.get(needs(fault));
+    const after = Promise.resolve(before).then(() => this.#play(fault));
+    this.#latest.set(needs(fault), after);
+    await after;
+  }
+
+  async #play(fault) {
     const it = { kind: fault.kind, from: performance.now(), to: Infinity, whom: fault.whom };
     this.#log('FAULT', describe(fault));
     const disturbs = /^gateway|^clients/.test(fault.kind);

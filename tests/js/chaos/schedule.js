@@ -52,6 +52,11 @@ const FAULTS = {
 /** Every kind of fault there is. */
 export const KINDS = Object.keys(FAULTS);
 
+/** What a fault has for itself while it lasts. */
+export function needs({ kind }) {
+  return FAULTS[kind].needs;
+}
+
 /** `{ seed, seconds, viewers, published, faults, writes }`; times are milliseconds since the start. */
 export function schedule(seed, seconds) {
   const end = seconds * 1000;
@@ -110,7 +115,7 @@ function faults(random, end) {
     const [kind] = bag.splice(next, 1);
     const fault = { at, kind, ...details(random, kind) };
     // What is restarted is not at once back to what it was.
-    busy[FAULTS[kind].needs] = at + (fault.for ?? 0) + random.seconds(0.5, 3);
+    busy[needs(fault)] = at + (fault.for ?? 0) + random.seconds(0.5, 3);
     list.push(fault);
   }
   return list;
