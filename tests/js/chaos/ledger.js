@@ -183,14 +183,14 @@ export class Screen {
     this.#ledger.look();
   }
 
-  /** How many of its met obligations the applications' hook would have forgotten. */
+  /** Its met obligations that the applications' hook would have forgotten. */
   forgotten() {
     const refreshes = this.arrivals
       .filter(({ at }, index) => (this.arrivals[index + 1]?.at ?? Infinity) - at >= HOOK_WAIT)
       .map(({ at, endpoints }) => ({ at: at + HOOK_WAIT, endpoints }));
     const isRefreshed = ({ commit, endpoint }) =>
       refreshes.some((it) => it.at >= commit.at && it.endpoints.includes(endpoint));
-    return this.met.filter((obligation) => !isRefreshed(obligation)).length;
+    return this.met.filter((obligation) => !isRefreshed(obligation));
   }
 
   #meet(obligation, at) {

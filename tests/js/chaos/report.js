@@ -59,6 +59,7 @@ function summary(run, plan) {
   const slow = slowest.commit
     ? ` (${slowest.screen.owner.name}, ${slowest.endpoint}, commit at ${time(slowest.commit.at)})`
     : '';
+  const forgotten = ledger.screens.flatMap((screen) => screen.forgotten());
   const late = unanswered.filter(({ fault }) => fault === undefined);
   const absent = viewers
     .filter((viewer) => viewer.absent.length > 0)
@@ -74,7 +75,10 @@ function summary(run, plan) {
       `of these with nothing out of order: ${late.length}; page reloads: ${ofViewers((it) => it.reloads)}`,
     `obligations met: ${ofScreens(({ met }) => met.length)}, ` +
       `the slowest after ${seconds(slowest.ms)}${slow}; of pages that were gone before: ${ledger.dismissed}`,
-    `of those met, the applications' hook would have forgotten: ${ofScreens((it) => it.forgotten())}`,
+    `of those met, the applications' hook would have forgotten: ${forgotten.length}`,
+    ...forgotten
+      .slice(0, DETAILED)
+      .map(({ screen, commit, endpoint }) => `  ${screen.owner.name} ${endpoint}, commit at ${time(commit.at)}`),
     'convergence after the last fault, and once more: ' +
       convergence.map((ms) => (ms === null ? 'never' : seconds(ms))).join(', '),
     `this process was held up for at most ${(run.delay.max / 1e6).toFixed(0)} ms`,
