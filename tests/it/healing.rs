@@ -50,7 +50,7 @@ async fn living(services: &Arc<Services>, topics: &[&str]) -> Page {
     let mut page = Page::open(services, browser(1));
     // Nothing is known of it, so it is caught up.
     for (number, topic) in (2..).zip(topics) {
-        page.join(&number.to_string(), topic).await;
+        page.join(&format!("r{number}"), topic).await;
         if topic.starts_with("cache") {
             page.caught_up().await;
         }
@@ -97,6 +97,9 @@ async fn a_socket_that_begins_like_an_old_one_is_told_at_once_and_never_twice_wi
         (4.0, heartbeat.clone(), [2.5, 17.0, 32.0, 92.0]),
         (0.1, join("17"), [2.5, 17.0, 32.0, 92.0]),
         (0.1, join("4000000000"), [2.5, 17.0, 32.0, 92.0]),
+        // A page that was just loaded begins neither in the middle nor with a goodbye.
+        (0.1, join("2"), [2.5, 17.0, 32.0, 92.0]),
+        (0.1, json!(["3", "10", "realtime:room", "phx_leave", {}]), [2.5, 17.0, 32.0, 92.0]),
     ]) {
         let mut page = Page::open(&server.services, browser(number));
         let mut told = rounds(&mut page, after).await;
@@ -119,7 +122,7 @@ async fn a_page_that_joins_in_time_is_left_alone() {
     let server = TestServer::start();
     let _living = living(&server.services, &[AB1, AB2]).await;
     let mut pages = Vec::new();
-    for (reference, after) in [("1", 0.0), ("16", 0.0), ("6", 1.0), ("2", 2.4)] {
+    for (reference, after) in [("1", 0.0), ("r1", 0.0), ("6", 1.0), ("1", 2.4)] {
         let mut page = Page::open(&server.services, browser(2));
         assert_eq!(rounds(&mut page, after).await, []);
         page.join(reference, "room").await;
@@ -254,7 +257,7 @@ async fn a_socket_is_told_only_of_topics_of_the_database_that_its_token_may_read
     let all = ["admin-auction-AB1", "admin-auction-AB2", AB1, "room", "admin-voting-AB1"];
     let mut living = Page::with_token(&server.services, browser(1), &service);
     for (reference, topic) in (2..).zip(all) {
-        living.join(&reference.to_string(), topic).await;
+        living.join(&format!("r{reference}"), topic).await;
         if topic == AB1 {
             living.caught_up().await;
         }
@@ -285,7 +288,7 @@ async fn what_is_joined_elsewhere_meanwhile_is_told_in_the_next_round() {
 async fn a_deaf_client_is_told_in_its_serializer() {
     let server = TestServer::start();
     let mut living = Page::open(&server.services, browser(1));
-    living.join("2", AB1).await;
+    living.join("r2", AB1).await;
     let mut clients = Vec::new();
     for serializer in [Serializer::V1, Serializer::V2] {
         for is_silent in [true, false] {
