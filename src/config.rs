@@ -35,17 +35,29 @@ pub struct Config {
     pub notify_database_url: Secret,
     /// A role that may create triggers, for `migrate`; empty means `database_url`.
     pub migrate_database_url: Secret,
-    /// HS256 secret of the project.
+    /// Secret of the project, for tokens signed with HS256, HS384 or HS512.
     pub jwt_secret: Secret,
+    /// The secret before the current one, as long as tokens of both are about; empty is none.
+    pub jwt_secret_previous: Secret,
     /// A key that stands for the role `anon`: `sb_publishable_…`; empty is none.
     pub publishable_key: Secret,
     /// A key that stands for the role `service_role`: `sb_secret_…`; empty is none.
     pub secret_key: Secret,
     /// Log filter, as `tracing-subscriber` reads it: `info`, `tidegate=debug`.
     pub log: String,
+    /// Where the audit log goes, JSON lines: a file, `-` for standard output, empty for nowhere.
+    pub audit_log: String,
     /// What clients notice.
     pub protocol: Protocol,
-    /// What bounds them.
+    /// What is asked of tokens.
+    pub auth: Auth,
+    /// Public keys that tokens are signed with.
+    pub jwks: Jwks,
+    /// The database's decisions about private channels.
+    pub policies: Policies,
+    /// Who is in front.
+    pub network: Network,
+    /// What bounds clients.
     pub limits: Limits,
     /// The database link.
     pub relay: Relay,
@@ -70,12 +82,100 @@ pub struct Protocol {
     pub presence_default: bool,
 }
 
+/// What is asked of tokens.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Auth {
+    /// By so much `exp` and `nbf` may be missed by clocks that differ.
+    #[serde(deserialize_with = "duration")]
+    pub leeway: Duration,
+    /// So long after `exp` a joined channel still lives on its token.
+    #[serde(deserialize_with = "duration")]
+    pub grace: Duration,
+    /// One of these must be `iss`; an empty list asks for nothing.
+    pub issuers: Vec<String>,
+    /// One of these must be in `aud`; an empty list asks for nothing.
+    pub audiences: Vec<String>,
+    /// Most revocations that are remembered; beyond, a further one is refused.
+    pub revocations_max: usize,
+    /// How long a revocation holds, unless it says: no shorter than a token's life.
+    #[serde(deserialize_with = "duration")]
+    pub revocation_keep: Duration,
+}
+
+/// Public keys that tokens are signed with.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Jwks {
+    /// A file with a JSON Web Key Set, read again when it changes; empty is none.
+    pub file: String,
+    /// An https URL of a JSON Web Key Set; empty is none.
+    pub url: String,
+    /// A file with the certificates (PEM) that the URL's server is trusted by; empty trusts the
+    /// public authorities.
+    pub ca_file: String,
+    /// Between two readings of the URL.
+    #[serde(deserialize_with = "duration")]
+    pub refresh_interval: Duration,
+    /// A reading that takes longer is given up; the keys of the last one stay.
+    #[serde(deserialize_with = "duration")]
+    pub timeout: Duration,
+    /// Largest document.
+    pub bytes_max: usize,
+}
+
+/// The database's decisions about private channels.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Policies {
+    /// Most questions asked at a time, each on a connection of its own.
+    pub connections_max: u32,
+    /// A question that takes longer counts as unanswered; at most 1.2 s.
+    #[serde(deserialize_with = "duration")]
+    pub timeout: Duration,
+}
+
+/// Who is in front.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Network {
+    /// Web pages that may connect: `https://app.example.com`, `https://*.example.com`; an empty
+    /// list lets any.
+    pub origins: Vec<String>,
+    /// Networks whose `X-Forwarded-For` is believed: `10.0.0.0/8`, `::1/128`.
+    pub trusted_proxies: Vec<String>,
+}
+
 /// What bounds clients.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Limits {
     /// Most sockets; at the limit an upgrade is refused with 429, at once.
     pub connections_max: usize,
+    /// Most sockets of one address (IPv6: /64); at the limit an upgrade is refused with 429.
+    pub connections_per_address_max: usize,
+    /// Most upgrades of one address per second, ten times as many at once; beyond, 429. 0: any.
+    pub handshakes_per_address_max: u32,
+    /// Most tokens of one address per second that turn out wrong, ten times as many at once;
+    /// beyond, a token that is not known to be right is refused with 429 unread. 0: any.
+    pub failures_per_address_max: u32,
+    /// Most addresses that are remembered; beyond, the one that was seen longest ago is forgotten.
+    pub addresses_max: usize,
+    /// Most joins per second of topics without a rule, 60 s' worth at once; beyond, an error
+    /// reply. 0: any.
+    pub joins_per_second_max: u32,
+    /// Most broadcasts of clients per second, 60 s' worth at once; beyond, 429, or the end of the
+    /// sender's channel if its topic has no rule. 0: any.
+    pub broadcasts_per_second_max: u32,
+    /// Most joins of one socket per second, ten times as many at once; beyond, the socket is read
+    /// more slowly. 0: any.
+    pub socket_joins_per_second_max: u32,
+    /// Most messages of one socket per second, ten times as many at once; beyond, the socket is
+    /// read more slowly. 0: any.
+    pub socket_messages_per_second_max: u32,
+    /// Most bytes of one socket per second, whatever the frames, and one largest message at once;
+    /// beyond, the socket is read more slowly. 0: any.
+    pub socket_bytes_per_second_max: u32,
     /// Most channels of one socket; at the limit a join is refused.
     pub channels_per_socket_max: usize,
     /// Largest message in; a larger one closes the socket with 1009.
@@ -92,6 +192,9 @@ pub struct Limits {
     /// For the body of a request; then 408.
     #[serde(deserialize_with = "duration")]
     pub body_timeout: Duration,
+    /// From a message's first byte to its last; then the socket is closed with 1008.
+    #[serde(deserialize_with = "duration")]
+    pub message_timeout: Duration,
     /// Without a data frame for so long, a socket is closed with 1000.
     #[serde(deserialize_with = "duration")]
     pub silence_timeout: Duration,
@@ -163,6 +266,8 @@ pub struct Drain {
 pub struct Topics {
     /// Whether they are served as ordinary topics.
     pub allow_other: bool,
+    /// Whether only private channels of them are.
+    pub private_only: bool,
 }
 
 /// Everything that is wrong with the settings.
@@ -258,6 +363,10 @@ impl Config {
                 "protocol.error_delay: at most 1500ms, or clients give the join up".to_owned(),
             );
         }
+        if self.policies.timeout > Duration::from_millis(1200) {
+            mistakes
+                .push("policies.timeout: at most 1200ms, or clients give the join up".to_owned());
+        }
         if self.relay.listen_wait > Duration::from_millis(1500) {
             mistakes
                 .push("relay.listen_wait: at most 1500ms, or clients give the join up".to_owned());
@@ -279,10 +388,13 @@ impl Config {
         }
         for (name, value) in [
             ("limits.connections_max", self.limits.connections_max),
+            ("limits.connections_per_address_max", self.limits.connections_per_address_max),
+            ("limits.addresses_max", self.limits.addresses_max),
             ("limits.channels_per_socket_max", self.limits.channels_per_socket_max),
             ("limits.message_bytes_max", self.limits.message_bytes_max),
             ("limits.outbox_bytes_max", self.limits.outbox_bytes_max),
             ("relay.listens_max", self.relay.listens_max),
+            ("jwks.bytes_max", self.jwks.bytes_max),
         ] {
             if value == 0 {
                 mistakes.push(format!("{name}: must be at least 1"));
@@ -291,6 +403,7 @@ impl Config {
         for (name, value) in [
             ("limits.handshake_timeout", self.limits.handshake_timeout),
             ("limits.body_timeout", self.limits.body_timeout),
+            ("limits.message_timeout", self.limits.message_timeout),
             ("limits.silence_timeout", self.limits.silence_timeout),
             ("limits.write_timeout", self.limits.write_timeout),
             ("relay.heartbeat_interval", self.relay.heartbeat_interval),
@@ -298,6 +411,9 @@ impl Config {
             ("relay.connect_timeout", self.relay.connect_timeout),
             ("relay.canary_interval", self.relay.canary_interval),
             ("relay.canary_timeout", self.relay.canary_timeout),
+            ("policies.timeout", self.policies.timeout),
+            ("jwks.timeout", self.jwks.timeout),
+            ("jwks.refresh_interval", self.jwks.refresh_interval),
         ] {
             if value.is_zero() {
                 mistakes.push(format!("{name}: must be longer than 0s"));
@@ -351,12 +467,13 @@ fn hide_password(url: &str) -> String {
 }
 
 /// The settings whose values are never shown whole.
-const SECRETS: [&str; 7] = [
+const SECRETS: [&str; 8] = [
     "admin_token",
     "database_url",
     "notify_database_url",
     "migrate_database_url",
     "jwt_secret",
+    "jwt_secret_previous",
     "publishable_key",
     "secret_key",
 ];
@@ -444,7 +561,13 @@ fn read_as(default: &Value, text: &str) -> Option<Value> {
         Value::String(..) => Some(text.into()),
         Value::Bool(..) => text.parse::<bool>().ok().map(Value::from),
         Value::Num(..) => text.parse::<u64>().ok().map(Value::from),
-        Value::Char(..) | Value::Empty(..) | Value::Dict(..) | Value::Array(..) => None,
+        // Rules are a list of another kind, and not for a variable.
+        Value::Array(_, rules) if !rules.is_empty() => None,
+        Value::Array(..) => {
+            let parts = text.split(',').map(str::trim).filter(|part| !part.is_empty());
+            Some(parts.map(Value::from).collect::<Vec<_>>().into())
+        }
+        Value::Char(..) | Value::Empty(..) | Value::Dict(..) => None,
     }
 }
 
