@@ -13,7 +13,7 @@ use serde_json::json;
 use tokio::net::TcpStream;
 
 use crate::{
-    auth::jwt::Secret,
+    auth::secret::Secret,
     http::{Answer, Ask, content, empty, object, text},
     relay::ingest::unix_seconds,
     server::Services,

@@ -12,7 +12,7 @@ use figment::{
 };
 use serde::{Deserialize, Deserializer, de};
 
-use crate::{auth::jwt::Secret, db, protocol::payload::OPAQUE_KEY_PREFIX, topic_rules::Rule};
+use crate::{auth::secret::Secret, db, protocol::payload::OPAQUE_KEY_PREFIX, topic_rules::Rule};
 
 const DEFAULTS: &str = include_str!("defaults.toml");
 

@@ -12,7 +12,7 @@ use tokio::time::timeout;
 use uuid::Uuid;
 
 use crate::{
-    auth::jwt::Secret,
+    auth::secret::Secret,
     lost_sockets::{ClientKey, Record},
 };
 

@@ -19,7 +19,10 @@ use tokio::time::{sleep, timeout};
 use uuid::Uuid;
 
 use crate::{
-    auth::jwt::{Secret, SignError, sign_role},
+    auth::{
+        secret::Secret,
+        sign::{SignError, sign_role},
+    },
     config::Config,
     db::{self, MigrateError},
     server::{Server, StartError, raise_file_limit},

@@ -13,7 +13,7 @@ use std::{
 use clap::{Parser, Subcommand};
 use tidegate::{
     admin::command::{self, CommandError},
-    auth::jwt::sign_role,
+    auth::sign::sign_role,
     bench,
     config::Config,
     db, demo,

@@ -18,7 +18,7 @@ use uuid::Uuid;
 
 use crate::{
     admin,
-    auth::jwt::Verifier,
+    auth::verifier::Verifier,
     config::Config,
     db,
     healing::{self, Healing},

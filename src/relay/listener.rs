@@ -25,7 +25,7 @@ use super::{
     ingest::{self, Notification, STATS_CHANNEL},
 };
 use crate::{
-    auth::jwt::Secret,
+    auth::secret::Secret,
     db,
     merge::{self, Cause},
     server::Services,

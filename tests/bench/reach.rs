@@ -11,7 +11,7 @@ use std::process::Stdio;
 
 use serde_json::Value;
 use tidegate::{
-    auth::jwt::{Secret, sign, unix_now},
+    auth::{jwt::unix_now, secret::Secret, sign::sign},
     demo::cluster::Cluster,
 };
 use tokio::{

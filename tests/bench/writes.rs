@@ -10,7 +10,7 @@ use std::{
 };
 
 use sqlx::{Connection as _, PgConnection, postgres::PgListener};
-use tidegate::{auth::jwt::Secret, db, demo::cluster::Cluster};
+use tidegate::{auth::secret::Secret, db, demo::cluster::Cluster};
 use tokio::time::timeout;
 
 const TABLES: &str =

@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 use tidegate::{
-    auth::jwt::{Secret, TokenError},
+    auth::{jwt::TokenError, secret::Secret},
     connection::CloseReason,
     merge::{BadEndpoint, Cause, Method, Why},
     metrics::RefusedUpgrade,

@@ -13,7 +13,7 @@ use std::{
 use futures_util::{SinkExt, StreamExt};
 use serde_json::{Value, json};
 use tidegate::{
-    auth::jwt::Secret,
+    auth::secret::Secret,
     config::Config,
     lost_sockets::ClientKey,
     protocol::serializer::Serializer::{V1, V2},

@@ -14,7 +14,7 @@ use nix::{
 };
 use serde_json::{Value, json};
 use tidegate::{
-    auth::jwt::{Secret, Verifier, unix_now},
+    auth::{jwt::unix_now, secret::Secret, verifier::Verifier},
     protocol::serializer::Serializer::{V1, V2},
 };
 use tokio::{

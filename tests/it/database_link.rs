@@ -7,7 +7,7 @@ use std::{
 
 use serde_json::{Value, json};
 use tidegate::{
-    auth::jwt::Secret,
+    auth::secret::Secret,
     config::Config,
     db,
     demo::cluster::Cluster,

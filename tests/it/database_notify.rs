@@ -10,7 +10,7 @@ use serde::Deserialize;
 use serde_json::{Value, json, value::RawValue};
 use sqlx::{Connection, Executor};
 use tidegate::{
-    auth::jwt::Secret,
+    auth::secret::Secret,
     config::Config,
     protocol::{
         message::DEPTH_MAX,

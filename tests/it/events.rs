@@ -8,7 +8,7 @@ use std::{
 
 use serde_json::{Value, json};
 use tidegate::{
-    auth::jwt::Secret,
+    auth::secret::Secret,
     config::Config,
     db,
     protocol::serializer::Serializer::{V1, V2},

@@ -10,7 +10,7 @@ use std::{
 use serde_json::json;
 use sqlx::{AssertSqlSafe, PgConnection, postgres::PgListener};
 use tidegate::{
-    auth::jwt::Secret,
+    auth::secret::Secret,
     config::Config,
     db,
     demo::cluster::Cluster,

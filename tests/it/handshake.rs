@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use serde_json::{Value, json};
-use tidegate::{auth::jwt::Secret, protocol::serializer::Serializer};
+use tidegate::{auth::secret::Secret, protocol::serializer::Serializer};
 use tokio::{io::AsyncWriteExt, net::TcpStream, task::JoinSet};
 
 use crate::support::{

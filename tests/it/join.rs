@@ -10,7 +10,7 @@ use std::{
 
 use serde_json::{Value, json};
 use tidegate::{
-    auth::jwt::{Secret, unix_now},
+    auth::{jwt::unix_now, secret::Secret},
     hub::TopicKey,
     outbox::Outbox,
     protocol::{

@@ -5,7 +5,7 @@ use std::{collections::VecDeque, net::IpAddr, sync::Arc, time::Duration};
 
 use serde_json::{Value, json};
 use tidegate::{
-    auth::jwt::{Secret, unix_now},
+    auth::{jwt::unix_now, secret::Secret},
     config::Config,
     db,
     lost_sockets::ClientKey,

@@ -4,7 +4,7 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use serde_json::{Value, json};
 use tidegate::{
-    auth::jwt::Secret,
+    auth::secret::Secret,
     config::Config,
     server::{Server, Services},
     topic_rules::Rule,

@@ -1,7 +1,7 @@
 //! Tokens of every kind that tests need.
 
 use serde_json::{Value, json};
-use tidegate::auth::jwt::{Secret, sign, unix_now};
+use tidegate::auth::{jwt::unix_now, secret::Secret, sign::sign};
 
 /// The project's secret in all tests.
 pub(crate) const SECRET: &str = "the-secret-of-the-tests-is-long-enough";
