@@ -386,6 +386,29 @@ impl Config {
                 mistakes.push(format!("{name}: expected postgres://USER:PASSWORD@HOST/DATABASE"));
             }
         }
+        mistakes.extend(self.zeros());
+        for (name, key) in
+            [("publishable_key", &self.publishable_key), ("secret_key", &self.secret_key)]
+        {
+            if !key.is_empty() && !key.expose().starts_with(OPAQUE_KEY_PREFIX) {
+                mistakes.push(format!("{name}: expected a key that begins with sb_"));
+            }
+        }
+        for (number, rule) in self.topic.iter().enumerate() {
+            let before = &self.topic[..number];
+            if rule.listen.is_some() && before.iter().any(|it| it.listen == rule.listen) {
+                mistakes.push(format!("topic \"{}\": another rule listens to the same", rule.name));
+            }
+            mistakes.extend(
+                rule.mistakes().into_iter().map(|text| format!("topic \"{}\": {text}", rule.name)),
+            );
+        }
+        mistakes
+    }
+
+    /// What must not be nothing, and is.
+    fn zeros(&self) -> Vec<String> {
+        let mut mistakes = Vec::new();
         for (name, value) in [
             ("limits.connections_max", self.limits.connections_max),
             ("limits.connections_per_address_max", self.limits.connections_per_address_max),
@@ -418,22 +441,6 @@ impl Config {
             if value.is_zero() {
                 mistakes.push(format!("{name}: must be longer than 0s"));
             }
-        }
-        for (name, key) in
-            [("publishable_key", &self.publishable_key), ("secret_key", &self.secret_key)]
-        {
-            if !key.is_empty() && !key.expose().starts_with(OPAQUE_KEY_PREFIX) {
-                mistakes.push(format!("{name}: expected a key that begins with sb_"));
-            }
-        }
-        for (number, rule) in self.topic.iter().enumerate() {
-            let before = &self.topic[..number];
-            if rule.listen.is_some() && before.iter().any(|it| it.listen == rule.listen) {
-                mistakes.push(format!("topic \"{}\": another rule listens to the same", rule.name));
-            }
-            mistakes.extend(
-                rule.mistakes().into_iter().map(|text| format!("topic \"{}\": {text}", rule.name)),
-            );
         }
         mistakes
     }
