@@ -14,8 +14,10 @@ use tokio::net::TcpStream;
 
 use crate::{
     auth::secret::Secret,
+    config::ConfigError,
     http::{Answer, Ask, content, empty, object, text},
     relay::ingest::unix_seconds,
+    reload::ReloadError,
     server::Services,
 };
 
@@ -70,6 +72,17 @@ fn route_whole(services: &Services, ask: &Ask) -> Answer {
         }
         (&Method::GET | &Method::HEAD, "/healthz") => text(StatusCode::OK, "ok"),
         (&Method::GET, "/readyz") => readiness(services, ask.uri().query() == Some("strict=1")),
+        (&Method::POST, "/reload") => match services.reload() {
+            Ok(()) => object(StatusCode::OK, &json!({ "reloaded": ["rules", "keys"] })),
+            Err(error) => {
+                let mistakes = match &error {
+                    ReloadError::Config(ConfigError(mistakes)) => mistakes.clone(),
+                    ReloadError::NoSource => Vec::new(),
+                };
+                let body = json!({ "message": error.to_string(), "mistakes": mistakes });
+                object(StatusCode::UNPROCESSABLE_ENTITY, &body)
+            }
+        },
         (&Method::POST, "/drain") => {
             services.draining.cancel();
             empty(StatusCode::ACCEPTED)

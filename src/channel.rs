@@ -13,6 +13,7 @@ use tokio_tungstenite::tungstenite::Message as Frame;
 
 use crate::{
     auth::jwt::{Token, TokenError, unix_now},
+    authorization::{Action, Asked, Decision, Verdict},
     hub::{Subscription, TopicKey},
     merge::{self, CatchUp, Cause, Event, Known, Why},
     metrics::{Counted, Dropped},
@@ -25,7 +26,7 @@ use crate::{
     },
     relay::listens::{Listening, Source},
     server::Services,
-    topic_rules::{Captures, Denied, Found, Rule},
+    topic_rules::{Captures, Rule},
 };
 
 /// The extension's answer until it is offered.
@@ -41,6 +42,8 @@ pub(crate) struct Channel {
     /// The rule that decides, unless the topic is an ordinary one.
     rule: Option<(Arc<Rule>, Captures)>,
     token: Arc<Token>,
+    /// By the last decision.
+    may_read: bool,
     /// Of a rule that merges.
     event: Option<Arc<Event>>,
     /// None while the claims do not allow reading.
@@ -92,34 +95,26 @@ impl Channel {
         };
         let presence_default = services.config.protocol.presence_default;
         let mut config = JoinConfig::parse(&payload, sub_topic, presence_default)?;
-        let found = services.rules.find(sub_topic);
-        let rule = match found {
-            Found::Rule(rule, captures) => Some((rule, captures)),
-            // Private channels are opened by the database's policies, which are not asked yet.
-            Found::Other if config.privacy == Privacy::Public => None,
-            Found::Other | Found::Refused => return Err(Refusal::unauthorized(sub_topic)),
-        };
-        let token = match config.token.take() {
-            None => Ok(Arc::clone(context.apikey)),
-            Some(text) if context.apikey.is(&text) => Ok(Arc::clone(context.apikey)),
-            Some(text) => {
+        let verified = match config.token.take() {
+            Some(text) if !context.apikey.is(&text) => {
                 let verified = services.verifier.verify(&text, unix_now());
                 services.metrics.count_token(&verified);
                 verified
             }
+            Some(_) | None => services.verifier.recheck(context.apikey, unix_now()),
         };
-        let token = match token {
-            Ok(token) => token.check_expiry(unix_now()).map(|()| token),
-            Err(error) => Err(error),
+        let (decision, token) = authorize(context, sub_topic, config.privacy, verified);
+        let token = match (decision.verdict, token) {
+            (Verdict::Allowed | Verdict::Withheld, Some(token)) => token,
+            // Private channels are opened by the database's policies, which are not asked yet.
+            (Verdict::Policies, _) => return Err(Refusal::unauthorized(sub_topic)),
+            (Verdict::Refused, _) | (_, None) => return Err(decision.refusal(sub_topic)),
         };
-        let token = or_apikey(token, rule.is_some(), context).map_err(|error| error.refuse())?;
-        if let Some((rule, captures)) = &rule {
+        let may_read = decision.is_allowed();
+        let rule = decision.rule;
+        if rule.is_some() {
             // A rule's topic is what the rule says, however it is joined.
             config.privacy = Privacy::Public;
-            let may_read = rule.may_read(captures, &token.claims);
-            if !may_read && rule.denied == Denied::Refuse {
-                return Err(Refusal::unauthorized(sub_topic));
-            }
         }
         let key = TopicKey { sub_topic: sub_topic.into(), privacy: config.privacy };
         let event = rule.as_ref().and_then(|(rule, captures)| services.events.of(rule, captures));
@@ -131,6 +126,7 @@ impl Channel {
             event,
             rule,
             token,
+            may_read,
             subscription: None,
             listening: None,
             asked_at: Instant::now(),
@@ -147,7 +143,7 @@ impl Channel {
     ) -> Option<impl Future<Output = ()> + Send + use<>> {
         let (rule, captures) = self.rule.as_ref()?;
         let has_database = !context.services.config.notify_url().is_empty();
-        if self.listening.is_some() || !has_database || !self.may_read() {
+        if self.listening.is_some() || !has_database || !self.may_read {
             return None;
         }
         let source = Source {
@@ -174,7 +170,7 @@ impl Channel {
         let metrics = &context.services.metrics;
         let response = self.config.reply();
         self.reply(context, reference, response.as_str());
-        self.decide(context);
+        self.follow(context);
         self.catch_up(context, known);
         let result = if self.subscription.is_some() { "ok" } else { "withheld" };
         metrics.joins.with_label_values(&[result, ""]).inc();
@@ -322,11 +318,14 @@ impl Channel {
         if size > services.config.limits.payload_bytes_max {
             return Err(Dropped::TooLarge);
         }
-        let may_write = self
-            .rule
-            .as_ref()
-            .is_none_or(|(rule, captures)| rule.may_write(captures, &self.token.claims));
-        if may_write { Ok(broadcast) } else { Err(Dropped::WriteDenied) }
+        let decision = services.rules().decide(&Asked {
+            action: Action::Write,
+            sub_topic: &self.key.sub_topic,
+            privacy: self.key.privacy,
+            token: Ok(&self.token.claims),
+            fallback: None,
+        });
+        if decision.is_allowed() { Ok(broadcast) } else { Err(Dropped::WriteDenied) }
     }
 
     /// Says goodbye: `phx_close` carries the join's ref, so that a newer channel of the same
@@ -365,7 +364,7 @@ impl Channel {
     /// Takes the place of `replaced` among the topic's subscribers, so that nothing is missed or
     /// delivered twice between the two.
     pub(crate) fn take_over(&mut self, replaced: &mut Self) {
-        if self.may_read() && replaced.key == self.key {
+        if self.may_read && replaced.key == self.key {
             self.subscription = replaced.subscription.take();
         }
     }
@@ -432,35 +431,64 @@ impl Channel {
         self.replace_token(context, verified)
     }
 
+    /// Looks whether the token still holds and still opens the topic: keys, rules or revocations
+    /// have changed.
+    pub(crate) fn review(&mut self, context: Context<'_>) -> Fate {
+        let verified = context.services.verifier.recheck(&self.token, unix_now());
+        self.replace_token(context, verified)
+    }
+
+    /// Decides anew, by another token or by none.
     fn replace_token(
         &mut self,
         context: Context<'_>,
-        token: Result<Arc<Token>, TokenError>,
+        verified: Result<Arc<Token>, TokenError>,
     ) -> Fate {
-        match or_apikey(token, self.rule.is_some(), context) {
-            Ok(token) => {
-                self.token = token;
-                // What was withheld may begin, what was delivered may end.
-                let was_silent = self.subscription.is_none();
-                drop(self.listen(context));
-                self.decide(context);
-                if was_silent {
-                    self.catch_up(context, Known::Nothing);
-                }
-                Fate::Open
-            }
-            Err(error) => {
-                let refusal = error.refuse();
-                let payload = system_error("system", refusal.text(), &self.key.sub_topic);
-                self.push(context, "system", &payload);
-                Fate::Closed
-            }
+        let sub_topic = self.sub_topic();
+        let (decision, token) = authorize(context, &sub_topic, self.key.privacy, verified);
+        let had_read = self.may_read;
+        if let (Some((rule, _)), Some((new, captures))) = (&self.rule, &decision.rule)
+            && rule.listen == new.listen
+        {
+            self.rule = Some((Arc::clone(new), captures.clone()));
         }
+        let Some(token) = token else {
+            return self.shut(context, &decision);
+        };
+        if decision.verdict == Verdict::Refused && decision.rule.is_none() {
+            return self.shut(context, &decision);
+        }
+        self.token = token;
+        self.may_read = decision.is_allowed();
+        if had_read && decision.verdict == Verdict::Refused {
+            // Told, and not closed: a close is for good, and the next token may be a better one.
+            self.complain(context, &decision);
+        }
+        // What was withheld may begin, what was delivered may end.
+        let was_silent = self.subscription.is_none();
+        drop(self.listen(context));
+        self.follow(context);
+        if was_silent {
+            self.catch_up(context, Known::Nothing);
+        }
+        Fate::Open
     }
 
-    /// Subscribes or unsubscribes, as the claims allow.
-    fn decide(&mut self, context: Context<'_>) {
-        if !self.may_read() {
+    /// Says why, and ends the channel.
+    fn shut(&self, context: Context<'_>, decision: &Decision) -> Fate {
+        self.complain(context, decision);
+        Fate::Closed
+    }
+
+    fn complain(&self, context: Context<'_>, decision: &Decision) {
+        let refusal = decision.refusal(&self.key.sub_topic);
+        let payload = system_error("system", refusal.text(), &self.key.sub_topic);
+        self.push(context, "system", &payload);
+    }
+
+    /// Subscribes or unsubscribes, as was decided.
+    fn follow(&mut self, context: Context<'_>) {
+        if !self.may_read {
             self.subscription = None;
             self.listening = None;
         } else if self.subscription.is_none() {
@@ -468,30 +496,27 @@ impl Channel {
             self.subscription = Some(context.services.hub.subscribe(self.key.clone(), outbox));
         }
     }
-
-    fn may_read(&self) -> bool {
-        self.rule
-            .as_ref()
-            .is_none_or(|(rule, captures)| rule.may_read(captures, &self.token.claims))
-    }
 }
 
-/// On a rule's topic an expired token counts as none, and the rule decides anew: by the
-/// connection's token or, if that has expired as well, as for `anon`. An error or a close would
-/// end production clients for good, and what viewers who are signed out may read, those whose
-/// session has just ended may, too.
-fn or_apikey(
-    token: Result<Arc<Token>, TokenError>,
-    has_rule: bool,
+/// Decides about reading, and gives the token that it was decided by: where that of the client has
+/// ended and the topic has a rule, the connection's or, if that has ended as well, none at all.
+fn authorize(
     context: Context<'_>,
-) -> Result<Arc<Token>, TokenError> {
-    match token {
-        Err(TokenError::Expired { .. }) if has_rule => {
-            let holds = context.apikey.check_expiry(unix_now()).is_ok();
-            let fallback =
-                if holds { context.apikey } else { context.services.verifier.anonymous() };
-            Ok(Arc::clone(fallback))
-        }
-        token => token,
-    }
+    sub_topic: &str,
+    privacy: Privacy,
+    verified: Result<Arc<Token>, TokenError>,
+) -> (Decision, Option<Arc<Token>>) {
+    let verifier = &context.services.verifier;
+    let fallback = verifier
+        .recheck(context.apikey, unix_now())
+        .unwrap_or_else(|_has_ended| Arc::clone(verifier.anonymous()));
+    let decision = context.services.rules().decide(&Asked {
+        action: Action::Read,
+        sub_topic,
+        privacy,
+        token: verified.as_ref().map(|token| &token.claims),
+        fallback: Some(&fallback.claims),
+    });
+    let token = if decision.fell_back { Some(fallback) } else { verified.ok() };
+    (decision, token)
 }

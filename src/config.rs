@@ -261,7 +261,7 @@ pub struct Drain {
 }
 
 /// Topics that no rule matches.
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Topics {
     /// Whether they are served as ordinary topics.

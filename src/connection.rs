@@ -221,6 +221,10 @@ impl Connection {
                 () = &mut tick => Event::Tick,
             };
             let step = match event {
+                Event::Drained(Ok(())) if batch.is_empty() => {
+                    self.socket.review();
+                    Ok(())
+                }
                 Event::Drained(Ok(())) => {
                     if let Err(reason) = self.write(&mut batch).await {
                         return reason;

@@ -24,9 +24,10 @@ use tokio::{
 
 use crate::{
     auth::jwt::Token,
+    authorization::{Action, Asked},
     lost_sockets::{ClientKey, REMEMBERED},
     outbox::Outbox,
-    protocol::{message::TOPIC_PREFIX, serializer::Push},
+    protocol::{message::TOPIC_PREFIX, payload::Privacy, serializer::Push},
     server::Services,
     topic_rules::{EID, Found},
 };
@@ -234,9 +235,10 @@ impl Healing {
         if named.len() < RECENT_MAX {
             named.insert(eid.into(), now);
         }
-        let is_named = |topic: &&Arc<str>| match services.rules.find(topic) {
+        let rules = services.rules();
+        let is_named = |topic: &&Arc<str>| match rules.find(topic) {
             Found::Rule(_, captures) => captures.get(EID).is_some_and(|it| **it == *eid),
-            Found::Other | Found::Refused => false,
+            Found::Other | Found::Lookalike => false,
         };
         let joined: Vec<_> = recent.keys().filter(is_named).cloned().collect();
         let mut round = Vec::new();
@@ -268,12 +270,14 @@ impl Suspect {
         if self.joined.contains(sub_topic) {
             return false;
         }
-        match services.rules.find(sub_topic) {
-            Found::Rule(rule, captures) => {
-                rule.listen.is_some() && rule.may_read(&captures, &self.token.claims)
-            }
-            Found::Other | Found::Refused => false,
-        }
+        let decision = services.rules().decide(&Asked {
+            action: Action::Read,
+            sub_topic,
+            privacy: Privacy::Public,
+            token: Ok(&self.token.claims),
+            fallback: None,
+        });
+        decision.is_allowed() && decision.rule.is_some_and(|(rule, _)| rule.listen.is_some())
     }
 
     fn tell(&mut self, topics: Vec<Arc<str>>, now: Instant) -> Option<Heal> {
@@ -351,7 +355,7 @@ fn send(services: &Services, Heal { outbox, topics }: Heal) {
     }
     services.metrics.heals_sent.inc_by(topics.len() as u64);
     for topic in &topics {
-        if let Found::Rule(rule, captures) = services.rules.find(topic)
+        if let Found::Rule(rule, captures) = services.rules().find(topic)
             && let Some(event) = services.events.of(&rule, &captures)
         {
             event.healed();

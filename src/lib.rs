@@ -19,7 +19,7 @@
 //! | [`outbox`] | the frames waiting for one client |
 //! | [`hub`] | who is joined to which topic; fan-out |
 //! | [`merge`] | per event: send now, or unite and send later; what has changed of late |
-//! | [`topic_rules`] | a topic → its rule → who may read and write |
+//! | [`topic_rules`], [`authorization`] | a topic → its rule and grants; the one function that decides |
 //! | [`auth`] | token → claims or why not |
 //! | `channel` | one joined channel: what each event does |
 //! | [`socket`] | channels by topic: the routing table of events |
@@ -28,9 +28,9 @@
 //! | [`relay`] | NOTIFY → broadcast; gaps and what they have hidden |
 //! | [`db`] | every SQL statement |
 //! | [`http`], `rest`, [`admin`] | public and admin routes, REST broadcasts |
-//! | [`server`] | listen, accept, cap, drain |
+//! | [`server`], [`reload`] | listen, accept, cap, drain; rules and keys read again |
 //! | [`metrics`], [`config`] | what is measured, what can be set |
-//! | [`mod@demo`], [`mod@bench`] | the other commands |
+//! | [`mod@demo`], [`mod@bench`], [`explain`] | the other commands |
 //!
 //! Invariants everything serves: every byte to a client goes through its outbox, so order is the
 //! order of pushes; everything has a bound; a broadcast is encoded once per serializer and its user
@@ -39,12 +39,14 @@
 
 pub mod admin;
 pub mod auth;
+pub mod authorization;
 pub mod bench;
 mod channel;
 pub mod config;
 pub mod connection;
 pub mod db;
 pub mod demo;
+pub mod explain;
 mod healing;
 pub mod http;
 pub mod hub;
@@ -54,6 +56,7 @@ pub mod metrics;
 pub mod outbox;
 pub mod protocol;
 pub mod relay;
+pub mod reload;
 mod rest;
 pub mod server;
 pub mod socket;

@@ -7,6 +7,7 @@ use std::{
     io::{self, IsTerminal},
     path::PathBuf,
     process::ExitCode,
+    sync::Arc,
     time::Duration,
 };
 
@@ -15,8 +16,10 @@ use tidegate::{
     admin::command::{self, CommandError},
     auth::sign::sign_role,
     bench,
-    config::Config,
+    config::{Config, Effective},
     db, demo,
+    explain::explain,
+    protocol::payload::Privacy,
     server::{Server, raise_file_limit},
 };
 use tokio::{
@@ -62,6 +65,18 @@ enum Command {
         /// Only says whether they are right
         #[arg(long)]
         check: bool,
+        /// Says instead what a token may do with a topic, and which rule and grant decide
+        #[arg(long, requires = "topic", conflicts_with = "check")]
+        explain: bool,
+        /// The topic to explain, without `realtime:`
+        #[arg(long, requires = "explain")]
+        topic: Option<String>,
+        /// The token to explain; `-` reads it from standard input, where no process list shows it
+        #[arg(long, requires = "explain")]
+        token: Option<String>,
+        /// As a private channel
+        #[arg(long, requires = "explain")]
+        private: bool,
     },
     /// Has the viewers of an event fetch an endpoint again, or everything of the event
     Invalidate {
@@ -147,20 +162,7 @@ async fn run(cli: Cli) -> Result<(), Failure> {
             start_logs("warn,sqlx::postgres::notice=error,tidegate=info")?;
             return Ok(demo::run(args, terminated()?).await?);
         }
-        Command::Serve => {
-            let (config, _) = settings()?;
-            start_logs(&config.log)?;
-            let files = raise_file_limit()?;
-            if files < config.limits.connections_max as u64 {
-                tracing::warn!(files, "the system allows fewer open files than connections_max");
-            }
-            let server = Server::bind(config)?;
-            let (public, admin) = server.addresses()?;
-            // Before the line, which says that a signal may come.
-            let terminated = terminated()?;
-            println!("listening public={public} admin={admin}");
-            server.run(terminated).await;
-        }
+        Command::Serve => serve().await?,
         Command::Migrate { uninstall } => {
             let (config, _) = settings()?;
             start_logs(&config.log)?;
@@ -185,7 +187,16 @@ async fn run(cli: Cli) -> Result<(), Failure> {
             let (config, _) = settings()?;
             println!("{}", command::mute(&config, &eid, length).await.map_err(unasked)?);
         }
-        Command::Config { check } => {
+        Command::Config { topic: Some(topic), token, private, .. } => {
+            let (config, _) = settings()?;
+            let token = match token.as_deref() {
+                Some("-") => Some(io::read_to_string(io::stdin())?.trim().to_owned()),
+                Some(_) | None => token,
+            };
+            let privacy = if private { Privacy::Private } else { Privacy::Public };
+            print!("{}", explain(&config, &topic, token.as_deref(), privacy));
+        }
+        Command::Config { check, .. } => {
             let (_, effective) = settings()?;
             if !check {
                 print!("{}", effective.to_toml()?);
@@ -195,17 +206,50 @@ async fn run(cli: Cli) -> Result<(), Failure> {
     Ok(())
 }
 
-/// The settings of the file that `TIDEGATE_CONFIG` names and of the environment.
+/// Serves until it is told to end; a hangup has it read its rules and keys again.
+async fn serve() -> Result<(), Failure> {
+    let (file, variables) = sources();
+    let read_file = file.clone();
+    let read = move || {
+        let loaded = Config::load(read_file.as_deref(), variables.clone());
+        loaded.map(|(config, _)| config)
+    };
+    let config = read().map_err(usage)?;
+    start_logs(&config.log)?;
+    let files = raise_file_limit()?;
+    if files < config.limits.connections_max as u64 {
+        tracing::warn!(files, "the system allows fewer open files than connections_max");
+    }
+    let server = Server::bind(config)?.with_reload(Box::new(read), file);
+    let (public, admin) = server.addresses()?;
+    // Before the line, which says that a signal may come.
+    let (terminated, mut hangups) = (terminated()?, signal(SignalKind::hangup())?);
+    let services = Arc::clone(server.services());
+    let reload = async {
+        while hangups.recv().await.is_some() {
+            // It has logged what is wrong; the old settings hold.
+            let _ = services.reload();
+        }
+    };
+    println!("listening public={public} admin={admin}");
+    tokio::select! {
+        () = server.run(terminated) => {}
+        () = reload => {}
+    }
+    Ok(())
+}
+
+/// The settings' sources: the file that `TIDEGATE_CONFIG` names, and the environment.
 #[expect(clippy::disallowed_methods, reason = "this is the one reader of the environment")]
-fn settings() -> Result<(Config, tidegate::config::Effective), Failure> {
-    let file = std::env::var_os("TIDEGATE_CONFIG").map(PathBuf::from);
-    Config::load(
-        file.as_deref(),
-        std::env::vars_os()
-            .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
-            .collect(),
-    )
-    .map_err(usage)
+fn sources() -> (Option<PathBuf>, Vec<(String, String)>) {
+    let variables = std::env::vars_os()
+        .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)));
+    (std::env::var_os("TIDEGATE_CONFIG").map(PathBuf::from), variables.collect())
+}
+
+fn settings() -> Result<(Config, Effective), Failure> {
+    let (file, variables) = sources();
+    Config::load(file.as_deref(), variables).map_err(usage)
 }
 
 fn start_logs(filter: &str) -> Result<(), Failure> {

@@ -19,6 +19,7 @@ use crate::{
     merge::{BadEndpoint, Cause, Method, Why},
     protocol::{error_code::ErrorCode, message::Malformed},
     relay::{LinkError, Outcome},
+    reload::ReloadError,
 };
 
 /// From a quarter of a millisecond to ten seconds, about two buckets per factor of three.
@@ -131,6 +132,8 @@ pub struct Metrics {
     pub connections_closed: IntCounterVec,
     /// `accept` failed: no file descriptor, no memory.
     pub accept_errors: IntCounter,
+    /// Settings read again, by result.
+    pub reloads: IntCounterVec,
     /// Joined channels.
     pub channels: IntGauge,
     /// Topics with a subscriber, at the time of the scrape.
@@ -233,6 +236,11 @@ impl Metrics {
                 &["reason", "code"],
             ),
             accept_errors: new.counter("accept_errors_total", "Failed accepts; each backs off."),
+            reloads: new.counters(
+                "reloads_total",
+                "Readings of rules and keys while running, by result.",
+                &["result"],
+            ),
             channels: new.gauge("channels", "Joined channels."),
             topics: new.gauge("topics", "Topics with at least one subscriber."),
             joins: new.counters(
@@ -375,6 +383,9 @@ impl Metrics {
         }
         for code in ErrorCode::ALL {
             self.joins.with_label_values(&["error", code.as_str()]);
+        }
+        for result in ReloadError::KINDS.into_iter().chain(["ok"]) {
+            self.reloads.with_label_values(&[result]);
         }
         for reason in Malformed::ALL {
             self.malformed.with_label_values(&[reason.kind()]);

@@ -30,6 +30,8 @@ struct State {
     frames: Vec<Frame>,
     bytes: usize,
     ended: Option<Ended>,
+    /// The connection is to look at what it has decided.
+    nudged: bool,
     waker: Option<Waker>,
 }
 
@@ -117,7 +119,20 @@ impl Outbox {
         }
     }
 
-    /// Waits for frames, then swaps all of them into `batch`, which must be empty.
+    /// Has the connection look at what it has decided, once it has written what is queued.
+    pub fn nudge(&self) {
+        let waker = {
+            let mut state = self.state.lock();
+            state.nudged = true;
+            state.waker.take()
+        };
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+    }
+
+    /// Waits for frames, then swaps all of them into `batch`, which must be empty. It stays empty
+    /// after a [`Self::nudge`].
     ///
     /// # Errors
     /// [`Ended`] once the outbox has ended.
@@ -134,6 +149,9 @@ impl Outbox {
                 return Poll::Ready(Err(ended));
             }
             if state.frames.is_empty() {
+                if mem::take(&mut state.nudged) {
+                    return Poll::Ready(Ok(()));
+                }
                 if !state.waker.as_ref().is_some_and(|waker| waker.will_wake(cx.waker())) {
                     state.waker = Some(cx.waker().clone());
                 }

@@ -19,6 +19,7 @@ use tokio::time::{Instant, timeout};
 
 use crate::{
     auth::jwt::{Token, TokenError, unix_now},
+    authorization::{Action, Asked},
     http::{Answer, Ask, empty, header_text, object, query_value},
     hub::{FannedOut, TopicKey},
     merge,
@@ -29,7 +30,6 @@ use crate::{
         serializer::Broadcast,
     },
     server::Services,
-    topic_rules::Found,
 };
 
 /// Largest body of a REST broadcast.
@@ -141,18 +141,22 @@ async fn publish(
     privacy: Privacy,
     broadcast: Broadcast,
 ) -> Result<(), Denied> {
-    let (topics, event) = match services.rules.find(sub_topic) {
-        Found::Rule(rule, captures) if rule.may_write(&captures, &token.claims) => {
+    let decision = services.rules().decide(&Asked {
+        action: Action::Write,
+        sub_topic,
+        privacy,
+        token: Ok(&token.claims),
+        fallback: None,
+    });
+    if !decision.is_allowed() {
+        services.metrics.count_dropped(Dropped::WriteDenied);
+        return Err(Denied);
+    }
+    let (topics, event) = match decision.rule {
+        Some((rule, captures)) => {
             (rule.topics(sub_topic, &captures), services.events.of(&rule, &captures))
         }
-        Found::Other if privacy == Privacy::Public => {
-            (vec![TopicKey { sub_topic: sub_topic.into(), privacy }], None)
-        }
-        // Private topics are the database's to decide, which is not asked yet.
-        Found::Rule(..) | Found::Other | Found::Refused => {
-            services.metrics.count_dropped(Dropped::WriteDenied);
-            return Err(Denied);
-        }
+        None => (vec![TopicKey { sub_topic: sub_topic.into(), privacy }], None),
     };
     let (started, mut broadcasts) = (Instant::now(), vec![broadcast]);
     if let Some(event) = &event {

@@ -3,9 +3,9 @@
 //! Invariants: a task of this server runs on one of its trackers; sockets are closed by ending
 //! their outboxes, so that nothing on the hot path looks at a shared token.
 
-use std::{error::Error, io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{error::Error, io, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
-use parking_lot::Mutex;
+use parking_lot::{Mutex, RwLock};
 use slab::Slab;
 use sqlx::PgPool;
 use tokio::{
@@ -29,6 +29,7 @@ use crate::{
     metrics::{Metrics, RefusedUpgrade},
     outbox::{Ended, Outbox},
     relay::{listener, listens::Listens, upkeep},
+    reload::{self, Reload},
     topic_rules::TopicRules,
 };
 
@@ -61,8 +62,8 @@ pub struct Services {
     pub metrics: Metrics,
     /// Who is joined to what.
     pub hub: Arc<Hub>,
-    /// Who may.
-    pub rules: TopicRules,
+    /// Who may; exchanged as a whole when the settings are read again.
+    rules: RwLock<Arc<TopicRules>>,
     /// Who somebody is.
     pub verifier: Verifier,
     /// What is wanted from the database.
@@ -73,6 +74,8 @@ pub struct Services {
     pub(crate) lost_sockets: LostSockets,
     /// Who may be deaf.
     pub(crate) healing: Healing,
+    /// What reads the settings again.
+    pub(crate) reload: Reload,
     /// Connections for what the listening session is not for, if there is a database.
     pub(crate) pool: Option<PgPool>,
     /// Names this process among the gateways of its database.
@@ -95,11 +98,12 @@ impl Services {
     /// Everything that the settings ask for, not running yet.
     #[must_use]
     pub fn new(config: Config) -> Arc<Self> {
-        let rules = TopicRules::new(config.topic.clone(), config.topics.allow_other);
+        let rules = TopicRules::new(config.topic.clone(), config.topics);
         Arc::new(Self {
             metrics: Metrics::new(),
             hub: Arc::default(),
-            rules,
+            rules: RwLock::new(Arc::new(rules)),
+            reload: Reload::default(),
             verifier: Verifier::new(&config.jwt_secret, config.limits.token_bytes_max)
                 .with_opaque_key(&config.publishable_key, "anon")
                 .with_opaque_key(&config.secret_key, "service_role"),
@@ -118,6 +122,26 @@ impl Services {
             stopped: CancellationToken::new(),
             config,
         })
+    }
+
+    /// Who may what, by the settings as they were read last.
+    #[must_use]
+    pub fn rules(&self) -> Arc<TopicRules> {
+        Arc::clone(&self.rules.read())
+    }
+
+    /// Exchanges the rules; [`Self::review`] brings them to those who have joined.
+    pub(crate) fn replace_rules(&self, rules: TopicRules) {
+        *self.rules.write() = Arc::new(rules);
+    }
+
+    /// Has every socket look at its channels' tokens and topics anew.
+    pub(crate) fn review(&self) {
+        let sockets: Vec<_> =
+            self.sockets.lock().iter().map(|(_, outbox)| Arc::clone(outbox)).collect();
+        for outbox in sockets {
+            outbox.nudge();
+        }
     }
 }
 
@@ -204,6 +228,13 @@ impl Server {
         Self { fallback: Some(fallback), ..self }
     }
 
+    /// Reads the settings with `read` when it is asked to, and when `file` changes.
+    #[must_use]
+    pub fn with_reload(self, read: reload::Read, file: Option<PathBuf>) -> Self {
+        self.services.reload.set(read, file);
+        self
+    }
+
     /// What the server's parts share.
     #[must_use]
     pub fn services(&self) -> &Arc<Services> {
@@ -229,6 +260,7 @@ impl Server {
         }
         services.tracker.spawn(merge::run(Arc::clone(&services)));
         services.tracker.spawn(healing::run(Arc::clone(&services)));
+        services.tracker.spawn(reload::watch(Arc::clone(&services)));
         let accept_public = accept(&public, &services, PENDING_MAX, |services, stream, peer| {
             http::serve(services, stream, peer, fallback.clone())
         });

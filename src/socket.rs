@@ -240,6 +240,23 @@ impl Socket {
         self.expires_at = self.joined().map(Channel::expires_at).min().unwrap_or(i64::MAX);
     }
 
+    /// Looks at each channel's token and topic anew: keys, rules or revocations have changed.
+    pub fn review(&mut self) {
+        let Self { services, outbox, apikey, channels, .. } = self;
+        let context = Context { services, outbox, apikey };
+        let mut closed: Vec<Box<str>> = Vec::new();
+        for (topic, slot) in channels {
+            let Slot::Joined(channel) = slot else { continue };
+            if channel.review(context) == Fate::Closed {
+                closed.push(topic.clone());
+            }
+        }
+        for topic in closed {
+            self.settle(&topic, Fate::Closed);
+        }
+        self.expires_at = self.joined().map(Channel::expires_at).min().unwrap_or(i64::MAX);
+    }
+
     /// Since when a socket that has had channels has none.
     #[must_use]
     pub fn empty_since(&self) -> Option<Instant> {
@@ -305,7 +322,7 @@ impl Socket {
         let sub_topic = topic.strip_prefix(TOPIC_PREFIX).unwrap_or(topic);
         if let Some(held) = self.held.get_mut(sub_topic) {
             *held = hold;
-        } else if self.services.rules.is_listened(sub_topic) {
+        } else if self.services.rules().is_listened(sub_topic) {
             if self.held.len() >= HELD_MAX {
                 // What is held must be remembered; all else saves a complete list at best.
                 let channels = &self.channels;

@@ -1,15 +1,19 @@
-//! A topic → its rule and captures → who may read and write it.
+//! A topic → its rule and captures, and the grants that say who may read and write it.
 //!
 //! Rules are data: the first one with a pattern that matches a topic decides. A topic that begins
 //! like a pattern and fails its captures is refused; one that begins like none is an ordinary
-//! topic. Nothing here does I/O, and one pure function decides: [`TopicRules::find`] with
-//! [`Rule::may_read`] and [`Rule::may_write`].
+//! topic. Nothing here does I/O, and nothing here decides: [`TopicRules::decide`] does.
 
 use std::{collections::BTreeMap, fmt, sync::Arc, time::Duration};
 
 use serde::Deserialize;
 
-use crate::{auth::jwt::Claims, config, hub::TopicKey, protocol::payload::Privacy};
+use crate::{
+    auth::jwt::Claims,
+    config::{self, Topics},
+    hub::TopicKey,
+    protocol::payload::Privacy,
+};
 
 /// Longest NOTIFY channel: Postgres cuts identifiers there, silently.
 pub const NOTIFY_CHANNEL_BYTES_MAX: usize = 63;
@@ -21,7 +25,7 @@ pub const EID: &str = "eid";
 #[derive(Debug, Clone, Default)]
 pub struct TopicRules {
     rules: Vec<Arc<Rule>>,
-    allow_other: bool,
+    topics: Topics,
 }
 
 /// One rule as it stands in the settings.
@@ -119,6 +123,26 @@ pub struct Grant {
     pub equals: Option<Box<str>>,
 }
 
+/// As it stands in the settings: `{ role = ["anon"] }`.
+impl fmt::Display for Grant {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut conditions = Vec::new();
+        if let Some(roles) = &self.role {
+            conditions.push(format!("role = {roles:?}"));
+        }
+        if let Some(claim) = &self.claim {
+            conditions.push(format!("claim = {claim:?}"));
+        }
+        if let Some(values) = &self.any_of {
+            conditions.push(format!("any_of = {values:?}"));
+        }
+        if let Some(value) = &self.equals {
+            conditions.push(format!("equals = {value:?}"));
+        }
+        write!(f, "{{ {} }}", conditions.join(", "))
+    }
+}
+
 /// What a pattern's braces caught, by name.
 pub type Captures = BTreeMap<Box<str>, Box<str>>;
 
@@ -127,17 +151,23 @@ pub type Captures = BTreeMap<Box<str>, Box<str>>;
 pub enum Found {
     /// This rule decides.
     Rule(Arc<Rule>, Captures),
-    /// No rule's business: an ordinary topic.
+    /// No rule's business: an ordinary topic, if those are served.
     Other,
-    /// Looks like a rule's topic and is not, or ordinary topics are not allowed.
-    Refused,
+    /// Begins like a rule's pattern and does not match it.
+    Lookalike,
 }
 
 impl TopicRules {
     /// The rules in the order in which they are tried.
     #[must_use]
-    pub fn new(rules: Vec<Rule>, allow_other: bool) -> Self {
-        Self { rules: rules.into_iter().map(Arc::new).collect(), allow_other }
+    pub fn new(rules: Vec<Rule>, topics: Topics) -> Self {
+        Self { rules: rules.into_iter().map(Arc::new).collect(), topics }
+    }
+
+    /// What is served of the topics that no rule matches.
+    #[must_use]
+    pub fn topics(&self) -> &Topics {
+        &self.topics
     }
 
     /// The rules that merge and of which `eid` is an event, with what their patterns capture.
@@ -158,7 +188,7 @@ impl TopicRules {
                 resembles |= sub_topic.starts_with(pattern.literal_prefix());
             }
         }
-        if resembles || !self.allow_other { Found::Refused } else { Found::Other }
+        if resembles { Found::Lookalike } else { Found::Other }
     }
 }
 
@@ -168,7 +198,7 @@ impl TopicRules {
     pub fn is_listened(&self, sub_topic: &str) -> bool {
         match self.find(sub_topic) {
             Found::Rule(rule, _) => rule.listen.is_some(),
-            Found::Other | Found::Refused => false,
+            Found::Other | Found::Lookalike => false,
         }
     }
 }
@@ -182,18 +212,6 @@ impl Rule {
         let captures = Captures::from([(EID.into(), eid.into())]);
         // The pattern knows what it takes: filled in, it must give the same again.
         (pattern.captures(&pattern.fill(&captures))? == captures).then_some(captures)
-    }
-
-    /// Whether a token with these claims may receive the topic's broadcasts.
-    #[must_use]
-    pub fn may_read(&self, captures: &Captures, claims: &Claims) -> bool {
-        self.read.iter().any(|grant| grant.holds(captures, claims))
-    }
-
-    /// Whether a token with these claims may send to the topic.
-    #[must_use]
-    pub fn may_write(&self, captures: &Captures, claims: &Claims) -> bool {
-        self.write.iter().any(|grant| grant.holds(captures, claims))
     }
 
     /// The topics that what is sent to `sub_topic` reaches: of a rule that listens all spellings,
@@ -245,7 +263,9 @@ impl Rule {
 }
 
 impl Grant {
-    fn holds(&self, captures: &Captures, claims: &Claims) -> bool {
+    /// Whether all conditions hold.
+    #[must_use]
+    pub fn holds(&self, captures: &Captures, claims: &Claims) -> bool {
         if let Some(roles) = &self.role
             && !roles.iter().any(|role| **role == *claims.role)
         {
@@ -480,67 +500,13 @@ mod tests {
     use super::*;
     use crate::config::Config;
 
-    const PERSON: &str = "00000000-0000-4000-8000-00000000000a";
-    const OTHER: &str = "00000000-0000-4000-8000-00000000000b";
-
     fn rules() -> TopicRules {
         let config = Config::defaults();
-        TopicRules::new(config.topic, config.topics.allow_other)
+        TopicRules::new(config.topic, config.topics)
     }
 
     fn claims(value: &serde_json::Value) -> Claims {
         Claims::try_from(value.as_object().unwrap().clone()).unwrap()
-    }
-
-    fn read(sub_topic: &str, claims: &Claims) -> Option<bool> {
-        match rules().find(sub_topic) {
-            Found::Rule(rule, captures) => Some(rule.may_read(&captures, claims)),
-            Found::Other => Some(true),
-            Found::Refused => None,
-        }
-    }
-
-    fn write(sub_topic: &str, claims: &Claims) -> bool {
-        match rules().find(sub_topic) {
-            Found::Rule(rule, captures) => rule.may_write(&captures, claims),
-            Found::Other => true,
-            Found::Refused => false,
-        }
-    }
-
-    #[test]
-    fn the_built_in_rules_serve_the_production_topics() {
-        let anon = claims(&json!({ "role": "anon", "exp": 1 }));
-        let service = claims(&json!({ "role": "service_role", "exp": 1 }));
-        let producer = claims(&json!({
-            "role": "authenticated", "exp": 1, "person_id": PERSON,
-            "admin_events": { "AB3028": "producer" },
-        }));
-        let offers = format!("event_offers_{OTHER}_{PERSON}");
-        let notifications = format!("offer_notifications_{OTHER}_{PERSON}");
-        let others = format!("event_offers_{PERSON}_{OTHER}");
-        for (topic, anon_reads, producer_reads, service_writes) in [
-            ("cache_invalidate_AB3028", Some(true), Some(true), true),
-            ("cache_invalidate:AB3028", Some(true), Some(true), true),
-            ("auction_winner_AB3028", Some(true), Some(true), true),
-            ("admin-auction-AB3028", Some(false), Some(true), true),
-            ("admin-voting-AB3029", Some(false), Some(false), true),
-            ("admin-settings", Some(false), Some(false), true),
-            (&offers, Some(false), Some(true), true),
-            (&notifications, Some(false), Some(true), true),
-            (&others, Some(false), Some(false), true),
-            ("sms-+14165550100", Some(false), Some(false), false),
-            ("active-campaigns", Some(false), Some(false), false),
-            ("cache_invalidate_AB 3028", None, None, false),
-            ("cache_invalidate_", None, None, false),
-            ("event_offers_x_y", None, None, false),
-            ("room-1", Some(true), Some(true), true),
-        ] {
-            assert_eq!(read(topic, &anon), anon_reads, "anon reads {topic}");
-            assert_eq!(read(topic, &producer), producer_reads, "producer reads {topic}");
-            assert_eq!(write(topic, &service), service_writes, "service writes {topic}");
-            assert_eq!(write(topic, &anon), topic == "room-1", "anon writes {topic}");
-        }
     }
 
     #[test]
@@ -570,7 +536,7 @@ mod tests {
             "role": "authenticated", "exp": 1, "levels": { "a": { "b": "super" } },
         }));
         let captures = rule.pattern[0].captures("x-a.b").unwrap();
-        assert!(!rule.may_read(&captures, &claims));
+        assert!(!rule.read[0].holds(&captures, &claims));
     }
 
     #[test]

@@ -139,6 +139,19 @@ impl TokenError {
         }
     }
 
+    /// Whether the token was good and is no more.
+    #[must_use]
+    pub fn is_end(&self) -> bool {
+        match self {
+            Self::Expired { .. } => true,
+            Self::Missing
+            | Self::Malformed
+            | Self::Signature
+            | Self::NoSigner { .. }
+            | Self::MissingClaims => false,
+        }
+    }
+
     /// Every label that [`Self::kind`] gives.
     pub const KINDS: [&'static str; 6] =
         ["missing", "malformed", "signature", "no_signer", "missing_claims", "expired"];

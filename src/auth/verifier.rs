@@ -109,6 +109,15 @@ impl Verifier {
         Ok(token)
     }
 
+    /// The token, if it would still be verified.
+    ///
+    /// # Errors
+    /// As [`Self::verify`].
+    pub fn recheck(&self, token: &Arc<Token>, now: i64) -> Result<Arc<Token>, TokenError> {
+        token.check_expiry(now)?;
+        Ok(Arc::clone(token))
+    }
+
     fn remember(&self, token: &Arc<Token>, now: i64) {
         let mut remembered = self.remembered.lock();
         let is_due = remembered.forgotten_at.saturating_add(FORGET_INTERVAL) <= now;

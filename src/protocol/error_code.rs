@@ -29,6 +29,8 @@ pub enum ErrorCode {
     ChannelRateLimitReached,
     /// `realtime:` without a name.
     TopicNameRequired,
+    /// A public join where only private channels are served.
+    PrivateOnly,
     /// The topic's rules, or the lack of one, forbid it.
     Unauthorized,
     /// A field of the join cannot be read and has no safe default.
@@ -43,7 +45,7 @@ pub enum ErrorCode {
 
 impl ErrorCode {
     /// Every code, for the metric's label set and the table of errors.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 14] = [
         Self::MissingApiKey,
         Self::InvalidJwtToken,
         Self::MalformedJwt,
@@ -52,6 +54,7 @@ impl ErrorCode {
         Self::ConnectionRateLimitReached,
         Self::ChannelRateLimitReached,
         Self::TopicNameRequired,
+        Self::PrivateOnly,
         Self::Unauthorized,
         Self::InvalidJoinPayload,
         Self::UnableToReplayMessages,
@@ -71,6 +74,7 @@ impl ErrorCode {
             Self::ConnectionRateLimitReached => "ConnectionRateLimitReached",
             Self::ChannelRateLimitReached => "ChannelRateLimitReached",
             Self::TopicNameRequired => "TopicNameRequired",
+            Self::PrivateOnly => "PrivateOnly",
             Self::Unauthorized => "Unauthorized",
             Self::InvalidJoinPayload => "InvalidJoinPayload",
             Self::UnableToReplayMessages => "UnableToReplayMessages",
@@ -93,6 +97,7 @@ impl ErrorCode {
             Self::ConnectionRateLimitReached => "Too many connected users",
             Self::ChannelRateLimitReached => "Too many channels",
             Self::TopicNameRequired => "You must provide a topic name",
+            Self::PrivateOnly => "This project only allows private channels",
             Self::Unauthorized => {
                 "You do not have permissions to read from this Channel topic: <sub>"
             }
@@ -112,7 +117,7 @@ impl ErrorCode {
             | Self::MalformedJwt
             | Self::JwtSignatureError
             | Self::JwtSignerError => 401,
-            Self::Unauthorized => 403,
+            Self::PrivateOnly | Self::Unauthorized => 403,
             Self::ConnectionRateLimitReached | Self::ChannelRateLimitReached => 429,
             Self::RealtimeRestarting => 503,
             Self::TopicNameRequired

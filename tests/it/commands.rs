@@ -31,6 +31,10 @@ use crate::support::{
     token::{self, SECRET},
 };
 
+/// What the admin rule says of the levels that may read.
+const ADMIN_GRANT: &str =
+    r#"{ claim = "admin_events.{eid}", any_of = ["super", "producer", "photo", "voting"] }"#;
+
 const BINARY: &str = env!("CARGO_BIN_EXE_tidegate");
 
 /// Settings of a server that needs nothing else.
@@ -710,4 +714,67 @@ async fn an_uninstall_that_fails_takes_nothing_away() {
         and to_regclass('tidegate.broadcast_history') is not null";
     assert_eq!(database.value::<i64>(ours).await, 4);
     database.run(&format!("drop role {stranger}")).await;
+}
+
+/// The reviewer's and the supporter's question, answered without a server.
+#[tokio::test]
+async fn config_explains_what_a_token_may_do_and_by_which_rule_and_grant() {
+    let admin = token::with_claims(json!({
+        "role": "authenticated", "admin_events": { "AB3028": "photo" },
+    }));
+    let expired = token::named("expired");
+    let secret = [("TIDEGATE_JWT_SECRET", SECRET)];
+    for (arguments, expected) in [
+        (
+            vec!["--topic", "admin-auction-AB3028", "--token", &admin],
+            format!(
+                "token: verified, role authenticated\n\
+                 topic: admin-auction-AB3028 (rule admin; eid = AB3028)\n\
+                 read: allowed: grant 1 {ADMIN_GRANT}\nwrite: refused: no grant\n"
+            ),
+        ),
+        (
+            vec!["--topic", "realtime:cache_invalidate_AB3028", "--token", &expired],
+            "topic: cache_invalidate_AB3028 (rule cache; eid = AB3028)\n\
+             read: allowed: grant 1 { role = [\"anon\", \"authenticated\", \"service_role\"] } \
+             (asked as anon: the token has ended)\n\
+             write: refused: no grant (asked as anon: the token has ended)\n"
+                .to_owned(),
+        ),
+        (
+            vec!["--topic", "room", "--private", "--token", &admin],
+            "topic: room (no rule)\nread: policies: private\nwrite: policies: private\n".to_owned(),
+        ),
+        (
+            vec!["--topic", "room"],
+            "token: no token\ntopic: room (no rule)\nread: refused: missing\nwrite: refused: missing\n"
+                .to_owned(),
+        ),
+    ] {
+        let arguments = [vec!["config", "--explain"], arguments].concat();
+        let said = run(&arguments, &secret).await;
+        assert_eq!((said.code, &*said.err), (Some(0), ""), "{arguments:?}");
+        assert!(said.out.ends_with(&expected), "{}\nexpected {expected}", said.out);
+        assert!(!said.out.contains(&admin), "a token is printed");
+    }
+    let said = run(&["config", "--explain"], &secret).await;
+    assert_eq!(said.code, Some(64));
+}
+
+#[tokio::test]
+async fn sighup_has_the_rules_read_again_and_closes_no_socket() {
+    let file = Scratch::new("");
+    let variables = [("TIDEGATE_CONFIG", file.path())];
+    let serving = Serving::start(&variables).await;
+    let mut client = Client::at(serving.public, V2, &token::of_role("anon")).await;
+    client.join("room").await;
+    // Its own watch of the file may come first: then this reads the same again.
+    fs::write(file.path(), "[topics]\nallow_other = false\n").unwrap();
+    serving.signal(Signal::SIGHUP);
+    let system = client.message().await;
+    assert_eq!(system[3], "system", "{system}");
+    assert_eq!(client.message().await[3], "phx_close");
+    client.expect_nothing().await;
+    drop(client);
+    assert_eq!(serving.end(Signal::SIGTERM).await.code, Some(0));
 }

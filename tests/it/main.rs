@@ -9,6 +9,7 @@
 
 mod access_token;
 mod admin;
+mod authorization;
 mod bad_input;
 mod broadcast;
 mod catch_up;
@@ -28,5 +29,6 @@ mod http_broadcast;
 mod join;
 mod leave;
 mod readme;
+mod reload;
 mod support;
 mod tidy;

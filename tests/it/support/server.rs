@@ -73,7 +73,11 @@ impl TestServer {
 
     /// With these settings.
     pub(crate) fn start_with(config: Config) -> Self {
-        let server = Server::bind(config).unwrap();
+        Self::of(Server::bind(config).unwrap())
+    }
+
+    /// Runs this server.
+    pub(crate) fn of(server: Server) -> Self {
         let (public, admin) = server.addresses().unwrap();
         let services = Arc::clone(server.services());
         let (stop, stopped) = oneshot::channel();

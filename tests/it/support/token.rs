@@ -13,6 +13,11 @@ pub(crate) fn with_claims(mut claims: Value) -> String {
     sign(&Secret::from(SECRET), &claims).unwrap()
 }
 
+/// A token with these claims, signed by somebody else.
+pub(crate) fn forged(claims: &Value) -> String {
+    sign(&Secret::from("not-the-secret-of-the-tests-but-long"), claims).unwrap()
+}
+
 /// A token of this role.
 pub(crate) fn of_role(role: &str) -> String {
     with_claims(json!({ "role": role }))

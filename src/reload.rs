@@ -1,0 +1,123 @@
+//! Settings that are read again while the server runs: topic rules and keys.
+//!
+//! Invariants: mistakes leave everything as it was; no socket is closed; whoever has joined is
+//! decided about anew.
+
+use std::sync::Arc;
+use std::{
+    fmt,
+    path::PathBuf,
+    sync::OnceLock,
+    time::{Duration, SystemTime},
+};
+
+use tokio::{fs, time::sleep};
+
+use crate::{
+    config::{Config, ConfigError},
+    server::Services,
+    topic_rules::TopicRules,
+};
+
+/// Between two looks at the settings' file.
+const LOOK_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Reads the settings as they were read at the start.
+pub type Read = Box<dyn Fn() -> Result<Config, ConfigError> + Send + Sync>;
+
+/// Where the settings come from; nowhere in a server that was given its settings.
+#[derive(Default)]
+pub(crate) struct Reload(OnceLock<(Read, Option<PathBuf>)>);
+
+impl Reload {
+    /// Says where from, once.
+    pub(crate) fn set(&self, read: Read, file: Option<PathBuf>) {
+        // Whoever comes second is not heard: a server has one source.
+        let _ = self.0.set((read, file));
+    }
+}
+
+impl fmt::Debug for Reload {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Reload")
+    }
+}
+
+/// Why nothing was read again.
+#[derive(Debug, thiserror::Error)]
+pub enum ReloadError {
+    /// The server was given its settings.
+    #[error("this server has no settings to read again")]
+    NoSource,
+    /// They are wrong; the old ones hold.
+    #[error("the settings are wrong, and the old ones hold")]
+    Config(#[source] ConfigError),
+}
+
+impl ReloadError {
+    /// Every label that [`Self::kind`] gives.
+    pub const KINDS: [&'static str; 2] = ["no_source", "config"];
+
+    /// The metric's label.
+    #[must_use]
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::NoSource => "no_source",
+            Self::Config(_) => "config",
+        }
+    }
+}
+
+impl Services {
+    /// Reads the settings again and takes over rules and keys; what else has changed waits for the
+    /// next start.
+    ///
+    /// # Errors
+    /// [`ReloadError`]; everything is as before.
+    pub fn reload(&self) -> Result<(), ReloadError> {
+        let done = self.try_reload();
+        let result = done.as_ref().map_or_else(ReloadError::kind, |()| "ok");
+        self.metrics.reloads.with_label_values(&[result]).inc();
+        match &done {
+            Ok(()) => tracing::info!("rules and keys read again"),
+            Err(ReloadError::NoSource) => {}
+            Err(ReloadError::Config(mistakes)) => {
+                tracing::warn!(error = %mistakes, "settings not read again: they are wrong");
+            }
+        }
+        done
+    }
+
+    fn try_reload(&self) -> Result<(), ReloadError> {
+        let (read, _) = self.reload.0.get().ok_or(ReloadError::NoSource)?;
+        let config = read().map_err(ReloadError::Config)?;
+        self.replace_rules(TopicRules::new(config.topic, config.topics));
+        self.review();
+        Ok(())
+    }
+}
+
+/// Reads the settings again whenever their file changes.
+pub(crate) async fn watch(services: Arc<Services>) {
+    let Some((_, Some(file))) = services.reload.0.get() else { return };
+    let mut seen = changed(file).await;
+    let look = async {
+        loop {
+            sleep(LOOK_INTERVAL).await;
+            let now = changed(file).await;
+            // A file that is away is being replaced.
+            if now.is_some() && now != seen {
+                seen = now;
+                // It has told what is wrong, and the file will change again.
+                let _ = services.reload();
+            }
+        }
+    };
+    services.stopped.run_until_cancelled(look).await;
+}
+
+/// What tells a file from what it was before.
+async fn changed(file: &PathBuf) -> Option<(SystemTime, u64)> {
+    let metadata = fs::metadata(file).await.ok()?;
+    Some((metadata.modified().ok()?, metadata.len()))
+}
