@@ -77,6 +77,7 @@ fn route_whole(services: &Services, ask: &Ask) -> Answer {
             Err(error) => {
                 let mistakes = match &error {
                     ReloadError::Config(ConfigError(mistakes)) => mistakes.clone(),
+                    ReloadError::Keys(error) => vec![error.to_string()],
                     ReloadError::NoSource => Vec::new(),
                 };
                 let body = json!({ "message": error.to_string(), "mistakes": mistakes });

@@ -5,7 +5,7 @@
 //! broadcast and no broadcast after it is missed (a channel that replaces another goes on where
 //! that was); nothing here touches the WebSocket.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use serde_json::Value;
 use tokio::time::Instant;
@@ -101,7 +101,9 @@ impl Channel {
                 services.metrics.count_token(&verified);
                 verified
             }
-            Some(_) | None => services.verifier.recheck(context.apikey, unix_now()),
+            Some(_) | None => {
+                services.verifier.recheck(context.apikey, unix_now(), services.config.auth.leeway)
+            }
         };
         let (decision, token) = authorize(context, sub_topic, config.privacy, verified);
         let token = match (decision.verdict, token) {
@@ -374,15 +376,17 @@ impl Channel {
         self.subscription = None;
     }
 
-    /// When the channel's token ends, in seconds since 1970.
-    pub(crate) fn expires_at(&self) -> i64 {
-        self.token.claims.exp
+    /// When the channel's token has ended and the grace is over, in seconds since 1970.
+    pub(crate) fn expires_at(&self, grace: Duration) -> i64 {
+        let grace = i64::try_from(grace.as_secs()).unwrap_or(i64::MAX);
+        self.token.claims.exp.saturating_add(grace)
     }
 
-    /// Looks whether the token still holds. If not, on a rule's topic another takes its place, and
+    /// Looks whether the token, and the grace after it, still hold. If not, on a rule's topic another takes its place, and
     /// an ordinary channel ends.
     pub(crate) fn check_expiry(&mut self, context: Context<'_>) -> Fate {
-        match self.token.check_expiry(unix_now()) {
+        let grace = context.services.config.auth.grace;
+        match self.token.check_expiry(unix_now(), grace) {
             Ok(()) => Fate::Open,
             Err(error) => self.replace_token(context, Err(error)),
         }
@@ -434,7 +438,9 @@ impl Channel {
     /// Looks whether the token still holds and still opens the topic: keys, rules or revocations
     /// have changed.
     pub(crate) fn review(&mut self, context: Context<'_>) -> Fate {
-        let verified = context.services.verifier.recheck(&self.token, unix_now());
+        let services = context.services;
+        let grace = services.config.auth.grace;
+        let verified = services.verifier.recheck(&self.token, unix_now(), grace);
         self.replace_token(context, verified)
     }
 
@@ -508,7 +514,7 @@ fn authorize(
 ) -> (Decision, Option<Arc<Token>>) {
     let verifier = &context.services.verifier;
     let fallback = verifier
-        .recheck(context.apikey, unix_now())
+        .recheck(context.apikey, unix_now(), context.services.config.auth.leeway)
         .unwrap_or_else(|_has_ended| Arc::clone(verifier.anonymous()));
     let decision = context.services.rules().decide(&Asked {
         action: Action::Read,

@@ -2,11 +2,13 @@
 
 use crate::{
     auth::{
+        jwks::JwksError,
         jwt::{TokenError, unix_now},
         verifier::Verifier,
     },
     authorization::{Action, Asked, Because},
     config::Config,
+    metrics::Metrics,
     protocol::{message::TOPIC_PREFIX, payload::Privacy},
     topic_rules::TopicRules,
 };
@@ -19,13 +21,18 @@ use crate::{
 /// read: allowed: grant 1 { claim = "admin_events.{eid}", any_of = ["super", …] }
 /// write: refused: no grant
 /// ```
-#[must_use]
-pub fn explain(config: &Config, sub_topic: &str, token: Option<&str>, privacy: Privacy) -> String {
+///
+/// # Errors
+/// [`JwksError`] if there is a key set's file and it cannot be used; that of a URL is not asked.
+pub fn explain(
+    config: &Config,
+    sub_topic: &str,
+    token: Option<&str>,
+    privacy: Privacy,
+) -> Result<String, JwksError> {
     let sub_topic = sub_topic.strip_prefix(TOPIC_PREFIX).unwrap_or(sub_topic);
     let rules = TopicRules::new(config.topic.clone(), config.topics);
-    let verifier = Verifier::new(&config.jwt_secret, config.limits.token_bytes_max)
-        .with_opaque_key(&config.publishable_key, "anon")
-        .with_opaque_key(&config.secret_key, "service_role");
+    let verifier = Verifier::new(config, &Metrics::new())?;
     let verified = match token {
         None => Err(TokenError::Missing),
         Some(text) => verifier.verify(text, unix_now()),
@@ -63,5 +70,5 @@ pub fn explain(config: &Config, sub_topic: &str, token: Option<&str>, privacy: P
         let instead = if decision.fell_back { " (asked as anon: the token has ended)" } else { "" };
         lines.push_str(&format!("{name}: {decision}{grant}{instead}\n"));
     }
-    lines
+    Ok(lines)
 }

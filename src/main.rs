@@ -194,7 +194,7 @@ async fn run(cli: Cli) -> Result<(), Failure> {
                 Some(_) | None => token,
             };
             let privacy = if private { Privacy::Private } else { Privacy::Public };
-            print!("{}", explain(&config, &topic, token.as_deref(), privacy));
+            print!("{}", explain(&config, &topic, token.as_deref(), privacy)?);
         }
         Command::Config { check, .. } => {
             let (_, effective) = settings()?;

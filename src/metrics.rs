@@ -3,17 +3,23 @@
 //! Invariants: label values come from closed sets, and all of them exist from the start, so that a
 //! rate over a counter sees its first increment; hot paths use handles resolved here, once.
 
+use std::sync::Arc;
+
 use prometheus::{
     Encoder, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
     Registry, TextEncoder,
-    core::{AtomicF64, GenericGauge},
+    core::{AtomicF64, GenericGauge, GenericGaugeVec},
     process_collector::ProcessCollector,
 };
 
 use tokio::time::Instant;
 
 use crate::{
-    auth::jwt::TokenError,
+    auth::{
+        jwks::JwksError,
+        jwt::{Token, TokenError},
+        keys::{Origin, Unusable, VerifiedBy},
+    },
     connection::CloseReason,
     hub::FannedOut,
     merge::{BadEndpoint, Cause, Method, Why},
@@ -156,6 +162,16 @@ pub struct Metrics {
     pub dropped: IntCounterVec,
     /// Verifications, by `ok` or [`TokenError::kind`].
     pub tokens: IntCounterVec,
+    /// Verifications that were `ok`, by key and algorithm: [`VerifiedBy`].
+    pub tokens_accepted: IntCounterVec,
+    /// When a key set was last read, by [`Origin`], seconds since 1970.
+    pub jwks_read: GenericGaugeVec<AtomicF64>,
+    /// Keys that can be used, by [`Origin`].
+    pub jwks_keys: IntGaugeVec,
+    /// Keys left out, by [`Unusable`]; once for each document.
+    pub jwks_keys_unusable: IntCounterVec,
+    /// By [`Origin`] and [`JwksError::kind`].
+    pub jwks_failures: IntCounterVec,
     /// By source (`event`, `stats`, `other`) and [`Outcome`].
     pub notifications: IntCounterVec,
     /// Broadcasts of clients over their sockets.
@@ -264,6 +280,27 @@ impl Metrics {
                 &["reason"],
             ),
             tokens: new.counters("tokens_total", "Token verifications, by result.", &["result"]),
+            tokens_accepted: new.counters(
+                "tokens_accepted_total",
+                "Tokens found genuine, by key and algorithm.",
+                &["key", "algorithm"],
+            ),
+            jwks_read: new.times(
+                "jwks_last_success_timestamp_seconds",
+                "When the key set was last read, by origin; 0 if never.",
+                &["origin"],
+            ),
+            jwks_keys: new.gauges("jwks_keys", "Keys that can be used, by origin.", &["origin"]),
+            jwks_keys_unusable: new.counters(
+                "jwks_keys_unusable_total",
+                "Keys of documents that are left out, by reason.",
+                &["reason"],
+            ),
+            jwks_failures: new.counters(
+                "jwks_failures_total",
+                "Key sets that could not be had, by origin and kind.",
+                &["origin", "kind"],
+            ),
             notifications: new.counters(
                 "notifications_total",
                 "Notifications received from Postgres, by source and outcome.",
@@ -339,9 +376,12 @@ impl Metrics {
     }
 
     /// Counts a verification.
-    pub(crate) fn count_token<T>(&self, result: &Result<T, TokenError>) {
+    pub(crate) fn count_token(&self, result: &Result<Arc<Token>, TokenError>) {
         let label = result.as_ref().map_or_else(TokenError::kind, |_| "ok");
         self.tokens.with_label_values(&[label]).inc();
+        if let Ok(token) = result {
+            self.tokens_accepted.with_label_values(&token.verified_by.labels()).inc();
+        }
     }
 
     /// Counts broadcasts that were fanned out together since `started`.
@@ -395,6 +435,19 @@ impl Metrics {
         }
         for result in TokenError::KINDS.into_iter().chain(["ok"]) {
             self.tokens.with_label_values(&[result]);
+        }
+        for verified_by in VerifiedBy::all() {
+            self.tokens_accepted.with_label_values(&verified_by.labels());
+        }
+        for origin in Origin::ALL {
+            self.jwks_read.with_label_values(&[origin.kind()]);
+            self.jwks_keys.with_label_values(&[origin.kind()]);
+            for kind in JwksError::kinds(origin) {
+                self.jwks_failures.with_label_values(&[origin.kind(), kind]);
+            }
+        }
+        for reason in Unusable::ALL {
+            self.jwks_keys_unusable.with_label_values(&[reason.kind()]);
         }
         for outcome in Outcome::ALL {
             for source in outcome.sources() {
@@ -472,6 +525,10 @@ impl Maker {
         self.register(IntGauge::with_opts(Self::opts(name, help)).expect("names are valid"))
     }
 
+    fn gauges(&self, name: &str, help: &str, labels: &[&str]) -> IntGaugeVec {
+        self.register(IntGaugeVec::new(Self::opts(name, help), labels).expect("names are valid"))
+    }
+
     fn build_info(&self) {
         let info = IntGaugeVec::new(Self::opts("build_info", "Always 1."), &["version"])
             .expect("names are valid");
@@ -484,6 +541,12 @@ impl Maker {
 
     fn time(&self, name: &str, help: &str) -> GenericGauge<AtomicF64> {
         self.register(GenericGauge::with_opts(Self::opts(name, help)).expect("names are valid"))
+    }
+
+    fn times(&self, name: &str, help: &str, labels: &[&str]) -> GenericGaugeVec<AtomicF64> {
+        self.register(
+            GenericGaugeVec::new(Self::opts(name, help), labels).expect("names are valid"),
+        )
     }
 
     fn histogram(&self, name: &str, help: &str) -> Histogram {

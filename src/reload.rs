@@ -5,6 +5,7 @@
 
 use std::sync::Arc;
 use std::{
+    error::Error,
     fmt,
     path::PathBuf,
     sync::OnceLock,
@@ -14,6 +15,7 @@ use std::{
 use tokio::{fs, time::sleep};
 
 use crate::{
+    auth::jwks::JwksError,
     config::{Config, ConfigError},
     server::Services,
     topic_rules::TopicRules,
@@ -52,11 +54,14 @@ pub enum ReloadError {
     /// They are wrong; the old ones hold.
     #[error("the settings are wrong, and the old ones hold")]
     Config(#[source] ConfigError),
+    /// The key set's file cannot be used; the old keys hold.
+    #[error("the key set cannot be used, and the old settings hold")]
+    Keys(#[source] JwksError),
 }
 
 impl ReloadError {
     /// Every label that [`Self::kind`] gives.
-    pub const KINDS: [&'static str; 2] = ["no_source", "config"];
+    pub const KINDS: [&'static str; 3] = ["no_source", "config", "keys"];
 
     /// The metric's label.
     #[must_use]
@@ -64,6 +69,7 @@ impl ReloadError {
         match self {
             Self::NoSource => "no_source",
             Self::Config(_) => "config",
+            Self::Keys(_) => "keys",
         }
     }
 }
@@ -84,6 +90,10 @@ impl Services {
             Err(ReloadError::Config(mistakes)) => {
                 tracing::warn!(error = %mistakes, "settings not read again: they are wrong");
             }
+            Err(ReloadError::Keys(error)) => {
+                let error = error as &dyn Error;
+                tracing::warn!(error, "settings not read again: the key set cannot be used");
+            }
         }
         done
     }
@@ -91,6 +101,7 @@ impl Services {
     fn try_reload(&self) -> Result<(), ReloadError> {
         let (read, _) = self.reload.0.get().ok_or(ReloadError::NoSource)?;
         let config = read().map_err(ReloadError::Config)?;
+        self.verifier.reload(&config, &self.metrics).map_err(ReloadError::Keys)?;
         self.replace_rules(TopicRules::new(config.topic, config.topics));
         self.review();
         Ok(())
@@ -114,6 +125,17 @@ pub(crate) async fn watch(services: Arc<Services>) {
         }
     };
     services.stopped.run_until_cancelled(look).await;
+}
+
+/// Has whoever has joined be decided about anew whenever the keys are others.
+pub(crate) async fn follow_keys(services: Arc<Services>) {
+    let mut changes = services.verifier.changes();
+    let follow = async {
+        while changes.changed().await.is_ok() {
+            services.review();
+        }
+    };
+    services.stopped.run_until_cancelled(follow).await;
 }
 
 /// What tells a file from what it was before.

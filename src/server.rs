@@ -18,7 +18,10 @@ use uuid::Uuid;
 
 use crate::{
     admin,
-    auth::verifier::Verifier,
+    auth::{
+        jwks::{self, JwksError},
+        verifier::Verifier,
+    },
     config::Config,
     db,
     healing::{self, Healing},
@@ -96,17 +99,19 @@ pub struct Services {
 
 impl Services {
     /// Everything that the settings ask for, not running yet.
-    #[must_use]
-    pub fn new(config: Config) -> Arc<Self> {
+    ///
+    /// # Errors
+    /// [`JwksError`] if there is a key set's file and it cannot be used.
+    pub fn new(config: Config) -> Result<Arc<Self>, JwksError> {
+        let metrics = Metrics::new();
+        let verifier = Verifier::new(&config, &metrics)?;
         let rules = TopicRules::new(config.topic.clone(), config.topics);
-        Arc::new(Self {
-            metrics: Metrics::new(),
+        Ok(Arc::new(Self {
+            metrics,
             hub: Arc::default(),
             rules: RwLock::new(Arc::new(rules)),
             reload: Reload::default(),
-            verifier: Verifier::new(&config.jwt_secret, config.limits.token_bytes_max)
-                .with_opaque_key(&config.publishable_key, "anon")
-                .with_opaque_key(&config.secret_key, "service_role"),
+            verifier,
             listens: Arc::new(Listens::new(config.relay.listens_max)),
             events: Events::new(config.relay.listens_max),
             lost_sockets: LostSockets::new(LOST_TOPICS_MAX, config.limits.silence_timeout),
@@ -121,7 +126,7 @@ impl Services {
             draining: CancellationToken::new(),
             stopped: CancellationToken::new(),
             config,
-        })
+        }))
     }
 
     /// Who may what, by the settings as they were read last.
@@ -183,9 +188,20 @@ impl Drop for Place {
 /// Why the server did not start.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
-    /// No secret, no tokens.
-    #[error("jwt_secret is not set: set TIDEGATE_JWT_SECRET to the project's JWT secret")]
+    /// No key, no tokens.
+    #[error(
+        "jwt_secret is not set: set TIDEGATE_JWT_SECRET to the project's JWT secret, or jwks.file or jwks.url to its public keys"
+    )]
     NoSecret,
+    /// There is a file of public keys, and it cannot be used.
+    #[error("the public keys of {file}")]
+    Keys {
+        /// `jwks.file`.
+        file: String,
+        /// What is wrong with it.
+        #[source]
+        source: JwksError,
+    },
     /// The address is taken or not ours.
     #[error("cannot listen on {address} ({name})")]
     Bind {
@@ -212,14 +228,17 @@ impl Server {
     /// Listens on both addresses.
     ///
     /// # Errors
-    /// [`StartError`] if there is no secret, or an address cannot be had.
+    /// [`StartError`] if there is no key, or an address cannot be had.
     pub fn bind(config: Config) -> Result<Self, StartError> {
-        if config.jwt_secret.is_empty() {
+        let jwks = &config.jwks;
+        if config.jwt_secret.is_empty() && jwks.file.is_empty() && jwks.url.is_empty() {
             return Err(StartError::NoSecret);
         }
         let public = bind(config.listen, "listen")?;
         let admin = bind(config.admin_listen, "admin_listen")?;
-        Ok(Self { services: Services::new(config), public, admin, fallback: None })
+        let file = config.jwks.file.clone();
+        let services = Services::new(config).map_err(|source| StartError::Keys { file, source })?;
+        Ok(Self { services, public, admin, fallback: None })
     }
 
     /// Answers what no public route does; the demo's pages.
@@ -258,9 +277,11 @@ impl Server {
         if let Some(pool) = services.pool.clone() {
             services.tracker.spawn(upkeep::run(Arc::clone(&services), pool));
         }
+        services.tracker.spawn(jwks::run(Arc::clone(&services)));
         services.tracker.spawn(merge::run(Arc::clone(&services)));
         services.tracker.spawn(healing::run(Arc::clone(&services)));
         services.tracker.spawn(reload::watch(Arc::clone(&services)));
+        services.tracker.spawn(reload::follow_keys(Arc::clone(&services)));
         let accept_public = accept(&public, &services, PENDING_MAX, |services, stream, peer| {
             http::serve(services, stream, peer, fallback.clone())
         });

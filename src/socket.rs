@@ -224,11 +224,12 @@ impl Socket {
         }
         let now = unix_now();
         let Self { services, outbox, apikey, channels, .. } = self;
+        let grace = services.config.auth.grace;
         let context = Context { services, outbox, apikey };
         let mut closed: Vec<Box<str>> = Vec::new();
         for (topic, slot) in channels {
             let Slot::Joined(channel) = slot else { continue };
-            if channel.expires_at() <= now && channel.check_expiry(context) == Fate::Closed {
+            if channel.expires_at(grace) <= now && channel.check_expiry(context) == Fate::Closed {
                 closed.push(topic.clone());
             } else {
                 drop(channel.listen(context));
@@ -237,7 +238,13 @@ impl Socket {
         for topic in closed {
             self.settle(&topic, Fate::Closed);
         }
-        self.expires_at = self.joined().map(Channel::expires_at).min().unwrap_or(i64::MAX);
+        self.note_expiry();
+    }
+
+    fn note_expiry(&mut self) {
+        let grace = self.services.config.auth.grace;
+        let ends = self.joined().map(|channel| channel.expires_at(grace));
+        self.expires_at = ends.min().unwrap_or(i64::MAX);
     }
 
     /// Looks at each channel's token and topic anew: keys, rules or revocations have changed.
@@ -254,7 +261,7 @@ impl Socket {
         for topic in closed {
             self.settle(&topic, Fate::Closed);
         }
-        self.expires_at = self.joined().map(Channel::expires_at).min().unwrap_or(i64::MAX);
+        self.note_expiry();
     }
 
     /// Since when a socket that has had channels has none.
@@ -434,7 +441,7 @@ impl Socket {
         if channel.is_listened() {
             self.services.healing.note_joined(&channel.sub_topic());
         }
-        self.expires_at = self.expires_at.min(channel.expires_at());
+        self.expires_at = self.expires_at.min(channel.expires_at(self.services.config.auth.grace));
         self.channels.insert(channel.topic().into(), Slot::Joined(Box::new(channel)));
         self.empty_since = None;
     }
@@ -480,7 +487,7 @@ impl Socket {
             return self.reply_unmatched(message);
         };
         let fate = channel.receive(Context { services, outbox, apikey }, message);
-        self.expires_at = self.expires_at.min(channel.expires_at());
+        self.expires_at = self.expires_at.min(channel.expires_at(self.services.config.auth.grace));
         self.settle(&message.topic, fate);
     }
 

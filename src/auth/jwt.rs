@@ -1,16 +1,117 @@
-//! What a token says, or why it opens nothing.
+//! A token's text → its parts → its claims, or why it opens nothing.
 //!
-//! Invariants: time is an argument; no token, secret or claim is ever formatted into an error or a
-//! log.
+//! | a token says | the answer |
+//! |---|---|
+//! | anything but three parts of unpadded base64url with JSON objects in the first two; a member twice, at any depth; more bytes than `limits.token_bytes_max` | not a JWT |
+//! | `alg` missing, no text, `none`, or any other name than ours to the letter | no signer |
+//! | `kid` of more than 128 bytes | no signer; of another type than text or null: not a JWT |
+//! | `crit`, whatever it lists; `b64` other than true | not a JWT: we understand no extension (RFC 7515, 4.1.11) |
+//! | `typ`, `cty`, `jku`, `jwk`, `x5u`, `x5c`, `x5t` and all else in a header | nothing: it is not read |
+//! | `exp` missing, or a text, null, a boolean, a list, an object | `role` and `exp` are required |
+//! | `exp` negative, zero or past by `auth.leeway` | expired |
+//! | `exp`, `nbf`, `iat` with a fraction | rounded |
+//! | a number beyond what a double holds, such as `1e400` | not a JWT |
+//! | `iat` or `nbf` that is no number | not a JWT |
+//! | `nbf` ahead by more than `auth.leeway` | not valid yet |
+//! | `iat` ahead | nothing: `nbf` is for that |
+//! | `role` missing, no text, empty, of more than 63 bytes, or with a control character | `role` and `exp` are required |
+//! | `iss` missing, no text, or none of `auth.issuers`, if that is set | of another issuer |
+//! | `aud` missing, neither a text nor a list of texts, or none of `auth.audiences`, if that is set | for another audience |
+//! | `sub`, `session_id`, `jti` that is no text | as if it were missing |
+//!
+//! Of several faults the first in this order is told: form, header, signature, types, `exp`, `nbf`,
+//! `role`, `iss`, `aud`.
+//!
+//! Invariants: time is an argument; nothing of a token is believed before its signature; no token,
+//! secret or claim is ever formatted into an error or a log, but the client's own `kid` to itself.
 
 use std::{
     fmt,
-    time::{SystemTime, UNIX_EPOCH},
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
+use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use serde_json::{Map, Value};
 
+use super::{
+    json,
+    keys::{Algorithm, KID_BYTES_MAX, VerifiedBy},
+};
 use crate::protocol::error_code::{ErrorCode, Refusal};
+
+/// Longest name of a Postgres role.
+const ROLE_BYTES_MAX: usize = 63;
+
+/// A token taken apart; nothing of it is believed.
+pub(super) struct Parts<'a> {
+    pub(super) header: Header,
+    /// What the signature is of: the first two parts as they came.
+    pub(super) signed: &'a str,
+    /// The claims, decoded.
+    pub(super) payload: Vec<u8>,
+    /// In base64url.
+    pub(super) signature: &'a str,
+}
+
+/// The part of a header that is read.
+pub(super) struct Header {
+    pub(super) algorithm: Algorithm,
+    pub(super) kid: Option<Box<str>>,
+}
+
+impl<'a> Parts<'a> {
+    /// Takes a token apart.
+    ///
+    /// # Errors
+    /// [`TokenError::Malformed`], or [`TokenError::NoSigner`] for an algorithm that is none.
+    pub(super) fn of(text: &'a str) -> Result<Self, TokenError> {
+        let (signed, signature) = text.rsplit_once('.').ok_or(TokenError::Malformed)?;
+        let (header, payload) = signed.split_once('.').ok_or(TokenError::Malformed)?;
+        let decode = |part| URL_SAFE_NO_PAD.decode(part);
+        // A dot is no digit, so that a fourth part fails here.
+        let (Ok(header), Ok(payload), Ok(_)) = (decode(header), decode(payload), decode(signature))
+        else {
+            return Err(TokenError::Malformed);
+        };
+        let header = json::object(&header).ok_or(TokenError::Malformed)?;
+        Ok(Self { header: Header::read(&header)?, signed, payload, signature })
+    }
+}
+
+impl Header {
+    fn read(members: &Map<String, Value>) -> Result<Self, TokenError> {
+        let is_plain = members.get("b64").is_none_or(|it| *it == Value::Bool(true));
+        if members.contains_key("crit") || !is_plain {
+            return Err(TokenError::Malformed);
+        }
+        let kid = match members.get("kid") {
+            None | Some(Value::Null) => None,
+            Some(Value::String(kid)) if kid.len() <= KID_BYTES_MAX => Some(kid.as_str().into()),
+            Some(Value::String(_)) => return Err(TokenError::NoSigner { kid: None }),
+            Some(_) => return Err(TokenError::Malformed),
+        };
+        let algorithm = members.get("alg").and_then(Value::as_str).and_then(Algorithm::named);
+        let algorithm = algorithm.ok_or(TokenError::NoSigner { kid: None })?;
+        Ok(Self { algorithm, kid })
+    }
+
+    /// The `kid` without what a terminal or a page might take for more than text.
+    pub(super) fn shown_kid(&self) -> Option<Box<str>> {
+        let kid = self.kid.as_deref()?;
+        Some(kid.chars().filter(|it| !it.is_control()).collect::<String>().into())
+    }
+}
+
+/// What is asked of every token's claims.
+#[derive(Debug, Default)]
+pub(super) struct Demands {
+    /// By so much `exp` and `nbf` may be missed at the first look.
+    pub(super) leeway: Duration,
+    /// One of them must be `iss`, if there are any.
+    pub(super) issuers: Vec<String>,
+    /// One of them must be in `aud`, if there are any.
+    pub(super) audiences: Vec<String>,
+}
 
 /// The claims of a verified token.
 #[derive(Clone, PartialEq)]
@@ -23,6 +124,76 @@ pub struct Claims {
 }
 
 impl Claims {
+    /// Reads the claims of a token whose signature is right, and which has not ended, or has up to
+    /// `allowance` ago.
+    ///
+    /// # Errors
+    /// [`TokenError`], in the order that this file's table gives.
+    pub(super) fn read(
+        payload: &[u8],
+        demands: &Demands,
+        now: i64,
+        allowance: Duration,
+    ) -> Result<Self, TokenError> {
+        let all = json::object(payload).ok_or(TokenError::Malformed)?;
+        for name in ["iat", "nbf"] {
+            if all.get(name).is_some_and(|time| !time.is_number()) {
+                return Err(TokenError::Malformed);
+            }
+        }
+        if let Some(exp) = seconds(&all, "exp") {
+            check_expiry(exp, now, allowance)?;
+        }
+        let leeway = i64::try_from(demands.leeway.as_secs()).unwrap_or(i64::MAX);
+        if seconds(&all, "nbf").is_some_and(|nbf| nbf > now.saturating_add(leeway)) {
+            return Err(TokenError::NotYetValid);
+        }
+        let claims = Self::try_from(all)?;
+        let is_of = |names: &[String], name: &Value| {
+            name.as_str().is_some_and(|it| names.iter().any(|name| name == it))
+        };
+        if !demands.issuers.is_empty() && !is_of(&demands.issuers, claims.at("iss")) {
+            return Err(TokenError::Issuer);
+        }
+        let audiences = match claims.at("aud") {
+            Value::Array(list) if list.iter().all(Value::is_string) => list,
+            one => std::slice::from_ref(one),
+        };
+        let is_meant = || audiences.iter().any(|name| is_of(&demands.audiences, name));
+        if !demands.audiences.is_empty() && !is_meant() {
+            return Err(TokenError::Audience);
+        }
+        Ok(claims)
+    }
+
+    /// Whose token it is.
+    #[must_use]
+    pub fn sub(&self) -> Option<&str> {
+        self.at("sub").as_str()
+    }
+
+    /// The sign-in that it comes from.
+    #[must_use]
+    pub fn session_id(&self) -> Option<&str> {
+        self.at("session_id").as_str()
+    }
+
+    /// The token's own name.
+    #[must_use]
+    pub fn jti(&self) -> Option<&str> {
+        self.at("jti").as_str()
+    }
+
+    /// When it was made, in seconds since 1970.
+    #[must_use]
+    pub fn iat(&self) -> Option<i64> {
+        seconds(&self.all, "iat")
+    }
+
+    fn at(&self, name: &str) -> &Value {
+        self.all.get(name).unwrap_or(&Value::Null)
+    }
+
     /// The string at this path, if there is one.
     pub fn text_at(&self, path: impl Iterator<Item = String>) -> Option<&str> {
         let mut path = path;
@@ -34,12 +205,14 @@ impl Claims {
 impl TryFrom<Map<String, Value>> for Claims {
     type Error = TokenError;
 
-    /// Takes the claims if `role` is a string and `exp` a number; decimals are rounded.
+    /// Takes the claims if `role` may name a Postgres role and `exp` is a number; decimals are
+    /// rounded.
     fn try_from(all: Map<String, Value>) -> Result<Self, TokenError> {
-        let role = all.get("role").and_then(Value::as_str).ok_or(TokenError::MissingClaims)?.into();
-        let exp = all.get("exp").and_then(Value::as_f64).ok_or(TokenError::MissingClaims)?;
-        #[expect(clippy::cast_possible_truncation, reason = "saturates, which is what is meant")]
-        let exp = exp.round() as i64;
+        let role = all.get("role").and_then(Value::as_str).filter(|role| {
+            (1..=ROLE_BYTES_MAX).contains(&role.len()) && !role.contains(char::is_control)
+        });
+        let role = role.ok_or(TokenError::MissingClaims)?.into();
+        let exp = seconds(&all, "exp").ok_or(TokenError::MissingClaims)?;
         Ok(Self { role, exp, all })
     }
 }
@@ -55,12 +228,20 @@ pub struct Token {
     text: Box<str>,
     /// What it says.
     pub claims: Claims,
+    /// What has shown that it is genuine.
+    pub verified_by: VerifiedBy,
 }
 
 impl Token {
-    /// A token that has been verified.
-    pub(super) fn new(text: &str, claims: Claims) -> Self {
-        Self { text: text.into(), claims }
+    pub(super) fn new(text: &str, claims: Claims, verified_by: VerifiedBy) -> Self {
+        Self { text: text.into(), claims, verified_by }
+    }
+
+    /// An opaque key: it says nothing but the role, and does not end. Without a text, what is left
+    /// of somebody who has none.
+    pub(super) fn opaque(text: &str, role: &str) -> Self {
+        let claims = Claims { role: role.into(), exp: i64::MAX, all: Map::new() };
+        Self::new(text, claims, VerifiedBy::OPAQUE)
     }
 
     /// The token itself, to know it again.
@@ -68,25 +249,20 @@ impl Token {
         &self.text
     }
 
-    /// A token that is no JWT, says nothing but the role, and does not end.
-    pub(super) fn of_role(role: &str) -> Self {
-        let claims = Claims { role: role.into(), exp: i64::MAX, all: Map::new() };
-        Self { text: "".into(), claims }
-    }
-
     /// Whether this is the same token, to the letter.
     #[must_use]
     pub fn is(&self, text: &str) -> bool {
-        *self.text == *text
+        // Who has none has not sent an empty one.
+        !self.text.is_empty() && *self.text == *text
     }
 
-    /// Whether the token still holds at `now`, in seconds since 1970.
+    /// Whether the token still holds at `now`, in seconds since 1970, or has ended so lately that
+    /// it is let pass.
     ///
     /// # Errors
-    /// [`TokenError::Expired`] from the second of `exp` on.
-    pub fn check_expiry(&self, now: i64) -> Result<(), TokenError> {
-        let seconds = now.saturating_sub(self.claims.exp);
-        if seconds < 0 { Ok(()) } else { Err(TokenError::Expired { seconds }) }
+    /// [`TokenError::Expired`] from the second of `exp` and `allowance` on.
+    pub fn check_expiry(&self, now: i64, allowance: Duration) -> Result<(), TokenError> {
+        check_expiry(self.claims.exp, now, allowance)
     }
 }
 
@@ -117,6 +293,15 @@ pub enum TokenError {
     /// `role` or `exp` is missing or of another type.
     #[error("`role` or `exp` is missing")]
     MissingClaims,
+    /// It is not good before `nbf`.
+    #[error("not valid yet")]
+    NotYetValid,
+    /// `iss` is none of those that the settings name.
+    #[error("of another issuer")]
+    Issuer,
+    /// `aud` is none of those that the settings name.
+    #[error("for another audience")]
+    Audience,
     /// It was good until `exp`.
     #[error("expired {seconds} seconds ago")]
     Expired {
@@ -135,6 +320,9 @@ impl TokenError {
             Self::Signature => "signature",
             Self::NoSigner { .. } => "no_signer",
             Self::MissingClaims => "missing_claims",
+            Self::NotYetValid => "not_yet_valid",
+            Self::Issuer => "issuer",
+            Self::Audience => "audience",
             Self::Expired { .. } => "expired",
         }
     }
@@ -148,13 +336,25 @@ impl TokenError {
             | Self::Malformed
             | Self::Signature
             | Self::NoSigner { .. }
-            | Self::MissingClaims => false,
+            | Self::MissingClaims
+            | Self::NotYetValid
+            | Self::Issuer
+            | Self::Audience => false,
         }
     }
 
     /// Every label that [`Self::kind`] gives.
-    pub const KINDS: [&'static str; 6] =
-        ["missing", "malformed", "signature", "no_signer", "missing_claims", "expired"];
+    pub const KINDS: [&'static str; 9] = [
+        "missing",
+        "malformed",
+        "signature",
+        "no_signer",
+        "missing_claims",
+        "not_yet_valid",
+        "issuer",
+        "audience",
+        "expired",
+    ];
 
     /// What the client is told in a channel: in an error reply and in a `system` push.
     #[must_use]
@@ -171,6 +371,15 @@ impl TokenError {
                 ),
             ),
             Self::MissingClaims => Refusal::new(ErrorCode::InvalidJwtToken),
+            Self::NotYetValid => {
+                Refusal::with_detail(ErrorCode::InvalidJwtToken, "Token is not valid yet")
+            }
+            Self::Issuer => {
+                Refusal::with_detail(ErrorCode::InvalidJwtToken, "Token is of another issuer")
+            }
+            Self::Audience => {
+                Refusal::with_detail(ErrorCode::InvalidJwtToken, "Token is for another audience")
+            }
             Self::Expired { seconds } => Refusal::with_detail(
                 ErrorCode::InvalidJwtToken,
                 format!("Token has expired {seconds} seconds ago"),
@@ -189,7 +398,10 @@ impl TokenError {
             | Self::Malformed
             | Self::Signature
             | Self::NoSigner { .. }
-            | Self::MissingClaims => self.refuse(),
+            | Self::MissingClaims
+            | Self::NotYetValid
+            | Self::Issuer
+            | Self::Audience => self.refuse(),
         }
     }
 }
@@ -199,4 +411,18 @@ impl TokenError {
 pub fn unix_now() -> i64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     i64::try_from(since.as_secs()).unwrap_or(i64::MAX)
+}
+
+/// A time among the claims, rounded, in seconds since 1970.
+fn seconds(claims: &Map<String, Value>, name: &str) -> Option<i64> {
+    let time = claims.get(name)?.as_f64()?;
+    #[expect(clippy::cast_possible_truncation, reason = "saturates, which is what is meant")]
+    let time = time.round() as i64;
+    Some(time)
+}
+
+fn check_expiry(exp: i64, now: i64, allowance: Duration) -> Result<(), TokenError> {
+    let seconds = now.saturating_sub(exp);
+    let allowance = i64::try_from(allowance.as_secs()).unwrap_or(i64::MAX);
+    if seconds < allowance { Ok(()) } else { Err(TokenError::Expired { seconds }) }
 }

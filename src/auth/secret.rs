@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use subtle::ConstantTimeEq;
+
 /// A secret of the settings; its `Debug` hides it.
 #[derive(Clone, PartialEq, Eq, Default, serde::Deserialize)]
 #[serde(transparent)]
@@ -14,12 +16,21 @@ impl Secret {
         self.0.is_empty()
     }
 
-    /// Whether `text` is the secret, asked in constant time; an unset secret is nothing.
+    /// Whether `text` is the secret. Takes as long for every secret and every text of one length;
+    /// an unset secret is nothing.
     #[must_use]
     pub fn is(&self, text: &str) -> bool {
         let (given, wanted) = (text.as_bytes(), self.0.as_bytes());
-        let differ = given.iter().zip(wanted).fold(0, |differ, (a, b)| differ | (a ^ b));
-        !wanted.is_empty() && given.len() == wanted.len() && differ == 0
+        if wanted.is_empty() {
+            return false;
+        }
+        // Over and over, so that a text of another length tells nothing about the secret's.
+        let repeated = wanted.iter().cycle();
+        let same = given
+            .iter()
+            .zip(repeated)
+            .fold(given.len().ct_eq(&wanted.len()), |same, (a, b)| same & a.ct_eq(b));
+        same.into()
     }
 
     /// The secret itself, for the one place that needs it.
@@ -38,5 +49,25 @@ impl From<&str> for Secret {
 impl fmt::Debug for Secret {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("<hidden>")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_secret_itself_is_it() {
+        let secret = Secret::from("abc");
+        assert!(secret.is("abc"));
+        for text in ["", "a", "ab", "abd", "Abc", "abcabc", "abcd", "xabc"] {
+            assert!(!secret.is(text), "{text}");
+        }
+        assert!(!Secret::default().is("") && !Secret::default().is("a"));
+    }
+
+    #[test]
+    fn its_debug_says_nothing() {
+        assert_eq!(format!("{:?}", Secret::from("abc")), "<hidden>");
     }
 }

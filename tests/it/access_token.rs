@@ -259,8 +259,8 @@ async fn the_right_to_write_follows_the_channels_token() {
 async fn a_token_without_a_signer_closes_an_ordinary_channel_with_the_reference_servers_text() {
     let server = TestServer::start();
     let mut client = Client::connect(&server, Serializer::V2).await;
-    // {"alg":"HS512","kid":"k1","typ":"JWT"}, {"role":"anon","exp":9999999999}
-    let token = "eyJhbGciOiJIUzUxMiIsImtpZCI6ImsxIiwidHlwIjoiSldUIn0\
+    // {"alg":"ES256","kid":"k1","typ":"JWT"}, {"role":"anon","exp":9999999999}
+    let token = "eyJhbGciOiJFUzI1NiIsImtpZCI6ImsxIiwidHlwIjoiSldUIn0\
                  .eyJyb2xlIjoiYW5vbiIsImV4cCI6OTk5OTk5OTk5OX0.AAAA";
     let text = "Failed to generate JWT signer for key ID (kid) \"k1\", \
                 check your JWT secret or JWKS configuration";

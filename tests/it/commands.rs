@@ -14,7 +14,8 @@ use nix::{
 };
 use serde_json::{Value, json};
 use tidegate::{
-    auth::{jwt::unix_now, secret::Secret, verifier::Verifier},
+    auth::{jwt::unix_now, verifier::Verifier},
+    metrics::Metrics,
     protocol::serializer::Serializer::{V1, V2},
 };
 use tokio::{
@@ -27,7 +28,7 @@ use tokio::{
 use crate::support::{
     client::Client,
     postgres::Database,
-    server::{DEADLINE, TestServer},
+    server::{DEADLINE, TestServer, config},
     token::{self, SECRET},
 };
 
@@ -163,6 +164,10 @@ async fn the_version_is_the_packages() {
     }
 }
 
+fn verifier() -> Verifier {
+    Verifier::new(&config(), &Metrics::new()).unwrap()
+}
+
 #[tokio::test]
 async fn a_token_is_all_that_is_printed_and_opens_a_socket() {
     let secret = [("TIDEGATE_JWT_SECRET", SECRET)];
@@ -173,7 +178,7 @@ async fn a_token_is_all_that_is_printed_and_opens_a_socket() {
     let token = said.out.strip_suffix('\n').unwrap();
     assert!(token.split('.').count() == 3 && !token.contains(char::is_whitespace), "{token:?}");
 
-    let verified = Verifier::new(&Secret::from(SECRET), 8192).verify(token, unix_now()).unwrap();
+    let verified = verifier().verify(token, unix_now()).unwrap();
     let claim = |path: &[&str]| {
         verified.claims.text_at(path.iter().map(|part| (*part).to_owned())).unwrap().to_owned()
     };
@@ -193,8 +198,7 @@ async fn a_token_is_all_that_is_printed_and_opens_a_socket() {
 
     // An hour, unless said.
     let said = run(&["token", "--role", "service_role"], &secret).await;
-    let verifier = Verifier::new(&Secret::from(SECRET), 8192);
-    let lasts = verifier.verify(said.out.trim_end(), unix_now()).unwrap().claims.exp - unix_now();
+    let lasts = verifier().verify(said.out.trim_end(), unix_now()).unwrap().claims.exp - unix_now();
     assert!((3540..=3600).contains(&lasts), "{lasts}");
 }
 

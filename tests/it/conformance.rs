@@ -193,7 +193,7 @@ fn the_table_of_errors_is_the_codes_own() {
 
 #[tokio::test]
 async fn every_transcript_plays_against_a_socket_in_memory() {
-    play_all(|| Wires::Memory(Services::new(config()))).await;
+    play_all(|| Wires::Memory(Services::new(config()).unwrap())).await;
 }
 
 #[tokio::test]

@@ -86,7 +86,7 @@ async fn two_servers_in_one_process_share_nothing() {
 /// does nothing else, to hit it. Each join is a fresh socket's, so that no fan-out knows it yet.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_reply_precedes_every_broadcast_however_many_are_sent() {
-    let services = Services::new(config());
+    let services = Services::new(config()).unwrap();
     let is_over = Arc::new(AtomicBool::new(false));
     let mut publishing = JoinSet::new();
     let (hub, over) = (Arc::clone(&services.hub), Arc::clone(&is_over));
@@ -478,7 +478,7 @@ async fn a_refused_re_join_ends_the_channel_at_once() {
 
 #[tokio::test]
 async fn who_joins_during_a_drain_is_told_that_the_server_restarts() {
-    let services = Services::new(config());
+    let services = Services::new(config()).unwrap();
     services.draining.cancel();
     let outbox = Arc::new(Outbox::new(Serializer::V2, 1 << 20));
     let token = services.verifier.verify(&token::of_role("anon"), unix_now()).unwrap();

@@ -38,6 +38,9 @@ pub(crate) fn config() -> Config {
     config.admin_listen = "127.0.0.1:0".parse().unwrap();
     config.jwt_secret = Secret::from(SECRET);
     config.protocol.error_delay = Duration::from_millis(5);
+    // A token ends in its second, as in the recorded conversations.
+    config.auth.leeway = Duration::ZERO;
+    config.auth.grace = Duration::ZERO;
     config.relay.backoff_max = Duration::from_millis(200);
     config
 }

@@ -1,0 +1,323 @@
+//! Where the key set comes from: a file that is looked at, a URL that is read again and again.
+//!
+//! Invariants: the addresses are the operator's, never a token's; a document is bounded in bytes and
+//! time; no redirect is followed; what cannot be read or understood leaves the last good keys in
+//! place and is counted by kind; a token that names a key which is not here makes the URL be read
+//! again, at most every 30 s however many such tokens come, and is answered without waiting.
+
+use std::{
+    error::Error,
+    fs::{File, Metadata},
+    io::{self, Read},
+    os::unix::fs::MetadataExt,
+    pin::pin,
+    sync::Arc,
+    time::Duration,
+};
+
+use futures_util::future::{Either, join, select};
+use http_body_util::{BodyExt, Empty, LengthLimitError, Limited};
+use hyper::{Request, StatusCode, Uri, body::Bytes, client::conn::http1, header};
+use hyper_util::rt::TokioIo;
+use tokio::{
+    net::TcpStream,
+    time::{Instant, sleep, timeout, timeout_at},
+};
+use tokio_rustls::{
+    TlsConnector,
+    client::TlsStream,
+    rustls::{
+        ClientConfig, RootCertStore,
+        crypto::aws_lc_rs,
+        pki_types::{CertificateDer, ServerName, pem::PemObject},
+    },
+};
+
+use super::keys::{DocumentError, Origin, Published};
+use crate::{config::Jwks, metrics::Metrics, relay::ingest::unix_seconds, server::Services};
+
+/// Between two looks at the file.
+const LOOK_INTERVAL: Duration = Duration::from_secs(2);
+/// At most so often does an unknown `kid` make the URL be read.
+const UNKNOWN_KID_INTERVAL: Duration = Duration::from_secs(30);
+/// After the first failure, then twice as long, up to `jwks.refresh_interval`.
+const BACKOFF: Duration = Duration::from_secs(1);
+/// Largest head of an answer.
+const HEAD_BYTES_MAX: usize = 16 * 1024;
+
+/// Why a key set could not be had.
+#[derive(Debug, thiserror::Error)]
+pub enum JwksError {
+    /// The file is missing, is no file, or is not ours to read.
+    #[error("jwks.file cannot be read")]
+    Unreadable(#[source] io::Error),
+    /// The certificates of `jwks.ca_file` cannot be read, or there are none.
+    #[error("jwks.ca_file has no certificate that can be read")]
+    Authorities,
+    /// Nobody answers at the address.
+    #[error("cannot connect")]
+    Connect(#[source] io::Error),
+    /// The server is not who it should be, or speaks no TLS that we do.
+    #[error("the TLS handshake failed")]
+    Tls(#[source] io::Error),
+    /// What it speaks is not HTTP.
+    #[error("the answer is not HTTP")]
+    Http(#[source] hyper::Error),
+    /// It points elsewhere.
+    #[error("the answer is a redirect, which is not followed")]
+    Redirect,
+    /// It answers with another status than 200.
+    #[error("the answer's status is {0}")]
+    Status(u16),
+    /// More bytes than `jwks.bytes_max`.
+    #[error("the document has more bytes than jwks.bytes_max")]
+    TooLarge,
+    /// `jwks.timeout` has passed.
+    #[error("jwks.timeout has passed")]
+    Timeout,
+    /// It is no key set.
+    #[error(transparent)]
+    Document(#[from] DocumentError),
+}
+
+impl JwksError {
+    /// The metric's label.
+    #[must_use]
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Unreadable(_) => "unreadable",
+            Self::Authorities => "authorities",
+            Self::Connect(_) => "connect",
+            Self::Tls(_) => "tls",
+            Self::Http(_) => "http",
+            Self::Redirect => "redirect",
+            Self::Status(_) => "status",
+            Self::TooLarge => "too_large",
+            Self::Timeout => "timeout",
+            Self::Document(_) => "document",
+        }
+    }
+
+    /// Every label that [`Self::kind`] gives for this origin.
+    #[must_use]
+    pub fn kinds(from: Origin) -> &'static [&'static str] {
+        match from {
+            Origin::File => &["unreadable", "too_large", "document"],
+            Origin::Url => &[
+                "authorities",
+                "connect",
+                "tls",
+                "http",
+                "redirect",
+                "status",
+                "too_large",
+                "timeout",
+                "document",
+            ],
+        }
+    }
+}
+
+/// Keeps the verifier's keys as file and URL have them, to the end of the server.
+pub(crate) async fn run(services: Arc<Services>) {
+    let both = join(watch_file(&services), follow_url(&services));
+    services.stopped.run_until_cancelled(both).await;
+}
+
+/// Counts a document's keys, and names those that are left out.
+pub(super) fn note(published: &Published, from: Origin, metrics: &Metrics) {
+    let keys = i64::try_from(published.key_count()).unwrap_or(i64::MAX);
+    metrics.jwks_keys.with_label_values(&[from.kind()]).set(keys);
+    metrics.jwks_read.with_label_values(&[from.kind()]).set(unix_seconds());
+    for (place, reason) in &published.unusable {
+        metrics.jwks_keys_unusable.with_label_values(&[reason.kind()]).inc();
+        let (origin, reason) = (from.kind(), reason.kind());
+        tracing::warn!(origin, place, reason, "a key of the key set is left out");
+    }
+    tracing::info!(origin = from.kind(), keys, "the key set has been read");
+}
+
+/// The bytes of `jwks.file`.
+///
+/// # Errors
+/// [`JwksError`] if it cannot be read or has too many.
+pub(super) fn read_file(jwks: &Jwks) -> Result<Vec<u8>, JwksError> {
+    let read = || {
+        // A pipe would be waited for.
+        if !std::fs::metadata(&jwks.file)?.is_file() {
+            return Err(io::Error::other("not a file"));
+        }
+        let mut text = Vec::new();
+        let bytes_max = jwks.bytes_max as u64;
+        File::open(&jwks.file)?.take(bytes_max.saturating_add(1)).read_to_end(&mut text)?;
+        Ok(text)
+    };
+    let text = read().map_err(JwksError::Unreadable)?;
+    if text.len() > jwks.bytes_max { Err(JwksError::TooLarge) } else { Ok(text) }
+}
+
+/// What tells a file from the one that was there before.
+#[derive(PartialEq, Eq)]
+struct Stamp(i64, i64, u64, u64);
+
+impl Stamp {
+    fn of(metadata: &Metadata) -> Self {
+        Self(metadata.mtime(), metadata.mtime_nsec(), metadata.len(), metadata.ino())
+    }
+}
+
+/// Takes the file's keys whenever it is another. A fault is told once for each state of the file.
+async fn watch_file(services: &Services) {
+    let mut seen = None;
+    loop {
+        let jwks = services.verifier.jwks();
+        if !jwks.file.is_empty() {
+            let stamp = tokio::fs::metadata(&jwks.file).await.ok().map(|it| Stamp::of(&it));
+            let looked_at = Some((Arc::clone(&jwks), stamp));
+            let is_other = |seen: &Option<(Arc<Jwks>, Option<Stamp>)>| match (seen, &looked_at) {
+                (Some((seen_as, seen)), Some((read_as, stamp))) => {
+                    !Arc::ptr_eq(seen_as, read_as) || seen != stamp
+                }
+                (_, _) => true,
+            };
+            if is_other(&seen) {
+                let taken = read_file(&jwks).and_then(|text| {
+                    Ok(services.verifier.take(text, Origin::File, &jwks, &services.metrics)?)
+                });
+                count(services, Origin::File, &taken);
+                seen = looked_at;
+            }
+        }
+        sleep(LOOK_INTERVAL).await;
+    }
+}
+
+/// Reads the URL every `jwks.refresh_interval`, sooner after a failure or when a key is missed.
+async fn follow_url(services: &Services) {
+    let verifier = &services.verifier;
+    let mut backoff = BACKOFF;
+    let mut missed_at: Option<Instant> = None;
+    loop {
+        let jwks = verifier.jwks();
+        if jwks.url.is_empty() {
+            verifier.wanted().await;
+            continue;
+        }
+        let fetched = timeout(jwks.timeout, fetch(&jwks)).await;
+        let taken = fetched
+            .unwrap_or(Err(JwksError::Timeout))
+            .and_then(|text| Ok(verifier.take(text, Origin::Url, &jwks, &services.metrics)?));
+        count(services, Origin::Url, &taken);
+        let wait = if taken.is_ok() {
+            backoff = BACKOFF;
+            jwks.refresh_interval
+        } else {
+            let wait = backoff;
+            backoff = (backoff * 2).min(jwks.refresh_interval);
+            wait.min(jwks.refresh_interval)
+        };
+        // Gateways that started together need not ask together.
+        let mut next = Instant::now() + wait.mul_f64(0.8 + 0.4 * fastrand::f64());
+        let mut is_missed = false;
+        while timeout_at(next, verifier.wanted()).await.is_ok() {
+            if !Arc::ptr_eq(&jwks, &verifier.jwks()) {
+                break;
+            }
+            let now = Instant::now();
+            let earliest = missed_at.map_or(now, |at| (at + UNKNOWN_KID_INTERVAL).max(now));
+            if earliest < next {
+                (next, is_missed) = (earliest, true);
+            }
+        }
+        if is_missed {
+            missed_at = Some(Instant::now());
+        }
+    }
+}
+
+fn count(services: &Services, from: Origin, taken: &Result<(), JwksError>) {
+    let metrics = &services.metrics;
+    match taken {
+        Ok(()) => metrics.jwks_read.with_label_values(&[from.kind()]).set(unix_seconds()),
+        Err(error) => {
+            metrics.jwks_failures.with_label_values(&[from.kind(), error.kind()]).inc();
+            let origin = from.kind();
+            tracing::warn!(
+                error = error as &dyn Error,
+                origin,
+                "the key set cannot be had; the keys stay those of the last one"
+            );
+        }
+    }
+}
+
+/// The bytes that the URL answers with.
+async fn fetch(jwks: &Jwks) -> Result<Vec<u8>, JwksError> {
+    // The settings' check has read the URL.
+    let uri = jwks.url.parse::<Uri>().unwrap_or_default();
+    let host = uri.host().unwrap_or_default().to_owned();
+    let stream = connect(jwks, &host, uri.port_u16().unwrap_or(443)).await?;
+    let mut builder = http1::Builder::new();
+    builder.max_buf_size(HEAD_BYTES_MAX);
+    let (mut sender, connection) =
+        builder.handshake(TokioIo::new(stream)).await.map_err(JwksError::Http)?;
+    let authority = uri.authority().map_or("", |it| it.as_str());
+    let path = uri.path_and_query().map_or("/", |it| it.as_str());
+    let request = Request::get(path)
+        .header(header::HOST, authority)
+        .header(header::ACCEPT, "application/jwk-set+json, application/json")
+        .header(header::CONNECTION, "close")
+        .body(Empty::<Bytes>::new());
+    let answer = async {
+        // The settings' check has read its parts.
+        let Ok(request) = request else { return Err(JwksError::Status(0)) };
+        let answer = sender.send_request(request).await.map_err(JwksError::Http)?;
+        match answer.status() {
+            StatusCode::OK => {}
+            status if status.is_redirection() => return Err(JwksError::Redirect),
+            status => return Err(JwksError::Status(status.as_u16())),
+        }
+        let body = Limited::new(answer.into_body(), jwks.bytes_max).collect().await;
+        match body {
+            Ok(body) => Ok(body.to_bytes().to_vec()),
+            Err(error) if error.is::<LengthLimitError>() => Err(JwksError::TooLarge),
+            Err(error) => {
+                Err(error.downcast().map_or(JwksError::Timeout, |it| JwksError::Http(*it)))
+            }
+        }
+    };
+    // The connection has no task of its own: it ends with the answer.
+    match select(pin!(answer), pin!(connection)).await {
+        Either::Left((answer, _)) => answer,
+        Either::Right((_, answer)) => answer.await,
+    }
+}
+
+async fn connect(jwks: &Jwks, host: &str, port: u16) -> Result<TlsStream<TcpStream>, JwksError> {
+    // An IPv6 address stands in brackets.
+    let host = host.trim_matches(['[', ']']);
+    let name = ServerName::try_from(host.to_owned())
+        .map_err(|error| JwksError::Connect(io::Error::other(error)))?;
+    let connector = TlsConnector::from(Arc::new(tls(jwks)?));
+    let stream = TcpStream::connect((host, port)).await.map_err(JwksError::Connect)?;
+    connector.connect(name, stream).await.map_err(JwksError::Tls)
+}
+
+fn tls(jwks: &Jwks) -> Result<ClientConfig, JwksError> {
+    let mut roots = RootCertStore::empty();
+    if jwks.ca_file.is_empty() {
+        roots.extend(webpki_roots::TLS_SERVER_ROOTS.iter().cloned());
+    } else {
+        let certificates = CertificateDer::pem_file_iter(&jwks.ca_file)
+            .and_then(Iterator::collect::<Result<Vec<_>, _>>)
+            .map_err(|_names_the_file| JwksError::Authorities)?;
+        roots.add_parsable_certificates(certificates);
+    }
+    if roots.is_empty() {
+        return Err(JwksError::Authorities);
+    }
+    let builder = ClientConfig::builder_with_provider(Arc::new(aws_lc_rs::default_provider()))
+        .with_safe_default_protocol_versions()
+        .map_err(|error| JwksError::Tls(io::Error::other(error)))?;
+    Ok(builder.with_root_certificates(roots).with_no_client_auth())
+}
