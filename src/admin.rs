@@ -13,6 +13,7 @@ use serde_json::json;
 use tokio::net::TcpStream;
 
 use crate::{
+    audit::{Audit, Caller},
     auth::secret::Secret,
     config::ConfigError,
     http::{Answer, Ask, content, empty, object, text},
@@ -25,11 +26,11 @@ use crate::{
 const CANARIES_MISSED: u32 = 3;
 
 /// Serves one connection's requests.
-pub(crate) async fn serve(services: Arc<Services>, stream: TcpStream) {
+pub(crate) async fn serve(services: Arc<Services>, stream: TcpStream, caller: Caller) {
     let (timeout, stopped) = (services.config.limits.handshake_timeout, services.stopped.clone());
     let service = service_fn(|ask| {
         let services = Arc::clone(&services);
-        async move { Ok::<_, std::convert::Infallible>(route(&services, ask).await) }
+        async move { Ok::<_, std::convert::Infallible>(noted(&services, ask, caller).await) }
     });
     let connection = hyper::server::conn::http1::Builder::new()
         .timer(TokioTimer::new())
@@ -42,14 +43,25 @@ pub(crate) async fn serve(services: Arc<Services>, stream: TcpStream) {
     }
 }
 
+/// Answers, and leaves a record of it. Looks that change nothing and tell of no event are too many.
+async fn noted(services: &Services, ask: Ask, caller: Caller) -> Answer {
+    let (method, route_name) = (ask.method().clone(), name(ask.uri().path()));
+    let answer = route(services, ask).await;
+    let is_look = matches!(route_name, "metrics" | "healthz" | "readyz");
+    let status = answer.status();
+    if !is_look || matches!(status, StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN) {
+        let (method, status) = (method.as_str(), status.as_u16());
+        Audit::Admin { method, route: route_name, status }.note(caller, None);
+    }
+    answer
+}
+
 async fn route(services: &Services, ask: Ask) -> Answer {
     if !is_allowed(&services.config.admin_token, &ask) {
         return object(StatusCode::UNAUTHORIZED, &json!({ "message": "Unauthorized" }));
     }
     let path = ask.uri().path().to_owned();
-    // `/events/{eid}/{what}`
-    let event = path.strip_prefix("/events/").and_then(|rest| rest.split_once('/'));
-    let answer = match (ask.method(), path.as_str(), event) {
+    let answer = match (ask.method(), path.as_str(), event_and_action(&path)) {
         (&Method::GET, "/events", _) => events::list(services, &ask).await,
         (&Method::GET, _, Some((eid, "history"))) => events::history(services, &ask, eid).await,
         (&Method::POST, _, Some((eid, "invalidate"))) => {
@@ -59,6 +71,28 @@ async fn route(services: &Services, ask: Ask) -> Answer {
         (_, _, _) => Ok(route_whole(services, &ask)),
     };
     answer.unwrap_or_else(|refused| refused.answer())
+}
+
+/// `/events/{eid}/{action}`
+fn event_and_action(path: &str) -> Option<(&str, &str)> {
+    path.strip_prefix("/events/")?.split_once('/')
+}
+
+/// The route of a path, as the audit log names it.
+fn name(path: &str) -> &'static str {
+    match (path, event_and_action(path)) {
+        ("/metrics", _) => "metrics",
+        ("/healthz", _) => "healthz",
+        ("/readyz", _) => "readyz",
+        ("/drain", _) => "drain",
+        ("/reload", _) => "reload",
+        ("/revoke", _) => "revoke",
+        ("/events", _) => "events",
+        (_, Some((_, "history"))) => "history",
+        (_, Some((_, "invalidate"))) => "invalidate",
+        (_, Some((_, "mute"))) => "mute",
+        (_, _) => "unknown",
+    }
 }
 
 /// The routes that are about the whole gateway.

@@ -153,6 +153,12 @@ impl Decision {
         self.verdict == Verdict::Allowed
     }
 
+    /// The name of the rule that decided.
+    #[must_use]
+    pub fn rule_name(&self) -> Option<&str> {
+        self.rule.as_ref().map(|(rule, _)| &*rule.name)
+    }
+
     /// What a client is told whose join is refused: whether a topic is forbidden or unknown, the
     /// same.
     #[must_use]

@@ -12,8 +12,9 @@ use tokio::time::Instant;
 use tokio_tungstenite::tungstenite::Message as Frame;
 
 use crate::{
+    audit::{Audit, Caller},
     auth::jwt::{Token, TokenError, unix_now},
-    authorization::{Action, Asked, Decision, Verdict},
+    authorization::{Action, Asked, Because, Decision, Verdict},
     hub::{Subscription, TopicKey},
     merge::{self, CatchUp, Cause, Event, Known, Why},
     metrics::{Counted, Dropped},
@@ -44,6 +45,8 @@ pub(crate) struct Channel {
     token: Arc<Token>,
     /// By the last decision.
     may_read: bool,
+    /// What made it.
+    because: Because,
     /// Of a rule that merges.
     event: Option<Arc<Event>>,
     /// None while the claims do not allow reading.
@@ -69,6 +72,7 @@ pub(crate) struct Context<'a> {
     pub(crate) outbox: &'a Arc<Outbox>,
     /// The token of the upgrade.
     pub(crate) apikey: &'a Arc<Token>,
+    pub(crate) caller: Caller,
 }
 
 impl Context<'_> {
@@ -129,6 +133,7 @@ impl Channel {
             rule,
             token,
             may_read,
+            because: decision.because,
             subscription: None,
             listening: None,
             asked_at: Instant::now(),
@@ -176,6 +181,10 @@ impl Channel {
         self.catch_up(context, known);
         let result = if self.subscription.is_some() { "ok" } else { "withheld" };
         metrics.joins.with_label_values(&[result, ""]).inc();
+        let result = if self.may_read { Verdict::Allowed } else { Verdict::Withheld };
+        let (topic, because) = (&*self.topic, &self.because);
+        Audit::Join { topic, result, rule: self.rule_name(), because }
+            .note(context.caller, Some(&self.token));
         metrics.join_seconds.observe(self.asked_at.elapsed().as_secs_f64());
         self.counted = Some(Counted::new(&metrics.channels));
         if !self.config.bindings.is_empty() {
@@ -258,6 +267,7 @@ impl Channel {
     pub(crate) async fn broadcast(&self, context: Context<'_>, pushes: Vec<Message>) {
         let services = context.services;
         let (mut broadcasts, mut acks) = (Vec::with_capacity(pushes.len()), Vec::new());
+        let mut denied = 0;
         for push in pushes {
             match self.admit_broadcast(services, push.payload) {
                 Ok(broadcast) => {
@@ -266,11 +276,18 @@ impl Channel {
                 }
                 Err(reason) => {
                     services.metrics.count_dropped(reason);
-                    if reason == Dropped::TooLarge {
-                        acks.push((push.reference, PAYLOAD_TOO_LARGE));
+                    match reason {
+                        Dropped::TooLarge => acks.push((push.reference, PAYLOAD_TOO_LARGE)),
+                        Dropped::WriteDenied => denied += 1,
+                        _ => {}
                     }
                 }
             }
+        }
+        if denied > 0 {
+            let rule = self.rule_name();
+            Audit::RefuseBroadcast { topic: &self.topic, rule, count: denied }
+                .note(context.caller, Some(&self.token));
         }
         if let Some(event) = &self.event {
             broadcasts = merge::offer(services, event, broadcasts, None);
@@ -332,7 +349,8 @@ impl Channel {
 
     /// Says goodbye: `phx_close` carries the join's ref, so that a newer channel of the same
     /// topic, on the client's side, does not take it for its own.
-    pub(crate) fn close(self, context: Context<'_>) {
+    pub(crate) fn close(self, context: Context<'_>, reason: &'static str) {
+        Audit::Leave { topic: &self.topic, reason }.note(context.caller, Some(&self.token));
         let join_ref = self.join_ref.as_ref();
         context.push(&Push {
             join_ref,
@@ -356,6 +374,10 @@ impl Channel {
     /// The topic without its prefix.
     pub(crate) fn sub_topic(&self) -> Arc<str> {
         Arc::clone(&self.key.sub_topic)
+    }
+
+    fn rule_name(&self) -> Option<&str> {
+        self.rule.as_ref().map(|(rule, _)| &*rule.name)
     }
 
     /// The join's ref, which names this channel.
@@ -451,8 +473,14 @@ impl Channel {
         verified: Result<Arc<Token>, TokenError>,
     ) -> Fate {
         let sub_topic = self.sub_topic();
+        let fault = verified.as_ref().err().map(TokenError::kind);
         let (decision, token) = authorize(context, &sub_topic, self.key.privacy, verified);
         let had_read = self.may_read;
+        let is_same = token.as_ref().is_some_and(|it| Arc::ptr_eq(it, &self.token));
+        if !is_same || had_read != decision.is_allowed() {
+            Audit::Token { topic: &self.topic, decision: &decision, fault }
+                .note(context.caller, token.as_deref());
+        }
         if let (Some((rule, _)), Some((new, captures))) = (&self.rule, &decision.rule)
             && rule.listen == new.listen
         {
@@ -466,6 +494,7 @@ impl Channel {
         }
         self.token = token;
         self.may_read = decision.is_allowed();
+        self.because = decision.because.clone();
         if had_read && decision.verdict == Verdict::Refused {
             // Told, and not closed: a close is for good, and the next token may be a better one.
             self.complain(context, &decision);

@@ -21,6 +21,7 @@ use tokio_tungstenite::{
 };
 
 use crate::{
+    audit::Audit,
     metrics::Counted,
     outbox::{Ended, Outbox},
     protocol::message::Message,
@@ -201,6 +202,8 @@ impl Connection {
         let labels = [reason.kind(), reason.code_label()];
         self.services.metrics.connections_closed.with_label_values(&labels).inc();
         tracing::debug!(reason = reason.kind(), "connection closed");
+        Audit::Close { reason: reason.kind(), code: reason.code_label() }
+            .note(self.socket.caller(), None);
         let Self { websocket, socket, .. } = self;
         // Its channels leave before the peer is waited for.
         drop(socket);

@@ -3,7 +3,14 @@
 //! Invariants: one `match` decides the route; an upgrade is refused for its token after
 //! `error_delay`, for anything else at once.
 
-use std::{borrow::Cow, error::Error, net::SocketAddr, pin::Pin, sync::Arc, time::Duration};
+use std::{
+    borrow::Cow,
+    error::Error,
+    net::SocketAddr,
+    pin::Pin,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
 
 use bytes::Bytes;
 use http_body_util::Full;
@@ -24,6 +31,7 @@ use tokio::{
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 
 use crate::{
+    audit::{Audit, Caller},
     auth::jwt::{Token, TokenError, unix_now},
     connection::Connection,
     lost_sockets::ClientKey,
@@ -105,9 +113,14 @@ async fn route(
         }
         (&Method::GET | &Method::HEAD, "/healthz", _) => text(StatusCode::OK, "ok"),
         (&Method::OPTIONS, _, Some(_)) => rest::preflight(),
-        (&Method::POST, _, Some("")) => rest::broadcast_batch(&services, ask).await,
+        (&Method::POST, _, Some("")) => {
+            rest::broadcast_batch(&services, ask, Caller::at(peer.ip())).await
+        }
         (&Method::POST, _, Some(target)) => match rest::target(target) {
-            Some((topic, event)) => rest::broadcast_single(&services, ask, &topic, &event).await,
+            Some((topic, event)) => {
+                let caller = Caller::at(peer.ip());
+                rest::broadcast_single(&services, ask, caller, &topic, &event).await
+            }
             None => not_found(),
         },
         (_, _, _) => match fallback {
@@ -119,15 +132,18 @@ async fn route(
 
 /// Opens a WebSocket: version, then key, then place.
 async fn upgrade(services: Arc<Services>, mut ask: Ask, peer: SocketAddr) -> Answer {
+    let caller = Caller::at(peer.ip());
     let Some(accept) = websocket_accept(&ask) else {
-        return refuse(&services, RefusedUpgrade::BadRequest, empty(StatusCode::BAD_REQUEST));
+        let answer = empty(StatusCode::BAD_REQUEST);
+        return refuse(&services, caller, RefusedUpgrade::BadRequest, None, answer);
     };
     let query = ask.uri().query().unwrap_or_default().to_owned();
     let Some(serializer) = Serializer::from_vsn(query_value(&query, "vsn").as_deref()) else {
-        return refuse(&services, RefusedUpgrade::Version, empty(StatusCode::FORBIDDEN));
+        let answer = empty(StatusCode::FORBIDDEN);
+        return refuse(&services, caller, RefusedUpgrade::Version, None, answer);
     };
     if services.draining.is_cancelled() {
-        return draining(&services);
+        return draining(&services, caller);
     }
     let apikey = header_text(&ask, "x-api-key").or_else(|| query_value(&query, "apikey"));
     let verified = match apikey {
@@ -141,23 +157,24 @@ async fn upgrade(services: Arc<Services>, mut ask: Ask, peer: SocketAddr) -> Ans
             tracing::debug!(reason = error.kind(), "upgrade refused");
             sleep(services.config.protocol.error_delay).await;
             let answer = refused_upgrade(&error.refuse_upgrade());
-            return refuse(&services, RefusedUpgrade::Token, answer);
+            return refuse(&services, caller, RefusedUpgrade::Token, Some(error.kind()), answer);
         }
     };
     let outbox = Arc::new(Outbox::new(serializer, services.config.limits.outbox_bytes_max));
     let place = match Place::take(&services, &outbox) {
         Ok(place) => place,
-        Err(RefusedUpgrade::Draining) => return draining(&services),
+        Err(RefusedUpgrade::Draining) => return draining(&services, caller),
         Err(reason) => {
             let refusal = Refusal::new(ErrorCode::ConnectionRateLimitReached);
-            return refuse(&services, reason, refused_upgrade(&refusal));
+            return refuse(&services, caller, reason, None, refused_upgrade(&refusal));
         }
     };
     let upgraded = hyper::upgrade::on(&mut ask);
     let connections = services.connections.clone();
     let user_agent = header_text(&ask, "user-agent").unwrap_or_default();
     let client = ClientKey::new(peer.ip(), &user_agent);
-    connections.spawn(open(services, upgraded, place, outbox, token, client));
+    let caller = caller.on(services.connection_number.fetch_add(1, Ordering::Relaxed));
+    connections.spawn(open(services, upgraded, place, outbox, token, client, caller));
     let mut answer = empty(StatusCode::SWITCHING_PROTOCOLS);
     let headers = answer.headers_mut();
     headers.insert(header::CONNECTION, HeaderValue::from_static("Upgrade"));
@@ -174,13 +191,14 @@ async fn open(
     outbox: Arc<Outbox>,
     token: Arc<Token>,
     client: ClientKey,
+    caller: Caller,
 ) {
     let Some((stream, read)) = taken_over(upgraded).await else {
-        let refused = &services.metrics.connections_refused;
-        refused.with_label_values(&[RefusedUpgrade::Abandoned.kind()]).inc();
+        count_refused(&services, caller, RefusedUpgrade::Abandoned, None);
         return;
     };
-    let socket = Socket::new(Arc::clone(&services), Arc::clone(&outbox), token, client);
+    Audit::Connect.note(caller, Some(&token));
+    let socket = Socket::new(Arc::clone(&services), Arc::clone(&outbox), token, client, caller);
     Connection::new(services, stream, read, outbox, socket).await.run().await;
     drop(place);
 }
@@ -209,14 +227,31 @@ fn websocket_accept(ask: &Ask) -> Option<HeaderValue> {
     HeaderValue::from_str(&derive_accept_key(key.as_bytes())).ok()
 }
 
-fn refuse(services: &Services, reason: RefusedUpgrade, answer: Answer) -> Answer {
-    services.metrics.connections_refused.with_label_values(&[reason.kind()]).inc();
+fn refuse(
+    services: &Services,
+    caller: Caller,
+    reason: RefusedUpgrade,
+    fault: Option<&'static str>,
+    answer: Answer,
+) -> Answer {
+    count_refused(services, caller, reason, fault);
     answer
 }
 
-fn draining(services: &Services) -> Answer {
+/// Says that a connection attempt came to nothing; `fault` is what was wrong with its token.
+pub(crate) fn count_refused(
+    services: &Services,
+    caller: Caller,
+    reason: RefusedUpgrade,
+    fault: Option<&'static str>,
+) {
+    services.metrics.connections_refused.with_label_values(&[reason.kind()]).inc();
+    Audit::RefuseUpgrade { reason: reason.kind(), fault }.note(caller, None);
+}
+
+fn draining(services: &Services, caller: Caller) -> Answer {
     let refusal = Refusal::new(ErrorCode::RealtimeRestarting);
-    refuse(services, RefusedUpgrade::Draining, refused_upgrade(&refusal))
+    refuse(services, caller, RefusedUpgrade::Draining, None, refused_upgrade(&refusal))
 }
 
 fn refused_upgrade(refusal: &Refusal) -> Answer {

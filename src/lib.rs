@@ -29,7 +29,7 @@
 //! | [`db`] | every SQL statement |
 //! | [`http`], `rest`, [`admin`] | public and admin routes, REST broadcasts |
 //! | [`server`], [`reload`] | listen, accept, cap, drain; rules and keys read again |
-//! | [`metrics`], [`config`] | what is measured, what can be set |
+//! | [`metrics`], [`audit`], [`config`] | what is measured, what is on record, what can be set |
 //! | [`mod@demo`], [`mod@bench`], [`explain`] | the other commands |
 //!
 //! Invariants everything serves: every byte to a client goes through its outbox, so order is the
@@ -38,6 +38,7 @@
 //! has a named reason and a counter.
 
 pub mod admin;
+pub mod audit;
 pub mod auth;
 pub mod authorization;
 pub mod bench;

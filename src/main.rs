@@ -14,6 +14,7 @@ use std::{
 use clap::{Parser, Subcommand};
 use tidegate::{
     admin::command::{self, CommandError},
+    audit::{self, AuditLog},
     auth::sign::sign_role,
     bench,
     config::{Config, Effective},
@@ -25,6 +26,9 @@ use tidegate::{
 use tokio::{
     runtime::Builder,
     signal::unix::{SignalKind, signal},
+};
+use tracing_subscriber::{
+    EnvFilter, Layer, filter::FilterExt, layer::SubscriberExt, util::SubscriberInitExt,
 };
 
 /// Bad arguments or settings.
@@ -159,13 +163,13 @@ async fn run(cli: Cli) -> Result<(), Failure> {
         }
         Command::Demo(args) => {
             // An action that the end cuts off is rolled back twice, of which the server gives notice.
-            start_logs("warn,sqlx::postgres::notice=error,tidegate=info")?;
+            start_logs("warn,sqlx::postgres::notice=error,tidegate=info", None)?;
             return Ok(demo::run(args, terminated()?).await?);
         }
         Command::Serve => serve().await?,
         Command::Migrate { uninstall } => {
             let (config, _) = settings()?;
-            start_logs(&config.log)?;
+            start_logs(&config.log, None)?;
             if uninstall {
                 db::uninstall(config.migrate_url()).await?;
                 println!("the database objects are gone");
@@ -215,7 +219,8 @@ async fn serve() -> Result<(), Failure> {
         loaded.map(|(config, _)| config)
     };
     let config = read().map_err(usage)?;
-    start_logs(&config.log)?;
+    let audit = AuditLog::open(&config.audit_log)?;
+    start_logs(&config.log, audit.clone())?;
     let files = raise_file_limit()?;
     if files < config.limits.connections_max as u64 {
         tracing::warn!(files, "the system allows fewer open files than connections_max");
@@ -229,6 +234,9 @@ async fn serve() -> Result<(), Failure> {
         while hangups.recv().await.is_some() {
             // It has logged what is wrong; the old settings hold.
             let _ = services.reload();
+            if let Some(Err(error)) = audit.as_deref().map(AuditLog::reopen) {
+                tracing::warn!(error = &error as &dyn Error, "the old file is written on");
+            }
         }
     };
     println!("listening public={public} admin={admin}");
@@ -252,13 +260,17 @@ fn settings() -> Result<(Config, Effective), Failure> {
     Config::load(file.as_deref(), variables).map_err(usage)
 }
 
-fn start_logs(filter: &str) -> Result<(), Failure> {
-    let filter = tracing_subscriber::EnvFilter::try_new(filter).map_err(usage)?;
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
+/// Sends what is logged to standard error, and audit events nowhere but to `audit`.
+fn start_logs(filter: &str, audit: Option<Arc<AuditLog>>) -> Result<(), Failure> {
+    let filter = EnvFilter::try_new(filter).map_err(usage)?.and(audit::is_elsewhere());
+    let log = tracing_subscriber::fmt::layer()
         .with_writer(io::stderr)
         .with_ansi(io::stderr().is_terminal())
-        .init();
+        .with_filter(filter);
+    // In a list, so that an absent layer does not ask for every event.
+    let mut layers = vec![log.boxed()];
+    layers.extend(audit.map(|it| it.layer().boxed()));
+    tracing_subscriber::registry().with(layers).init();
     Ok(())
 }
 

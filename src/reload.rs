@@ -15,6 +15,7 @@ use std::{
 use tokio::{fs, time::sleep};
 
 use crate::{
+    audit::Audit,
     auth::jwks::JwksError,
     config::{Config, ConfigError},
     server::Services,
@@ -84,6 +85,7 @@ impl Services {
         let done = self.try_reload();
         let result = done.as_ref().map_or_else(ReloadError::kind, |()| "ok");
         self.metrics.reloads.with_label_values(&[result]).inc();
+        Audit::Reload { result }.note(None, None);
         match &done {
             Ok(()) => tracing::info!("rules and keys read again"),
             Err(ReloadError::NoSource) => {}

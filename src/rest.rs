@@ -18,6 +18,7 @@ use serde_json::{Value, json, value::RawValue};
 use tokio::time::{Instant, timeout};
 
 use crate::{
+    audit::{Audit, Caller},
     auth::jwt::{Token, TokenError, unix_now},
     authorization::{Action, Asked},
     http::{Answer, Ask, empty, header_text, object, query_value},
@@ -40,12 +41,12 @@ const SMALL_BODY_BYTES: u64 = 64 * 1024;
 /// `POST /api/broadcast`: `{"messages":[{"topic","event","payload","private"?,"id"?}]}`.
 ///
 /// Source: supabase/realtime `broadcast_controller.ex`, `batch_broadcast.ex` @833cf36.
-pub(crate) async fn broadcast_batch(services: &Services, ask: Ask) -> Answer {
-    cross_origin(batch(services, ask).await)
+pub(crate) async fn broadcast_batch(services: &Services, ask: Ask, caller: Caller) -> Answer {
+    cross_origin(batch(services, ask, caller).await)
 }
 
-async fn batch(services: &Services, ask: Ask) -> Answer {
-    let Ok(token) = rest_token(services, &ask) else {
+async fn batch(services: &Services, ask: Ask, caller: Caller) -> Answer {
+    let Ok(token) = rest_token(services, &ask, caller) else {
         return unauthorized();
     };
     let body = match body(services, ask).await {
@@ -69,7 +70,7 @@ async fn batch(services: &Services, ask: Ask) -> Answer {
     for message in checked.into_iter().flatten() {
         let RestMessage { topic, privacy, broadcast } = message;
         // What may not be written is skipped, and the answer is the same, as upstream.
-        let _ = publish(services, &token, &topic, privacy, broadcast).await;
+        let _ = publish(services, caller, &token, &topic, privacy, broadcast).await;
     }
     empty(StatusCode::ACCEPTED)
 }
@@ -78,14 +79,15 @@ async fn batch(services: &Services, ask: Ask) -> Answer {
 pub(crate) async fn broadcast_single(
     services: &Services,
     ask: Ask,
+    caller: Caller,
     topic: &str,
     event: &str,
 ) -> Answer {
-    cross_origin(single(services, ask, topic, event).await)
+    cross_origin(single(services, ask, caller, topic, event).await)
 }
 
-async fn single(services: &Services, ask: Ask, topic: &str, event: &str) -> Answer {
-    let Ok(token) = rest_token(services, &ask) else {
+async fn single(services: &Services, ask: Ask, caller: Caller, topic: &str, event: &str) -> Answer {
+    let Ok(token) = rest_token(services, &ask, caller) else {
         return unauthorized();
     };
     let content_type = header_text(&ask, "content-type").unwrap_or_default();
@@ -124,7 +126,7 @@ async fn single(services: &Services, ask: Ask, topic: &str, event: &str) -> Answ
     };
     let message = UserBroadcast { user_event: event.into(), payload };
     let broadcast = Broadcast::User { message, metadata: None };
-    match publish(services, &token, topic, privacy, broadcast).await {
+    match publish(services, caller, &token, topic, privacy, broadcast).await {
         Ok(()) => empty(StatusCode::ACCEPTED),
         Err(Denied) => object(StatusCode::FORBIDDEN, &json!({ "message": "Unauthorized" })),
     }
@@ -136,6 +138,7 @@ struct Denied;
 /// Broadcasts to a topic if its rule lets the token write.
 async fn publish(
     services: &Services,
+    caller: Caller,
     token: &Token,
     sub_topic: &str,
     privacy: Privacy,
@@ -148,6 +151,7 @@ async fn publish(
         token: Ok(&token.claims),
         fallback: None,
     });
+    Audit::Rest { topic: sub_topic, decision: &decision }.note(caller, Some(token));
     if !decision.is_allowed() {
         services.metrics.count_dropped(Dropped::WriteDenied);
         return Err(Denied);
@@ -176,7 +180,7 @@ async fn publish(
 
 /// The token of `Authorization: Bearer`, or of `apikey` where that is absent, empty or of another
 /// scheme. A bare token in `Authorization` is accepted.
-fn rest_token(services: &Services, ask: &Ask) -> Result<Arc<Token>, TokenError> {
+fn rest_token(services: &Services, ask: &Ask, caller: Caller) -> Result<Arc<Token>, TokenError> {
     let authorization = header_text(ask, "authorization").unwrap_or_default();
     let bearer = match authorization.trim().split_once(' ') {
         Some((scheme, token)) if scheme.eq_ignore_ascii_case("bearer") => token.trim(),
@@ -194,6 +198,9 @@ fn rest_token(services: &Services, ask: &Ask) -> Result<Arc<Token>, TokenError> 
         services.verifier.verify(&text, unix_now())
     };
     services.metrics.count_token(&verified);
+    if let Err(error) = &verified {
+        Audit::RefuseRest { fault: error.kind() }.note(caller, None);
+    }
     verified
 }
 

@@ -3,7 +3,14 @@
 //! Invariants: a task of this server runs on one of its trackers; sockets are closed by ending
 //! their outboxes, so that nothing on the hot path looks at a shared token.
 
-use std::{error::Error, io, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    error::Error,
+    io,
+    net::SocketAddr,
+    path::PathBuf,
+    sync::{Arc, atomic::AtomicU64},
+    time::Duration,
+};
 
 use parking_lot::{Mutex, RwLock};
 use slab::Slab;
@@ -18,6 +25,7 @@ use uuid::Uuid;
 
 use crate::{
     admin,
+    audit::{Audit, Caller},
     auth::{
         jwks::{self, JwksError},
         verifier::Verifier,
@@ -87,6 +95,8 @@ pub struct Services {
     pub(crate) sockets: Mutex<Slab<Arc<Outbox>>>,
     /// The sockets' tasks.
     pub(crate) connections: TaskTracker,
+    /// Numbers the connections, for the logs.
+    pub(crate) connection_number: AtomicU64,
     /// Places for bodies of more than a few bytes.
     pub(crate) bodies: Semaphore,
     /// All other tasks.
@@ -121,6 +131,7 @@ impl Services {
             gateway: Uuid::new_v4(),
             sockets: Mutex::default(),
             connections: TaskTracker::new(),
+            connection_number: AtomicU64::new(1),
             bodies: Semaphore::new(BODIES_MAX),
             tracker: TaskTracker::new(),
             draining: CancellationToken::new(),
@@ -271,6 +282,7 @@ impl Server {
     /// Serves until `shutdown` or an admin's request, then drains.
     pub async fn run(self, shutdown: impl Future<Output = ()>) {
         let Self { services, public, admin, fallback } = self;
+        Audit::Start { gateway: services.gateway }.note(None, None);
         if !services.config.notify_url().is_empty() {
             services.tracker.spawn(listener::run(Arc::clone(&services)));
         }
@@ -287,8 +299,8 @@ impl Server {
         });
         // The admin's port answers to the end.
         let accept_admin =
-            accept(&admin, &services, ADMIN_CONNECTIONS_MAX, |services, stream, _peer| {
-                admin::serve(services, stream)
+            accept(&admin, &services, ADMIN_CONNECTIONS_MAX, |services, stream, peer| {
+                admin::serve(services, stream, Caller::at(peer.ip()))
             });
         tokio::pin!(accept_admin);
         tokio::select! {
@@ -375,8 +387,7 @@ async fn accept<F, S>(
         };
         backoff = ACCEPT_BACKOFF.0;
         let Ok(permit) = Arc::clone(&pending).try_acquire_owned() else {
-            let reason = RefusedUpgrade::Pending.kind();
-            services.metrics.connections_refused.with_label_values(&[reason]).inc();
+            http::count_refused(services, Caller::at(peer.ip()), RefusedUpgrade::Pending, None);
             // What does not fit into the empty buffer of a new connection is not sent.
             let _ = stream.try_write(OVERLOADED);
             continue;

@@ -12,6 +12,7 @@ use futures_util::stream::{FuturesUnordered, StreamExt};
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::{
+    audit::{Audit, Caller},
     auth::jwt::{Token, unix_now},
     channel::{Channel, Context, Fate},
     healing::{FIRST_ROUND, Healing, Suspicion},
@@ -42,6 +43,7 @@ pub struct Socket {
     /// The token of the upgrade.
     apikey: Arc<Token>,
     client: ClientKey,
+    caller: Caller,
     opened: Instant,
     /// When the client last said something.
     last_data: Instant,
@@ -113,6 +115,7 @@ impl Socket {
         outbox: Arc<Outbox>,
         apikey: Arc<Token>,
         client: ClientKey,
+        caller: Caller,
     ) -> Self {
         let now = Instant::now();
         Self {
@@ -120,6 +123,7 @@ impl Socket {
             outbox,
             apikey,
             client,
+            caller,
             opened: now,
             last_data: now,
             origin: Origin::Unknown,
@@ -223,9 +227,9 @@ impl Socket {
             self.suspect();
         }
         let now = unix_now();
-        let Self { services, outbox, apikey, channels, .. } = self;
+        let Self { services, outbox, apikey, channels, caller, .. } = self;
         let grace = services.config.auth.grace;
-        let context = Context { services, outbox, apikey };
+        let context = Context { services, outbox, apikey, caller: *caller };
         let mut closed: Vec<Box<str>> = Vec::new();
         for (topic, slot) in channels {
             let Slot::Joined(channel) = slot else { continue };
@@ -249,8 +253,8 @@ impl Socket {
 
     /// Looks at each channel's token and topic anew: keys, rules or revocations have changed.
     pub fn review(&mut self) {
-        let Self { services, outbox, apikey, channels, .. } = self;
-        let context = Context { services, outbox, apikey };
+        let Self { services, outbox, apikey, channels, caller, .. } = self;
+        let context = Context { services, outbox, apikey, caller: *caller };
         let mut closed: Vec<Box<str>> = Vec::new();
         for (topic, slot) in channels {
             let Slot::Joined(channel) = slot else { continue };
@@ -262,6 +266,12 @@ impl Socket {
             self.settle(&topic, Fate::Closed);
         }
         self.note_expiry();
+    }
+
+    /// Who is at the other end.
+    #[must_use]
+    pub fn caller(&self) -> Caller {
+        self.caller
     }
 
     /// Since when a socket that has had channels has none.
@@ -352,7 +362,8 @@ impl Socket {
     }
 
     fn context(&self) -> Context<'_> {
-        Context { services: &self.services, outbox: &self.outbox, apikey: &self.apikey }
+        let Self { services, outbox, apikey, caller, .. } = self;
+        Context { services, outbox, apikey, caller: *caller }
     }
 
     fn join(&mut self, join: Message) {
@@ -434,7 +445,7 @@ impl Socket {
             Some(mut replaced) => {
                 channel.take_over(&mut replaced);
                 channel.open(context, reference, known);
-                replaced.close(context);
+                replaced.close(context, "replaced");
             }
             None => channel.open(context, reference, known),
         }
@@ -461,15 +472,15 @@ impl Socket {
                 self.hold(&leave.topic, Hold::Left);
             }
             channel.reply(self.context(), leave.reference.as_ref(), OK);
-            channel.close(self.context());
+            channel.close(self.context(), "left");
             self.note_emptiness();
         }
     }
 
     /// Hands broadcasts to their channel.
     async fn broadcast(&mut self, topic: &str, pushes: Vec<Message>) {
-        let Self { services, outbox, apikey, channels, .. } = self;
-        let context = Context { services, outbox, apikey };
+        let Self { services, outbox, apikey, channels, caller, .. } = self;
+        let context = Context { services, outbox, apikey, caller: *caller };
         match channels.get(topic) {
             Some(Slot::Joined(channel)) => channel.broadcast(context, pushes).await,
             Some(Slot::Waiting(_)) | None => {
@@ -482,11 +493,12 @@ impl Socket {
 
     /// Hands any other message to its channel.
     fn route(&mut self, message: &Message) {
-        let Self { services, outbox, apikey, channels, .. } = self;
+        let Self { services, outbox, apikey, channels, caller, .. } = self;
+        let context = Context { services, outbox, apikey, caller: *caller };
         let Some(Slot::Joined(channel)) = channels.get_mut(&message.topic) else {
             return self.reply_unmatched(message);
         };
-        let fate = channel.receive(Context { services, outbox, apikey }, message);
+        let fate = channel.receive(context, message);
         self.expires_at = self.expires_at.min(channel.expires_at(self.services.config.auth.grace));
         self.settle(&message.topic, fate);
     }
@@ -495,7 +507,7 @@ impl Socket {
         if fate == Fate::Closed
             && let Some(Slot::Joined(channel)) = self.channels.remove(topic)
         {
-            channel.close(self.context());
+            channel.close(self.context(), "token");
             self.note_emptiness();
         }
     }
@@ -517,11 +529,13 @@ impl Socket {
     ) {
         self.services.metrics.joins.with_label_values(&["error", refusal.code.as_str()]).inc();
         tracing::debug!(code = refusal.code.as_str(), "join refused");
+        Audit::RefuseJoin { topic, reason: refusal.code.as_str() }
+            .note(self.caller, Some(&self.apikey));
         let payload = refusal.reply();
         let payload = payload.as_str();
         self.context().push(&Push { join_ref, reference, topic, event: "phx_reply", payload });
         if let Some(replaced) = replaced {
-            replaced.close(self.context());
+            replaced.close(self.context(), "replaced");
         }
     }
 

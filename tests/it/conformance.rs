@@ -26,7 +26,7 @@ use tokio::time::timeout;
 use tokio_tungstenite::tungstenite::Message as Frame;
 
 use crate::support::{
-    client::{Client, client_key, encode, expected_by, matches, message_of},
+    client::{Client, caller, client_key, encode, expected_by, matches, message_of},
     server::{DEADLINE, TestServer, config},
     token,
 };
@@ -329,8 +329,13 @@ impl Wires<'_> {
             Self::Memory(services) => {
                 let outbox = Arc::new(Outbox::new(serializer, 1 << 20));
                 let token = services.verifier.verify(apikey, unix_now()).unwrap();
-                let socket =
-                    Socket::new(Arc::clone(services), Arc::clone(&outbox), token, client_key());
+                let socket = Socket::new(
+                    Arc::clone(services),
+                    Arc::clone(&outbox),
+                    token,
+                    client_key(),
+                    caller(),
+                );
                 Wire::Memory { socket: Box::new(socket), outbox, received: VecDeque::new() }
             }
             Self::Network(server) => {

@@ -25,7 +25,7 @@ use tokio::task::JoinSet;
 use tokio_tungstenite::tungstenite::Message as Frame;
 
 use crate::support::{
-    client::{Client, client_key},
+    client::{Client, caller, client_key},
     server::{TestServer, config, plain_rule},
     token,
 };
@@ -108,6 +108,7 @@ async fn the_reply_precedes_every_broadcast_however_many_are_sent() {
             Arc::clone(&outbox),
             Arc::clone(&token),
             client_key(),
+            caller(),
         );
         let frame = Frame::text(join("1", "realtime:room").to_string());
         socket.handle([Serializer::V2.decode(frame).unwrap()]).await;
@@ -482,7 +483,7 @@ async fn who_joins_during_a_drain_is_told_that_the_server_restarts() {
     services.draining.cancel();
     let outbox = Arc::new(Outbox::new(Serializer::V2, 1 << 20));
     let token = services.verifier.verify(&token::of_role("anon"), unix_now()).unwrap();
-    let mut socket = Socket::new(services, Arc::clone(&outbox), token, client_key());
+    let mut socket = Socket::new(services, Arc::clone(&outbox), token, client_key(), caller());
     let frame = Frame::text(join("1", "realtime:room").to_string());
     socket.handle([Serializer::V2.decode(frame).unwrap()]).await;
     let topic = socket.due().await;

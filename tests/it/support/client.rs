@@ -5,7 +5,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 
 use futures_util::{SinkExt, StreamExt};
 use serde_json::{Value, json};
-use tidegate::{lost_sockets::ClientKey, protocol::serializer::Serializer};
+use tidegate::{audit::Caller, lost_sockets::ClientKey, protocol::serializer::Serializer};
 use tokio::{net::TcpStream, time::timeout};
 use tokio_tungstenite::{
     WebSocketStream, client_async,
@@ -256,6 +256,11 @@ pub(crate) fn resync(eid: &str) -> [String; 3] {
 /// The client behind a socket without a connection.
 pub(crate) fn client_key() -> ClientKey {
     ClientKey::new(Ipv4Addr::LOCALHOST.into(), "")
+}
+
+/// Who stands behind it in the logs.
+pub(crate) fn caller() -> Caller {
+    Caller::at(Ipv4Addr::LOCALHOST.into())
 }
 
 /// The query's value.

@@ -61,7 +61,8 @@ impl Page {
     pub(crate) fn with_token(services: &Arc<Services>, client: ClientKey, token: &str) -> Self {
         let token = services.verifier.verify(token, unix_now()).unwrap();
         let outbox = Arc::new(Outbox::new(V1, 1 << 20));
-        let socket = Socket::new(Arc::clone(services), Arc::clone(&outbox), token, client);
+        let socket =
+            Socket::new(Arc::clone(services), Arc::clone(&outbox), token, client, client::caller());
         Self { socket, outbox, arrived: VecDeque::new(), opened: Instant::now() }
     }
 
