@@ -22,7 +22,8 @@
 //! | `reload` | settings and keys are read again | `result` |
 //!
 //! `result` and `because` are those of [`Decision`]; `fault` is what is wrong with the token that
-//! was offered. Where a join is refused, `role` and `sub` are of the connection's token.
+//! was offered. Where a join or a token is refused, `role` and `sub` are those that hold otherwise:
+//! of the connection's token, or the channel's.
 //!
 //! A file may be rotated with `copytruncate`, or renamed and then [reopened](AuditLog::reopen),
 //! which SIGHUP does.

@@ -479,7 +479,7 @@ impl Channel {
         let is_same = token.as_ref().is_some_and(|it| Arc::ptr_eq(it, &self.token));
         if !is_same || had_read != decision.is_allowed() {
             Audit::Token { topic: &self.topic, decision: &decision, fault }
-                .note(context.caller, token.as_deref());
+                .note(context.caller, token.as_deref().or(Some(&self.token)));
         }
         if let (Some((rule, _)), Some((new, captures))) = (&self.rule, &decision.rule)
             && rule.listen == new.listen

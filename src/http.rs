@@ -29,6 +29,7 @@ use tokio::{
     time::{sleep, timeout},
 };
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
+use tracing::Instrument;
 
 use crate::{
     audit::{Audit, Caller},
@@ -173,8 +174,9 @@ async fn upgrade(services: Arc<Services>, mut ask: Ask, peer: SocketAddr) -> Ans
     let connections = services.connections.clone();
     let user_agent = header_text(&ask, "user-agent").unwrap_or_default();
     let client = ClientKey::new(peer.ip(), &user_agent);
-    let caller = caller.on(services.connection_number.fetch_add(1, Ordering::Relaxed));
-    connections.spawn(open(services, upgraded, place, outbox, token, client, caller));
+    let number = services.connection_number.fetch_add(1, Ordering::Relaxed);
+    let opened = open(services, upgraded, place, outbox, token, client, caller.on(number));
+    connections.spawn(opened.instrument(tracing::debug_span!("connection", number)));
     let mut answer = empty(StatusCode::SWITCHING_PROTOCOLS);
     let headers = answer.headers_mut();
     headers.insert(header::CONNECTION, HeaderValue::from_static("Upgrade"));

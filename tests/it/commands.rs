@@ -1,17 +1,8 @@
 //! The binary: what its commands print, with which code they exit, and what the environment does.
 
-use std::{
-    fs,
-    net::SocketAddr,
-    os::unix::process::ExitStatusExt,
-    path::PathBuf,
-    process::{Output, Stdio},
-};
+use std::{fs, net::SocketAddr};
 
-use nix::{
-    sys::signal::{Signal, kill},
-    unistd::Pid,
-};
+use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use tidegate::{
     auth::{jwt::unix_now, verifier::Verifier},
@@ -21,13 +12,13 @@ use tidegate::{
 use tokio::{
     io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
     net::{TcpListener, TcpStream},
-    process::{Child, ChildStdout, Command},
     time::{Instant, timeout},
 };
 
 use crate::support::{
     client::Client,
     postgres::Database,
+    process::{BINARY, SERVE, Said, Scratch, Serving, command, run},
     server::{DEADLINE, TestServer, config},
     token::{self, SECRET},
 };
@@ -35,122 +26,6 @@ use crate::support::{
 /// What the admin rule says of the levels that may read.
 const ADMIN_GRANT: &str =
     r#"{ claim = "admin_events.{eid}", any_of = ["super", "producer", "photo", "voting"] }"#;
-
-const BINARY: &str = env!("CARGO_BIN_EXE_tidegate");
-
-/// Settings of a server that needs nothing else.
-const SERVE: [(&str, &str); 3] = [
-    ("TIDEGATE_LISTEN", "127.0.0.1:0"),
-    ("TIDEGATE_ADMIN_LISTEN", "127.0.0.1:0"),
-    ("TIDEGATE_JWT_SECRET", SECRET),
-];
-
-type Variables<'a> = &'a [(&'a str, &'a str)];
-
-fn command(program: &str, arguments: &[&str], variables: Variables<'_>) -> Command {
-    let mut command = Command::new(program);
-    command.args(arguments).env_clear().envs(variables.iter().copied());
-    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    command.kill_on_drop(true);
-    command
-}
-
-/// What a command that ends says.
-struct Said {
-    code: Option<i32>,
-    out: String,
-    err: String,
-}
-
-impl From<Output> for Said {
-    fn from(output: Output) -> Self {
-        let text = |bytes| String::from_utf8(bytes).unwrap();
-        assert_eq!(output.status.signal(), None, "ended by a signal");
-        Self { code: output.status.code(), out: text(output.stdout), err: text(output.stderr) }
-    }
-}
-
-/// Runs a command until it ends, with nothing in its environment but `variables`.
-async fn run(arguments: &[&str], variables: Variables<'_>) -> Said {
-    let output = timeout(DEADLINE, command(BINARY, arguments, variables).output()).await;
-    output.expect("the command ends in time").unwrap().into()
-}
-
-/// A server in a process of its own.
-struct Serving {
-    child: Child,
-    out: BufReader<ChildStdout>,
-    public: SocketAddr,
-    admin: SocketAddr,
-}
-
-impl Serving {
-    async fn start(variables: Variables<'_>) -> Self {
-        Self::spawn(command(BINARY, &["serve"], variables), variables).await
-    }
-
-    /// After a shell has run `prelude`, in the same process.
-    async fn after(prelude: &str, variables: Variables<'_>) -> Self {
-        let script = format!("{prelude} && exec \"$0\"");
-        Self::spawn(command("/bin/sh", &["-c", &script, BINARY], variables), variables).await
-    }
-
-    async fn spawn(mut command: Command, variables: Variables<'_>) -> Self {
-        command.envs(SERVE).envs(variables.iter().copied());
-        let mut child = command.spawn().unwrap();
-        let mut out = BufReader::new(child.stdout.take().unwrap());
-        let mut line = String::new();
-        timeout(DEADLINE, out.read_line(&mut line)).await.expect("it listens in time").unwrap();
-        let addresses = line.strip_prefix("listening public=").and_then(|it| it.strip_suffix('\n'));
-        let Some((public, admin)) = addresses.and_then(|it| it.split_once(" admin=")) else {
-            let output = child.wait_with_output().await.unwrap();
-            panic!("said {line:?}, then {}", String::from_utf8_lossy(&output.stderr));
-        };
-        let (public, admin) = (public.parse().unwrap(), admin.parse().unwrap());
-        Self { child, out, public, admin }
-    }
-
-    fn signal(&self, signal: Signal) {
-        let pid = i32::try_from(self.child.id().expect("it runs")).unwrap();
-        kill(Pid::from_raw(pid), signal).unwrap();
-    }
-
-    /// Ends it by a signal, and gives what it has said since it listened.
-    async fn end(mut self, signal: Signal) -> Said {
-        self.signal(signal);
-        let mut out = String::new();
-        let read = timeout(DEADLINE, self.out.read_to_string(&mut out)).await;
-        read.expect("it ends in time").unwrap();
-        let said = timeout(DEADLINE, self.child.wait_with_output()).await;
-        Said { out, ..said.expect("it ends in time").unwrap().into() }
-    }
-}
-
-/// A file that is removed with this.
-struct Scratch(PathBuf);
-
-impl Scratch {
-    fn new(text: &str) -> Self {
-        let name = format!("tidegate-test-{:016x}.toml", fastrand::u64(..));
-        let path = std::env::temp_dir().join(name);
-        fs::write(&path, text).unwrap();
-        Self(path)
-    }
-
-    fn path(&self) -> &str {
-        self.0.to_str().unwrap()
-    }
-
-    fn name(&self) -> &str {
-        self.0.file_name().unwrap().to_str().unwrap()
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        fs::remove_file(&self.0).unwrap();
-    }
-}
 
 #[tokio::test]
 async fn the_version_is_the_packages() {

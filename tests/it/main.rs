@@ -9,6 +9,7 @@
 
 mod access_token;
 mod admin;
+mod audit;
 mod authorization;
 mod bad_input;
 mod broadcast;
