@@ -1,13 +1,20 @@
 //! The admin routes: metrics, readiness, events, drain.
 //!
-//! Invariant: with a token set, every route asks for it.
+//! Invariants: with a token set, every route asks for it; without one, only programs of this machine
+//! are answered, which a browser is not: a web page could make it ask, or have its own name point
+//! here (CWE-346, CWE-350).
 
 pub mod command;
 mod events;
 
-use std::{sync::Arc, time::Duration};
+use std::{net::IpAddr, sync::Arc, time::Duration};
 
-use hyper::{Method, StatusCode, header, service::service_fn};
+use hyper::{
+    Method, StatusCode,
+    header::{self, HeaderValue},
+    http::uri::Authority,
+    service::service_fn,
+};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use serde_json::json;
 use tokio::net::TcpStream;
@@ -59,6 +66,10 @@ async fn noted(services: &Services, ask: Ask, caller: Caller) -> Answer {
 async fn route(services: &Services, ask: Ask) -> Answer {
     if !is_allowed(&services.config.admin_token, &ask) {
         return object(StatusCode::UNAUTHORIZED, &json!({ "message": "Unauthorized" }));
+    }
+    if services.config.admin_token.is_empty() && is_from_a_page(&ask) {
+        let text = "set admin_token to let browsers and other names in";
+        return object(StatusCode::FORBIDDEN, &json!({ "message": text }));
     }
     let path = ask.uri().path().to_owned();
     let answer = match (ask.method(), path.as_str(), event_and_action(&path)) {
@@ -162,4 +173,23 @@ fn is_allowed(token: &Secret, ask: &Ask) -> bool {
         .get(header::AUTHORIZATION)
         .and_then(|value| value.to_str().ok()?.strip_prefix("Bearer "))
         .is_some_and(|given| token.is(given))
+}
+
+/// Whether a browser asks on behalf of a page, or by a name that is not this machine's.
+fn is_from_a_page(ask: &Ask) -> bool {
+    let headers = ask.headers();
+    let is_own = |value: &HeaderValue| matches!(value.as_bytes(), b"none" | b"same-origin");
+    let is_here = |authority: &str| {
+        authority.parse::<Authority>().is_ok_and(|authority| is_loopback(authority.host()))
+    };
+    let hosts = headers.get_all(header::HOST).iter().map(|host| host.to_str().unwrap_or_default());
+    headers.contains_key(header::ORIGIN)
+        || !headers.get_all("sec-fetch-site").iter().all(is_own)
+        || !hosts.chain(ask.uri().authority().map(Authority::as_str)).all(is_here)
+}
+
+fn is_loopback(host: &str) -> bool {
+    let address = host.strip_prefix('[').and_then(|it| it.strip_suffix(']')).unwrap_or(host);
+    host.eq_ignore_ascii_case("localhost")
+        || address.parse::<IpAddr>().is_ok_and(|it| it.to_canonical().is_loopback())
 }

@@ -21,7 +21,7 @@ use tidegate::{
     db, demo,
     explain::explain,
     protocol::payload::Privacy,
-    server::{Server, raise_file_limit},
+    server::{Server, forbid_core_files, raise_file_limit},
 };
 use tokio::{
     runtime::Builder,
@@ -221,6 +221,7 @@ async fn serve() -> Result<(), Failure> {
     let config = read().map_err(usage)?;
     let audit = AuditLog::open(&config.audit_log)?;
     start_logs(&config.log, audit.clone())?;
+    forbid_core_files()?;
     let files = raise_file_limit()?;
     if files < config.limits.connections_max as u64 {
         tracing::warn!(files, "the system allows fewer open files than connections_max");

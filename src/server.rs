@@ -57,6 +57,8 @@ const ACCEPT_BACKOFF: (Duration, Duration) = (Duration::from_millis(20), Duratio
 /// Most connections that are not sockets: heads being read, requests being answered, refusals
 /// being delayed.
 const PENDING_MAX: usize = 4096;
+/// A shorter token of operators is warned of, and taken: who locks himself out cannot drain.
+const ADMIN_TOKEN_BYTES_MIN: usize = 16;
 /// Most connections of operators' tools.
 const ADMIN_CONNECTIONS_MAX: usize = 64;
 /// Most topics of lost sockets that are remembered: of 10,000 clients six each, and then of none.
@@ -245,6 +247,9 @@ impl Server {
         if config.jwt_secret.is_empty() && jwks.file.is_empty() && jwks.url.is_empty() {
             return Err(StartError::NoSecret);
         }
+        if (1..ADMIN_TOKEN_BYTES_MIN).contains(&config.admin_token.expose().len()) {
+            tracing::warn!("admin_token is shorter than 16 bytes: it can be guessed");
+        }
         let public = bind(config.listen, "listen")?;
         let admin = bind(config.admin_listen, "admin_listen")?;
         let file = config.jwks.file.clone();
@@ -412,4 +417,16 @@ pub fn raise_file_limit() -> io::Result<u64> {
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
     setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
     Ok(hard)
+}
+
+/// Has a crash leave no image of the memory, in which the secrets and all clients' tokens stand
+/// (CWE-528).
+///
+/// # Errors
+/// What the system says.
+pub fn forbid_core_files() -> io::Result<()> {
+    use nix::sys::resource::{Resource, setrlimit};
+    // Not 0: Linux writes no file for either, but hands the image to a program that core_pattern
+    // names unless the limit is 1.
+    Ok(setrlimit(Resource::RLIMIT_CORE, 1, 1)?)
 }

@@ -100,6 +100,82 @@ async fn with_a_token_every_route_asks_for_it() {
     server.stop().await;
 }
 
+/// What the admin port answers to a request with these header lines, without anything else.
+async fn ask_with(server: &TestServer, request: &str, headers: &[&str]) -> u16 {
+    let head =
+        format!("{request} HTTP/1.1\r\nconnection: close\r\n{}\r\n\r\n", headers.join("\r\n"));
+    let answer = TestServer::raw(server.admin, head.as_bytes()).await;
+    answer.split(' ').nth(1).and_then(|it| it.parse().ok()).unwrap_or(0)
+}
+
+/// A page that the operator looks at makes the browser ask (CWE-352), or has its own name point to
+/// this machine and reads the answers (CWE-350).
+#[tokio::test]
+async fn without_a_token_no_web_page_reaches_the_operators_port() {
+    let server = TestServer::start();
+    let requests = [
+        "GET /metrics",
+        "GET /events",
+        "GET /healthz",
+        "POST /events/AB3028/mute?for=1h",
+        "POST /drain",
+    ];
+    for request in requests {
+        for headers in [
+            &["host: localhost", "origin: https://evil.example"][..],
+            &["host: localhost", "origin: null"],
+            &["host: localhost", "origin: http://localhost"],
+            &["host: localhost", "sec-fetch-site: cross-site"],
+            &["host: localhost", "sec-fetch-site: same-site"],
+            &["host: localhost", "sec-fetch-site: none", "sec-fetch-site: cross-site"],
+            &["host: evil.example"],
+            &["host: evil.example:9400"],
+            &["host: localhost.evil.example"],
+            &["host: 127.0.0.1.evil.example"],
+            &["host: localhost@evil.example"],
+            &["host: 10.0.0.1"],
+            &["host: 0.0.0.0"],
+            &["host: [::2]:9400"],
+            &["host: localhost", "host: evil.example"],
+            &["host: "],
+        ] {
+            assert_eq!(ask_with(&server, request, headers).await, 403, "{request} {headers:?}");
+        }
+        let (method, path) = request.split_once(' ').unwrap();
+        let absolute = format!("{method} http://evil.example{path}");
+        assert_eq!(ask_with(&server, &absolute, &["host: localhost"]).await, 403);
+    }
+    assert!(!server.services.draining.is_cancelled());
+    for headers in [
+        &["host: localhost"][..],
+        &["host: LOCALHOST:9400"],
+        &["host: 127.0.0.1:9400"],
+        &["host: 127.8.9.10"],
+        &["host: [::1]:9400"],
+        &["host: [::ffff:127.0.0.1]"],
+        &["host: localhost", "sec-fetch-site: none"],
+        // HTTP/1.0 health checks; a browser always names one.
+        &["x-none: x"],
+    ] {
+        assert_eq!(ask_with(&server, "GET /healthz", headers).await, 200, "{headers:?}");
+    }
+    server.stop().await;
+}
+
+/// Whoever has the token may come from anywhere, and no page has it.
+#[tokio::test]
+async fn with_a_token_the_operators_port_has_any_name() {
+    let mut config = config();
+    config.admin_token = Secret::from("the-admins-token");
+    let server = TestServer::start_with(config);
+    for headers in [&["host: metrics.internal"][..], &["host: x", "origin: https://ops.example"]] {
+        assert_eq!(ask_with(&server, "GET /metrics", headers).await, 401, "{headers:?}");
+        let right = [headers, &["authorization: Bearer the-admins-token"]].concat();
+        assert_eq!(ask_with(&server, "GET /metrics", &right).await, 200, "{headers:?}");
+    }
+    server.stop().await;
+}
+
 #[tokio::test]
 async fn what_is_no_route_is_not_found() {
     let server = TestServer::start();
@@ -377,7 +453,7 @@ async fn a_scrape_is_of_the_text_format_and_shows_no_secret() {
     let server = TestServer::start();
     let token = token::of_role("anon");
     let client = Client::with_token(&server, Serializer::V1, &token).await;
-    let request = "GET /metrics HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n";
+    let request = "GET /metrics HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n";
     let answer = TestServer::raw(server.admin, request.as_bytes()).await;
     assert!(answer.contains("content-type: text/plain; version=0.0.4"), "{answer}");
     assert!(answer.ends_with('\n'));

@@ -355,6 +355,30 @@ async fn a_server_raises_its_limit_of_open_files_to_the_hard_one() {
     assert_eq!(serving.end(Signal::SIGTERM).await.code, Some(0));
 }
 
+/// The secrets and everybody's tokens stand in its memory.
+#[tokio::test]
+async fn a_server_that_crashes_leaves_no_core_file() {
+    let serving = Serving::after("ulimit -c unlimited", &[]).await;
+    let limits = fs::read_to_string(format!("/proc/{}/limits", serving.child.id().unwrap()));
+    let limits = limits.unwrap();
+    let line = limits.lines().find(|line| line.starts_with("Max core file size")).unwrap();
+    let words: Vec<_> = line.split_whitespace().collect();
+    assert_eq!(words[4..6], ["1", "1"], "less than a page, and no program gets it: {line}");
+    serving.end(Signal::SIGTERM).await;
+}
+
+#[tokio::test]
+async fn a_short_admin_token_is_warned_of_and_works() {
+    for (token, warned) in [("fifteen-bytes-..", false), ("fifteen-bytes-.", true), ("", false)] {
+        let serving = Serving::start(&[("TIDEGATE_ADMIN_TOKEN", token)]).await;
+        let head = format!("GET /readyz HTTP/1.1\r\nauthorization: Bearer {token}");
+        assert_eq!(TestServer::request(serving.admin, &head, "").await.0, 200);
+        let said = serving.end(Signal::SIGTERM).await;
+        assert_eq!(said.err.contains("admin_token is shorter"), warned, "{}", said.err);
+        assert!(!said.err.contains("fifteen"), "{}", said.err);
+    }
+}
+
 #[tokio::test]
 async fn a_server_without_descriptors_survives_and_serves_again_when_there_are_some() {
     let serving =
@@ -399,7 +423,7 @@ async fn a_server_without_descriptors_survives_and_serves_again_when_there_are_s
 
 /// The metrics, over a connection that is kept.
 async fn scrape(stream: &mut TcpStream) -> String {
-    stream.write_all(b"GET /metrics HTTP/1.1\r\nhost: test\r\n\r\n").await.unwrap();
+    stream.write_all(b"GET /metrics HTTP/1.1\r\nhost: localhost\r\n\r\n").await.unwrap();
     let mut stream = BufReader::new(stream);
     let mut length = 0;
     loop {

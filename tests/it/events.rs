@@ -559,7 +559,7 @@ async fn a_body_that_is_not_an_endpoint_is_refused_and_nothing_is_sent() {
         assert!(refusal.0 == status && refusal.1.contains(named), "{body}: {refusal:?}");
     }
     // A body that does not come.
-    let head = format!("{request} HTTP/1.1\r\nhost: test\r\ncontent-length: 9\r\n\r\n{{");
+    let head = format!("{request} HTTP/1.1\r\nhost: localhost\r\ncontent-length: 9\r\n\r\n{{");
     let answer = TestServer::raw(server.admin, head.as_bytes()).await;
     assert!(answer.starts_with("HTTP/1.1 408 "), "{answer}");
     viewer.ends().await;
@@ -827,7 +827,7 @@ async fn no_path_no_parameter_and_no_body_ends_the_admin_port() {
         let target: String = parts.take(count).collect();
         let length = random.usize(..40);
         let head = format!(
-            "{method} /{target} HTTP/1.1\r\nhost: test\r\nconnection: close\r\ncontent-length: {length}\r\n\r\n"
+            "{method} /{target} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-length: {length}\r\n\r\n"
         );
         let mut request = head.clone().into_bytes();
         request.extend(std::iter::repeat_with(|| random.u8(..)).take(length));

@@ -115,7 +115,7 @@ impl TestServer {
     /// One request over a connection of its own: status and body.
     pub(crate) async fn request(address: SocketAddr, head: &str, body: &str) -> (u16, String) {
         let request = format!(
-            "{head}\r\nhost: test\r\nconnection: close\r\ncontent-length: {}\r\n\r\n{body}",
+            "{head}\r\nhost: localhost\r\nconnection: close\r\ncontent-length: {}\r\n\r\n{body}",
             body.len()
         );
         let answer = Self::raw(address, request.as_bytes()).await;
