@@ -992,6 +992,10 @@ begin
             execute format('grant select, insert, update, delete on %s to tidegate', v_table);
         end loop;
     end if;
+    -- As in migrations/schema/0004_private_channels.sql, which may run before or after.
+    if to_regprocedure('tidegate.open_private_channels()') is not null then
+        perform tidegate.open_private_channels();
+    end if;
 end
 $$;
 

@@ -1,6 +1,7 @@
 -- Takes away what migrations/schema/ and the system file have made: the triggers, the functions,
--- and schema tidegate with all that is in it, the history too. Run it as the role that ran them; it
--- is safe to run again, and the system file works again afterwards. All of it happens or nothing.
+-- schema realtime unless somebody else has made it, and schema tidegate with all that is in it, the
+-- history too. Run it as the role that ran them; it is safe to run again, and the system file works
+-- again afterwards. All of it happens or nothing.
 --
 --     psql -f migrations/uninstall.sql
 
@@ -36,6 +37,20 @@ begin
     loop
         execute format('drop function %s', v_function);
     end loop;
+
+    if obj_description(to_regnamespace('realtime'), 'pg_namespace')
+        = 'Made by Tidegate for private channels.'
+    then
+        -- Its policies go with it.
+        drop table if exists realtime.messages;
+        begin
+            drop function if exists realtime.topic();
+            drop schema realtime;
+        exception
+            when dependent_objects_still_exist then
+                raise notice 'schema realtime is left, because something that is not ours needs it';
+        end;
+    end if;
 
     if to_regnamespace('tidegate') is not null then
         drop schema tidegate cascade;

@@ -1,8 +1,10 @@
-//! Who somebody is: tokens and the keys that they are checked with.
+//! Who somebody is: tokens and the keys that they are checked with; and what the database's policies
+//! let them do.
 
 pub mod jwks;
 pub mod jwt;
 pub mod keys;
+pub mod policies;
 pub mod secret;
 pub mod sign;
 pub mod verifier;

@@ -6,8 +6,8 @@
 use std::sync::Arc;
 
 use prometheus::{
-    Encoder, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
-    Registry, TextEncoder,
+    Encoder, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge,
+    IntGaugeVec, Opts, Registry, TextEncoder,
     core::{AtomicF64, GenericGauge, GenericGaugeVec},
     process_collector::ProcessCollector,
 };
@@ -19,6 +19,7 @@ use crate::{
         jwks::JwksError,
         jwt::{Token, TokenError},
         keys::{Origin, Unusable, VerifiedBy},
+        policies::{AuthorizeError, Question},
     },
     connection::CloseReason,
     hub::FannedOut,
@@ -49,11 +50,13 @@ pub enum Dropped {
     EmptyRef,
     /// More messages for a topic than may wait for its join.
     Backlog,
+    /// A broadcast to a private channel whose policies could not be asked.
+    WriteUnanswered,
 }
 
 impl Dropped {
     /// Every reason.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::WriteDenied,
         Self::NotObject,
         Self::TooLarge,
@@ -61,6 +64,7 @@ impl Dropped {
         Self::StaleLeave,
         Self::EmptyRef,
         Self::Backlog,
+        Self::WriteUnanswered,
     ];
 
     /// The metric's label.
@@ -74,6 +78,7 @@ impl Dropped {
             Self::StaleLeave => "stale_leave",
             Self::EmptyRef => "empty_ref",
             Self::Backlog => "backlog",
+            Self::WriteUnanswered => "write_unanswered",
         }
     }
 }
@@ -204,6 +209,10 @@ pub struct Metrics {
     pub canary_failures: IntCounter,
     /// Questions to the history that the server refused.
     pub history_unreadable: IntCounter,
+    /// Questions to the policies of private channels, by [`Question`].
+    pub policy_seconds: HistogramVec,
+    /// By [`Question`] and `allowed`, `denied` or [`AuthorizeError::kind`].
+    pub policy_questions: IntCounterVec,
     /// Frames put into outboxes by fan-outs.
     pub deliveries: IntCounter,
     /// One fan-out, from its encoding to the last push.
@@ -342,6 +351,16 @@ impl Metrics {
                 "history_unreadable_total",
                 "Questions to the history that the server refused to answer.",
             ),
+            policy_seconds: new.histograms(
+                "policy_seconds",
+                "One question to the policies of a private channel, by action.",
+                &["action"],
+            ),
+            policy_questions: new.counters(
+                "policy_questions_total",
+                "Questions to the policies of private channels, by action and result.",
+                &["action", "result"],
+            ),
             deliveries: new.counter("deliveries_total", "Frames put into outboxes by fan-outs."),
             fanout_seconds: new
                 .histogram("fanout_seconds", "One fan-out, from encoding to the last push."),
@@ -412,6 +431,12 @@ impl Metrics {
     }
 
     fn start_at_zero(&self) {
+        for question in Question::ALL {
+            self.policy_seconds.with_label_values(&[question.kind()]);
+            for result in AuthorizeError::KINDS.into_iter().chain(["allowed", "denied"]) {
+                self.policy_questions.with_label_values(&[question.kind(), result]);
+            }
+        }
         for reason in RefusedUpgrade::ALL {
             self.connections_refused.with_label_values(&[reason.kind()]);
         }
@@ -550,10 +575,16 @@ impl Maker {
     }
 
     fn histogram(&self, name: &str, help: &str) -> Histogram {
-        let opts =
-            HistogramOpts::new(name, help).namespace("tidegate").buckets(LATENCY_BUCKETS.to_vec());
-        self.register(Histogram::with_opts(opts).expect("names are valid"))
+        self.register(Histogram::with_opts(latency(name, help)).expect("names are valid"))
     }
+
+    fn histograms(&self, name: &str, help: &str, labels: &[&str]) -> HistogramVec {
+        self.register(HistogramVec::new(latency(name, help), labels).expect("names are valid"))
+    }
+}
+
+fn latency(name: &str, help: &str) -> HistogramOpts {
+    HistogramOpts::new(name, help).namespace("tidegate").buckets(LATENCY_BUCKETS.to_vec())
 }
 
 #[cfg(test)]

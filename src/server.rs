@@ -28,6 +28,7 @@ use crate::{
     audit::{Audit, Caller},
     auth::{
         jwks::{self, JwksError},
+        policies::Policies,
         verifier::Verifier,
     },
     config::Config,
@@ -79,6 +80,8 @@ pub struct Services {
     rules: RwLock<Arc<TopicRules>>,
     /// Who somebody is.
     pub verifier: Verifier,
+    /// Who may what on private channels.
+    pub policies: Arc<Policies>,
     /// What is wanted from the database.
     pub listens: Arc<Listens>,
     /// What waits for its window, and what has changed of late.
@@ -118,7 +121,9 @@ impl Services {
         let metrics = Metrics::new();
         let verifier = Verifier::new(&config, &metrics)?;
         let rules = TopicRules::new(config.topic.clone(), config.topics);
+        let tracker = TaskTracker::new();
         Ok(Arc::new(Self {
+            policies: Arc::new(Policies::new(&config, &metrics, &tracker)),
             metrics,
             hub: Arc::default(),
             rules: RwLock::new(Arc::new(rules)),
@@ -135,7 +140,7 @@ impl Services {
             connections: TaskTracker::new(),
             connection_number: AtomicU64::new(1),
             bodies: Semaphore::new(BODIES_MAX),
-            tracker: TaskTracker::new(),
+            tracker,
             draining: CancellationToken::new(),
             stopped: CancellationToken::new(),
             config,

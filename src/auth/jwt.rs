@@ -190,6 +190,13 @@ impl Claims {
         seconds(&self.all, "iat")
     }
 
+    /// All claims as a JSON object; those of a key that is no JWT are its role alone.
+    pub(crate) fn json(&self) -> String {
+        let mut all = self.all.clone();
+        all.entry("role").or_insert_with(|| Value::from(&*self.role));
+        Value::Object(all).to_string()
+    }
+
     fn at(&self, name: &str) -> &Value {
         self.all.get(name).unwrap_or(&Value::Null)
     }

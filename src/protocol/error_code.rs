@@ -37,6 +37,14 @@ pub enum ErrorCode {
     InvalidJoinPayload,
     /// Replay is for private channels.
     UnableToReplayMessages,
+    /// The database that private channels need is not there, or not set up.
+    UnableToConnectToProject,
+    /// All of the gateway's sessions for policies are busy.
+    IncreaseConnectionPool,
+    /// The policies took too long.
+    QueryCanceled,
+    /// `realtime.messages` has no partition for today.
+    MissingPartition,
     /// The server is draining.
     RealtimeRestarting,
     /// Anything else about one channel.
@@ -45,7 +53,7 @@ pub enum ErrorCode {
 
 impl ErrorCode {
     /// Every code, for the metric's label set and the table of errors.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 18] = [
         Self::MissingApiKey,
         Self::InvalidJwtToken,
         Self::MalformedJwt,
@@ -58,6 +66,10 @@ impl ErrorCode {
         Self::Unauthorized,
         Self::InvalidJoinPayload,
         Self::UnableToReplayMessages,
+        Self::UnableToConnectToProject,
+        Self::IncreaseConnectionPool,
+        Self::QueryCanceled,
+        Self::MissingPartition,
         Self::RealtimeRestarting,
         Self::UnknownErrorOnChannel,
     ];
@@ -78,6 +90,10 @@ impl ErrorCode {
             Self::Unauthorized => "Unauthorized",
             Self::InvalidJoinPayload => "InvalidJoinPayload",
             Self::UnableToReplayMessages => "UnableToReplayMessages",
+            Self::UnableToConnectToProject => "UnableToConnectToProject",
+            Self::IncreaseConnectionPool => "IncreaseConnectionPool",
+            Self::QueryCanceled => "QueryCanceled",
+            Self::MissingPartition => "MissingPartition",
             Self::RealtimeRestarting => "RealtimeRestarting",
             Self::UnknownErrorOnChannel => "UnknownErrorOnChannel",
         }
@@ -103,6 +119,12 @@ impl ErrorCode {
             }
             Self::InvalidJoinPayload => "`private` must be a boolean",
             Self::UnableToReplayMessages => "Replay is not allowed for public channels",
+            Self::UnableToConnectToProject => {
+                "Realtime was unable to connect to the project database"
+            }
+            Self::IncreaseConnectionPool => "Please increase your connection pool size",
+            Self::QueryCanceled => "Query was cancelled, please try again",
+            Self::MissingPartition => "Realtime was unable to find the expected messages partition",
             Self::RealtimeRestarting => "Realtime is restarting, please standby",
             Self::UnknownErrorOnChannel => "expected params to be an object",
         }
@@ -119,7 +141,11 @@ impl ErrorCode {
             | Self::JwtSignerError => 401,
             Self::PrivateOnly | Self::Unauthorized => 403,
             Self::ConnectionRateLimitReached | Self::ChannelRateLimitReached => 429,
-            Self::RealtimeRestarting => 503,
+            Self::RealtimeRestarting
+            | Self::UnableToConnectToProject
+            | Self::IncreaseConnectionPool
+            | Self::QueryCanceled
+            | Self::MissingPartition => 503,
             Self::TopicNameRequired
             | Self::InvalidJoinPayload
             | Self::UnableToReplayMessages

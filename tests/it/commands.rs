@@ -581,14 +581,15 @@ async fn migrate_takes_away_what_it_made_and_makes_it_again() {
         ("TIDEGATE_DATABASE_URL", "postgres://127.0.0.1:1/none"),
         ("TIDEGATE_MIGRATE_DATABASE_URL", &*url),
     ];
-    let ours = "select (select count(*) from pg_namespace where nspname = 'tidegate')
+    let ours =
+        "select (select count(*) from pg_namespace where nspname in ('tidegate', 'realtime'))
         + (select count(*) from pg_trigger where not tgisinternal)
         + (select count(*) from pg_proc where pronamespace = 'public'::regnamespace)";
     for _ in 0..2 {
         let said = run(&["migrate"], &variables).await;
         assert_eq!(said.code, Some(0), "{}", said.err);
-        // The schema, a trigger for each of nine tables, four functions.
-        assert_eq!(database.value::<i64>(ours).await, 14);
+        // Two schemas, a trigger for each of nine tables, four functions.
+        assert_eq!(database.value::<i64>(ours).await, 15);
         for _ in 0..2 {
             let said = run(&["migrate", "--uninstall"], &variables).await;
             assert_eq!((said.code, said.out.lines().count()), (Some(0), 1), "{}", said.err);

@@ -636,7 +636,7 @@ async fn what_is_uninstalled_is_gone_and_can_be_installed_again() {
         let ours = "select count(*) from (
                 select oid from pg_proc where pronamespace = 'public'::regnamespace
                 union all select oid from pg_trigger where not tgisinternal
-                union all select oid from pg_namespace where nspname = 'tidegate'
+                union all select oid from pg_namespace where nspname in ('tidegate', 'realtime')
             ) as ours";
         let before = cluster.psql(name, ours).await.unwrap();
         for _ in 0..2 {
@@ -644,6 +644,7 @@ async fn what_is_uninstalled_is_gone_and_can_be_installed_again() {
                 "schema/0001_gateway_schema.sql",
                 "schema/0002_broadcast_history.sql",
                 "schema/0003_gateways.sql",
+                "schema/0004_private_channels.sql",
             ] {
                 cluster.psql_file(name, &migration(file)).await.unwrap();
             }

@@ -632,6 +632,7 @@ async fn browsers_are_denied_every_function_and_table() {
             migration("schema/0001_gateway_schema.sql"),
             system_file(),
             migration("schema/0003_gateways.sql"),
+            migration("schema/0004_private_channels.sql"),
         ] {
             cluster.psql_file(name, &file).await.unwrap();
         }
@@ -894,6 +895,136 @@ async fn the_gateway_schema_and_the_system_file_run_in_either_order() {
     assert!(notices.contains("role tidegate not created"), "{notices}");
     let made = "select to_regnamespace('tidegate') is not null, to_regrole('tidegate') is null";
     assert_eq!(cluster.psql("modest", made).await.unwrap(), "t|t");
+}
+
+#[tokio::test]
+async fn private_channels_are_opened_in_any_order_and_again_once_the_roles_are_there() {
+    let cluster = Cluster::start().await.unwrap();
+    let gateway = migration("schema/0001_gateway_schema.sql");
+    let (private, system) = (migration("schema/0004_private_channels.sql"), system_file());
+    let roles = "create role anon; create role authenticated; create role service_role bypassrls";
+    let drop_all = "drop owned by tidegate, anon, authenticated, service_role;
+        drop role tidegate, anon, authenticated, service_role";
+    let opened = "select pg_has_role('tidegate', 'anon', 'member'),
+        pg_has_role('tidegate', 'authenticated', 'member'),
+        pg_has_role('tidegate', 'service_role', 'member'),
+        (select rolinherit from pg_roles where rolname = 'tidegate'),
+        has_function_privilege('tidegate', 'tidegate.insert_probes(text, text[])', 'execute'),
+        has_function_privilege('anon', 'tidegate.insert_probes(text, text[])', 'execute'),
+        has_table_privilege('authenticated', 'realtime.messages', 'insert'),
+        has_table_privilege('tidegate', 'realtime.messages', 'insert'),
+        (select relrowsecurity from pg_class where oid = 'realtime.messages'::regclass),
+        (select count(*) from pg_policy)";
+    let all = "t|t|f|f|t|f|t|f|t|0";
+    // Roles before, in between, or only then made when everything has run.
+    for (name, before, order) in [
+        ("roles_first", true, [&gateway, &private, &system]),
+        ("system_first", true, [&system, &gateway, &private]),
+        ("roles_last", false, [&gateway, &private, &system]),
+        ("alone", false, [&private, &gateway, &system]),
+    ] {
+        cluster.create_database(name).await.unwrap();
+        if before {
+            cluster.psql(name, roles).await.unwrap();
+        }
+        for file in order {
+            cluster.psql_file(name, file).await.unwrap();
+        }
+        if !before {
+            cluster.psql(name, roles).await.unwrap();
+            cluster.psql_file(name, &system).await.unwrap();
+        }
+        for again in [&private, &system] {
+            assert_eq!(cluster.psql(name, opened).await.unwrap(), all, "{name}");
+            cluster.psql_file(name, again).await.unwrap();
+        }
+        assert_eq!(cluster.psql(name, opened).await.unwrap(), all, "{name}");
+        cluster
+            .psql(
+                name,
+                "insert into realtime.messages (topic, extension, inserted_at)
+            values ('a', 'broadcast', '1999-01-01'), ('a', 'broadcast', 'infinity')",
+            )
+            .await
+            .unwrap();
+        cluster.psql(name, drop_all).await.unwrap();
+    }
+    // Who may neither make nor change roles makes the rest, and says what is missing.
+    cluster
+        .psql("postgres", "create role app; create role anon; create role tidegate")
+        .await
+        .unwrap();
+    cluster.psql("postgres", "create database modest owner app").await.unwrap();
+    let mut command = cluster.psql_command("modest");
+    let output = command.args(["-c", "set role app", "-f"]).arg(&private).output().await.unwrap();
+    let notices = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{notices}");
+    assert!(notices.contains("grant anon, authenticated to tidegate"), "{notices}");
+    let half = "select rolinherit, pg_has_role('tidegate', 'anon', 'member') from pg_roles
+        where rolname = 'tidegate'";
+    assert_eq!(cluster.psql("modest", half).await.unwrap(), "t|f");
+}
+
+#[tokio::test]
+async fn a_schema_realtime_that_somebody_else_has_made_stays_as_it_is() {
+    let everything =
+        "select concat_ws(' ', oid::regclass, relowner::regrole, relacl, relrowsecurity,
+            obj_description(oid)) from pg_class where relnamespace = 'realtime'::regnamespace
+        union all select concat_ws(' ', oid::regprocedure, proowner::regrole, proacl, prosrc)
+        from pg_proc where pronamespace = 'realtime'::regnamespace
+        union all select concat_ws(' ', polname, polrelid::regclass) from pg_policy
+        union all select concat_ws(' ', nspname, nspowner::regrole, nspacl, obj_description(oid))
+        from pg_namespace where nspname = 'realtime' order by 1";
+    let supabase = format!(
+        "{} create policy theirs on realtime.messages using (true);",
+        include_str!("support/supabase_messages.sql")
+    );
+    for (theirs, notice) in
+        [(&*supabase, None), ("create schema realtime", Some("private channels are unavailable"))]
+    {
+        let cluster = Cluster::start().await.unwrap();
+        cluster.create_database("theirs").await.unwrap();
+        cluster.psql("theirs", theirs).await.unwrap();
+        let before = cluster.psql("theirs", everything).await.unwrap();
+        let mut command = cluster.psql_command("theirs");
+        for file in [
+            migration("schema/0001_gateway_schema.sql"),
+            migration("schema/0004_private_channels.sql"),
+            system_file(),
+            migration("schema/0004_private_channels.sql"),
+        ] {
+            command.arg("-f").arg(file);
+        }
+        let output = command.output().await.unwrap();
+        let notices = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{notices}");
+        assert_eq!(notices.contains("private channels are unavailable"), notice.is_some());
+        assert_eq!(cluster.psql("theirs", everything).await.unwrap(), before);
+        cluster.psql_file("theirs", &migration("uninstall.sql")).await.unwrap();
+        assert_eq!(cluster.psql("theirs", everything).await.unwrap(), before);
+    }
+}
+
+#[tokio::test]
+async fn an_uninstall_leaves_what_others_have_put_into_our_schema_realtime() {
+    let cluster = Cluster::start().await.unwrap();
+    cluster.create_database("shared").await.unwrap();
+    let private = migration("schema/0004_private_channels.sql");
+    cluster.psql_file("shared", &private).await.unwrap();
+    let theirs = "create view realtime.theirs as select realtime.topic();
+        create policy theirs on realtime.messages using (realtime.topic() = topic)";
+    cluster.psql("shared", theirs).await.unwrap();
+    cluster.psql_file("shared", &migration("uninstall.sql")).await.unwrap();
+    let left =
+        "select to_regclass('realtime.messages') is null, to_regclass('realtime.theirs') is null,
+        to_regnamespace('tidegate') is null";
+    assert_eq!(cluster.psql("shared", left).await.unwrap(), "t|f|t");
+    // It is still known as ours.
+    cluster.psql_file("shared", &private).await.unwrap();
+    cluster.psql("shared", "drop view realtime.theirs").await.unwrap();
+    cluster.psql_file("shared", &migration("uninstall.sql")).await.unwrap();
+    let left = "select to_regnamespace('realtime') is null";
+    assert_eq!(cluster.psql("shared", left).await.unwrap(), "t");
 }
 
 #[tokio::test]

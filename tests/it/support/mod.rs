@@ -3,6 +3,7 @@
 pub(crate) mod client;
 pub(crate) mod page;
 pub(crate) mod postgres;
+pub(crate) mod private;
 pub(crate) mod process;
 pub(crate) mod proxy;
 pub(crate) mod raw;

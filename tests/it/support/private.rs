@@ -1,0 +1,135 @@
+//! A database with private channels, on either table, and the example's policies.
+
+use std::{sync::Arc, time::Duration};
+
+use serde_json::Value;
+use tidegate::{
+    auth::{
+        jwt::unix_now,
+        policies::{Allowed, Asking, AuthorizeError},
+        secret::Secret,
+    },
+    config::Config,
+    db,
+    demo::cluster::Cluster,
+    server::Services,
+};
+
+use super::{server::config, system::migration, token};
+
+/// The user whom [`Private::start`] makes a member of `room:1`, who may write there.
+pub(crate) const MEMBER: &str = "00000000-0000-4000-8000-000000000001";
+/// A member of `room:1` who may not write.
+pub(crate) const READER: &str = "00000000-0000-4000-8000-000000000002";
+/// A member of nothing.
+pub(crate) const STRANGER: &str = "00000000-0000-4000-8000-000000000003";
+
+const DATABASE: &str = "private";
+
+/// Whose `realtime.messages` it is.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Table {
+    /// Our migration's, on a plain Postgres.
+    Plain,
+    /// Supabase's own.
+    Supabase,
+}
+
+impl Table {
+    pub(crate) const BOTH: [Self; 2] = [Self::Plain, Self::Supabase];
+}
+
+/// A database in a cluster of its own, migrated, with the policies of the example.
+pub(crate) struct Private {
+    pub(crate) cluster: Cluster,
+}
+
+impl Private {
+    pub(crate) async fn start(table: Table) -> Self {
+        let cluster = Cluster::start().await.unwrap();
+        cluster.create_database(DATABASE).await.unwrap();
+        let owner = match table {
+            Table::Plain => "postgres",
+            Table::Supabase => {
+                cluster.psql(DATABASE, include_str!("supabase_messages.sql")).await.unwrap();
+                "project"
+            }
+        };
+        let private = Self { cluster };
+        db::migrate(&private.url(owner).as_str().into()).await.unwrap();
+        let example = migration("examples/private_channels.sql");
+        private.cluster.psql_file(DATABASE, &example).await.unwrap();
+        private
+            .run(&format!(
+                "insert into room_members (topic, user_id, may_write)
+                values ('room:1', '{MEMBER}', true), ('room:1', '{READER}', false)"
+            ))
+            .await;
+        private
+    }
+
+    /// The address for a role; trust is the cluster's way of asking for passwords.
+    pub(crate) fn url(&self, role: &str) -> String {
+        self.cluster.url(DATABASE).replacen("postgres@", &format!("{role}@"), 1)
+    }
+
+    pub(crate) async fn run(&self, sql: &str) -> String {
+        match self.cluster.psql(DATABASE, sql).await {
+            Ok(rows) => rows,
+            Err(error) => panic!("{error}\n{sql}"),
+        }
+    }
+
+    /// What Postgres says to a role that is denied something.
+    pub(crate) async fn denied(&self, role: &str, sql: &str) -> String {
+        let mut command = self.cluster.psql_command(DATABASE);
+        let output = command.args(["-d", &self.url(role), "-c", sql]).output().await.unwrap();
+        assert!(!output.status.success(), "{role}: {sql}");
+        String::from_utf8_lossy(&output.stderr).into_owned()
+    }
+
+    /// A gateway's settings, which connects as its least-privileged role and has time.
+    pub(crate) fn config(&self) -> Config {
+        let mut config = config();
+        config.database_url = Secret::from(&*self.url("tidegate"));
+        config.policies.timeout = Duration::from_secs(8);
+        config
+    }
+
+    /// The parts of a gateway that does not run.
+    pub(crate) fn services(&self) -> Arc<Services> {
+        Services::new(self.config()).unwrap()
+    }
+
+    /// How many sessions of the gateway's are in this state.
+    pub(crate) async fn sessions(&self, condition: &str) -> usize {
+        let sql = format!(
+            "select count(*) from pg_stat_activity where usename = 'tidegate' and {condition}"
+        );
+        self.run(&sql).await.parse().unwrap()
+    }
+}
+
+/// A question by somebody with these claims.
+pub(crate) fn asking(services: &Services, claims: Value, sub_topic: &str) -> Asking {
+    let token = services.verifier.verify(&token::with_claims(claims), unix_now()).unwrap();
+    Asking { token, sub_topic: sub_topic.into(), headers: "{}".into() }
+}
+
+/// What a user may read of a topic, presence asked about, too.
+pub(crate) async fn read(
+    services: &Services,
+    claims: Value,
+    sub_topic: &str,
+) -> Result<Allowed, AuthorizeError> {
+    services.policies.read(asking(services, claims, sub_topic), true).await
+}
+
+/// Whether a user may write to a topic.
+pub(crate) async fn write(
+    services: &Services,
+    claims: Value,
+    sub_topic: &str,
+) -> Result<bool, AuthorizeError> {
+    services.policies.write(asking(services, claims, sub_topic)).await
+}
