@@ -6,8 +6,12 @@
 
 pub mod command;
 mod events;
+mod revoke;
 
-use std::{net::IpAddr, sync::Arc, time::Duration};
+use std::{borrow::Cow, net::IpAddr, sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use http_body_util::{BodyExt, LengthLimitError, Limited};
 
 use hyper::{
     Method, StatusCode,
@@ -16,8 +20,9 @@ use hyper::{
     service::service_fn,
 };
 use hyper_util::rt::{TokioIo, TokioTimer};
+use serde::Deserialize;
 use serde_json::json;
-use tokio::net::TcpStream;
+use tokio::{net::TcpStream, time::timeout};
 
 use crate::{
     audit::{Audit, Caller},
@@ -32,16 +37,33 @@ use crate::{
 /// After so many canaries that did not arrive, the link is not relied on.
 const CANARIES_MISSED: u32 = 3;
 
+/// Largest body of a request: an endpoint or a claim's value, escaped, and its field.
+const BODY_BYTES_MAX: usize = 8 * 1024;
+
+/// Why a request is not done.
+struct Refused(StatusCode, Cow<'static, str>);
+
+impl Refused {
+    fn bad(text: impl Into<Cow<'static, str>>) -> Self {
+        Self(StatusCode::BAD_REQUEST, text.into())
+    }
+
+    fn answer(&self) -> Answer {
+        object(self.0, &json!({ "message": self.1 }))
+    }
+}
+
 /// Serves one connection's requests.
 pub(crate) async fn serve(services: Arc<Services>, stream: TcpStream, caller: Caller) {
-    let (timeout, stopped) = (services.config.limits.handshake_timeout, services.stopped.clone());
+    let (head_timeout, stopped) =
+        (services.config.limits.handshake_timeout, services.stopped.clone());
     let service = service_fn(|ask| {
         let services = Arc::clone(&services);
         async move { Ok::<_, std::convert::Infallible>(noted(&services, ask, caller).await) }
     });
     let connection = hyper::server::conn::http1::Builder::new()
         .timer(TokioTimer::new())
-        .header_read_timeout(timeout)
+        .header_read_timeout(head_timeout)
         .serve_connection(TokioIo::new(stream), service);
     tokio::select! {
         // What an operator's tool sends wrong is its own to see.
@@ -53,7 +75,7 @@ pub(crate) async fn serve(services: Arc<Services>, stream: TcpStream, caller: Ca
 /// Answers, and leaves a record of it. Looks that change nothing and tell of no event are too many.
 async fn noted(services: &Services, ask: Ask, caller: Caller) -> Answer {
     let (method, route_name) = (ask.method().clone(), name(ask.uri().path()));
-    let answer = route(services, ask).await;
+    let answer = route(services, ask, caller).await;
     let is_look = matches!(route_name, "metrics" | "healthz" | "readyz");
     let status = answer.status();
     if !is_look || matches!(status, StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN) {
@@ -63,7 +85,7 @@ async fn noted(services: &Services, ask: Ask, caller: Caller) -> Answer {
     answer
 }
 
-async fn route(services: &Services, ask: Ask) -> Answer {
+async fn route(services: &Services, ask: Ask, caller: Caller) -> Answer {
     if !is_allowed(&services.config.admin_token, &ask) {
         return object(StatusCode::UNAUTHORIZED, &json!({ "message": "Unauthorized" }));
     }
@@ -79,6 +101,7 @@ async fn route(services: &Services, ask: Ask) -> Answer {
             events::invalidate(services, ask, eid).await
         }
         (&Method::POST, _, Some((eid, "mute"))) => events::mute(services, &ask, eid),
+        (&Method::POST, "/revoke", _) => revoke::revoke(services, ask, caller).await,
         (_, _, _) => Ok(route_whole(services, &ask)),
     };
     answer.unwrap_or_else(|refused| refused.answer())
@@ -162,6 +185,27 @@ fn readiness(services: &Services, strict: bool) -> Answer {
     let status = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     let body = json!({ "ready": ready, "draining": draining, "link": link, "canary": canary });
     object(status, &body)
+}
+
+/// The request's body without the white space around it.
+async fn body(services: &Services, ask: Ask) -> Result<Bytes, Refused> {
+    let read = Limited::new(ask.into_body(), BODY_BYTES_MAX).collect();
+    match timeout(services.config.limits.body_timeout, read).await {
+        Ok(Ok(body)) => {
+            let body = body.to_bytes();
+            Ok(body.slice_ref(body.trim_ascii()))
+        }
+        Ok(Err(error)) if error.is::<LengthLimitError>() => {
+            Err(Refused(StatusCode::PAYLOAD_TOO_LARGE, "the body is too large".into()))
+        }
+        Ok(Err(_broken)) => Err(Refused::bad("the body breaks off")),
+        Err(_elapsed) => Err(Refused(StatusCode::REQUEST_TIMEOUT, "the body does not come".into())),
+    }
+}
+
+/// The fields of an object; a derived reader alone would take an array of them, too.
+fn fields<'a, T: Deserialize<'a>>(body: &'a [u8]) -> Option<T> {
+    body.starts_with(b"{").then(|| serde_json::from_slice(body).ok()).flatten()
 }
 
 /// Whether the request carries the admin token, compared in constant time.

@@ -83,63 +83,20 @@ impl Caller {
 /// What has happened; the module's table says when and what the fields mean.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Audit<'a> {
-    Start {
-        gateway: uuid::Uuid,
-    },
+    Start { gateway: uuid::Uuid },
     Connect,
-    RefuseUpgrade {
-        reason: &'static str,
-        fault: Option<&'static str>,
-    },
-    Join {
-        topic: &'a str,
-        result: Verdict,
-        rule: Option<&'a str>,
-        because: &'a Because,
-    },
-    RefuseJoin {
-        topic: &'a str,
-        reason: &'a str,
-    },
-    Leave {
-        topic: &'a str,
-        reason: &'static str,
-    },
-    Token {
-        topic: &'a str,
-        decision: &'a Decision,
-        fault: Option<&'static str>,
-    },
-    RefuseBroadcast {
-        topic: &'a str,
-        rule: Option<&'a str>,
-        count: usize,
-    },
-    Rest {
-        topic: &'a str,
-        decision: &'a Decision,
-    },
-    RefuseRest {
-        fault: &'static str,
-    },
-    Close {
-        reason: &'static str,
-        code: &'static str,
-    },
-    Admin {
-        method: &'a str,
-        route: &'static str,
-        status: u16,
-    },
-    #[expect(dead_code, reason = "for POST /revoke")]
-    Revoke {
-        by: &'static str,
-        value: &'a str,
-        result: &'static str,
-    },
-    Reload {
-        result: &'static str,
-    },
+    RefuseUpgrade { reason: &'static str, fault: Option<&'static str> },
+    Join { topic: &'a str, result: Verdict, rule: Option<&'a str>, because: &'a Because },
+    RefuseJoin { topic: &'a str, reason: &'a str },
+    Leave { topic: &'a str, reason: &'static str },
+    Token { topic: &'a str, decision: &'a Decision, fault: Option<&'static str> },
+    RefuseBroadcast { topic: &'a str, rule: Option<&'a str>, count: usize },
+    Rest { topic: &'a str, decision: &'a Decision },
+    RefuseRest { fault: &'static str },
+    Close { reason: &'static str, code: &'static str },
+    Admin { method: &'a str, route: &'static str, status: u16 },
+    Revoke { by: &'static str, value: &'a str, result: &'static str },
+    Reload { result: &'static str },
 }
 
 impl Audit<'_> {

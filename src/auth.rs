@@ -5,6 +5,7 @@ pub mod jwks;
 pub mod jwt;
 pub mod keys;
 pub mod policies;
+pub mod revocations;
 pub mod secret;
 pub mod sign;
 pub mod verifier;

@@ -5,14 +5,17 @@ use std::{str::FromStr, time::Duration};
 use sqlx::{
     ConnectOptions, Connection, Executor, PgConnection, PgPool, Row, SqlSafeStr,
     migrate::{Migration, MigrationType, Migrator},
-    postgres::{PgConnectOptions, PgListener, PgPoolOptions},
+    postgres::{PgConnectOptions, PgListener, PgPoolOptions, PgRow},
 };
 
 use tokio::time::timeout;
 use uuid::Uuid;
 
 use crate::{
-    auth::secret::Secret,
+    auth::{
+        revocations::{By, Revocation},
+        secret::Secret,
+    },
     lost_sockets::{ClientKey, Record},
 };
 
@@ -55,17 +58,21 @@ const POOL_IDLE: Duration = Duration::from_secs(60);
 /// More changed endpoints than this are not told one by one.
 const CHANGED_MAX: usize = 100_000;
 
+/// Tells gateways that the revocations have changed.
+pub(crate) const REVOCATIONS_CHANNEL: &str = "tidegate_revocations";
+
 /// Under which gateways take turns in deleting what is over: `tidegate` in ASCII.
 const FORGET_LOCK: i64 = 0x7469_6465_6761_7465;
 /// Rows of the history that are deleted at a time.
 pub(crate) const FORGET_BATCH: i32 = 1_000;
 
 /// The gateway's own schema, one migration after the other.
-const SCHEMA: [(i64, &str, &str); 4] = [
+const SCHEMA: [(i64, &str, &str); 5] = [
     (1, "gateway schema", include_str!("../migrations/schema/0001_gateway_schema.sql")),
     (2, "broadcast history", include_str!("../migrations/schema/0002_broadcast_history.sql")),
     (3, "gateways", include_str!("../migrations/schema/0003_gateways.sql")),
     (4, "private channels", include_str!("../migrations/schema/0004_private_channels.sql")),
+    (5, "revocations", include_str!("../migrations/schema/0005_revocations.sql")),
 ];
 
 /// Why `migrate` or `migrate --uninstall` could not do its work.
@@ -512,6 +519,7 @@ pub(crate) async fn forget_shared(pool: &PgPool) -> Result<(), sqlx::Error> {
         "DELETE FROM tidegate.lost_sockets WHERE at < clock_timestamp() - interval '24 hours'",
         "DELETE FROM tidegate.recent_topics WHERE seen_at < clock_timestamp() - interval '24 hours'",
         "DELETE FROM tidegate.gateways WHERE seen_at < clock_timestamp() - interval '48 hours'",
+        "DELETE FROM tidegate.revocations WHERE until < clock_timestamp()",
     ] {
         sqlx::query(statement).execute(pool).await?;
     }
@@ -650,6 +658,53 @@ pub(crate) async fn invalidate(
         .bind(endpoint)
         .fetch_one(pool)
         .await
+}
+
+/// Keeps a revocation for the other gateways and the next process, and tells them.
+pub(crate) async fn revoke(pool: &PgPool, revocation: &Revocation) -> Result<(), sqlx::Error> {
+    let mut transaction = pool.begin().await?;
+    sqlx::query(
+        "INSERT INTO tidegate.revocations (claim, value, at, until)
+        VALUES ($1, $2, to_timestamp($3), to_timestamp($4))
+        ON CONFLICT (claim, value) DO UPDATE SET at = excluded.at, until = excluded.until",
+    )
+    .bind(revocation.by.claim())
+    .bind(&*revocation.value)
+    .bind(seconds(revocation.at))
+    .bind(seconds(revocation.until))
+    .execute(&mut *transaction)
+    .await?;
+    sqlx::query("SELECT pg_notify($1, '')")
+        .bind(REVOCATIONS_CHANNEL)
+        .execute(&mut *transaction)
+        .await?;
+    transaction.commit().await
+}
+
+/// The revocations that hold, those that hold longest first, at most so many.
+pub(crate) async fn revocations(pool: &PgPool, max: usize) -> Result<Vec<Revocation>, sqlx::Error> {
+    let rows = sqlx::query(
+        "SELECT claim, value, extract(epoch FROM at)::bigint, ceil(extract(epoch FROM until))::bigint
+        FROM tidegate.revocations
+        WHERE until > clock_timestamp()
+        ORDER BY until DESC
+        LIMIT $1",
+    )
+    .bind(i64::try_from(max).unwrap_or(i64::MAX))
+    .fetch_all(pool)
+    .await?;
+    let revocation = |row: &PgRow| {
+        let by = By::named(row.get(0))?;
+        let value: String = row.get(1);
+        Some(Revocation { by, value: value.into(), at: row.get(2), until: row.get(3) })
+    };
+    Ok(rows.iter().filter_map(revocation).collect())
+}
+
+/// As a number that `to_timestamp` takes: not beyond the year 9999.
+#[expect(clippy::cast_precision_loss, reason = "exact up to the bound")]
+fn seconds(unix: i64) -> f64 {
+    unix.clamp(0, 253_402_300_799) as f64
 }
 
 /// Brings schema `tidegate` up to date, then runs the system file.

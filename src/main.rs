@@ -15,7 +15,7 @@ use clap::{Parser, Subcommand};
 use tidegate::{
     admin::command::{self, CommandError},
     audit::{self, AuditLog},
-    auth::sign::sign_role,
+    auth::{revocations::By, sign::sign_role},
     bench,
     config::{Config, Effective},
     db, demo,
@@ -96,6 +96,17 @@ enum Command {
         /// How long, at most 24h; 0s ends it
         #[arg(long = "for", value_name = "LENGTH", value_parser = humantime::parse_duration)]
         length: Duration,
+    },
+    /// Has tokens open nothing from now on: a person's, a session's or a single one
+    Revoke {
+        /// The claim: sub, session_id or jti
+        #[arg(value_parser = |claim: &str| By::named(claim).ok_or("expected sub, session_id or jti"))]
+        claim: By,
+        /// Its value
+        value: String,
+        /// How long; 0s takes it back
+        #[arg(long = "for", value_name = "LENGTH", value_parser = humantime::parse_duration)]
+        length: Option<Duration>,
     },
     /// Starts a throw-away database, a gateway, simulated activity and a page
     Demo(demo::DemoArgs),
@@ -190,6 +201,11 @@ async fn run(cli: Cli) -> Result<(), Failure> {
         Command::Mute { eid, length } => {
             let (config, _) = settings()?;
             println!("{}", command::mute(&config, &eid, length).await.map_err(unasked)?);
+        }
+        Command::Revoke { claim, value, length } => {
+            let (config, _) = settings()?;
+            let asked = command::revoke(&config, claim, &value, length).await;
+            println!("{}", asked.map_err(unasked)?);
         }
         Command::Config { topic: Some(topic), token, private, .. } => {
             let (config, _) = settings()?;

@@ -145,6 +145,8 @@ pub struct Metrics {
     pub accept_errors: IntCounter,
     /// Settings read again, by result.
     pub reloads: IntCounterVec,
+    /// Revocations that hold.
+    pub revocations: IntGauge,
     /// Joined channels.
     pub channels: IntGauge,
     /// Topics with a subscriber, at the time of the scrape.
@@ -266,6 +268,7 @@ impl Metrics {
                 "Readings of rules and keys while running, by result.",
                 &["result"],
             ),
+            revocations: new.gauge("revocations", "Revocations that hold."),
             channels: new.gauge("channels", "Joined channels."),
             topics: new.gauge("topics", "Topics with at least one subscriber."),
             joins: new.counters(

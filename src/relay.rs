@@ -6,6 +6,7 @@ mod history;
 pub mod ingest;
 pub mod listener;
 pub mod listens;
+pub(crate) mod revocations;
 pub(crate) mod upkeep;
 
 pub use ingest::Outcome;

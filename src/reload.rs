@@ -3,16 +3,15 @@
 //! Invariants: mistakes leave everything as it was; no socket is closed; whoever has joined is
 //! decided about anew.
 
-use std::sync::Arc;
 use std::{
     error::Error,
-    fmt,
-    path::PathBuf,
-    sync::OnceLock,
+    fmt, fs,
+    path::{Path, PathBuf},
+    sync::{Arc, OnceLock},
     time::{Duration, SystemTime},
 };
 
-use tokio::{fs, time::sleep};
+use tokio::time::sleep;
 
 use crate::{
     audit::Audit,
@@ -30,13 +29,23 @@ pub type Read = Box<dyn Fn() -> Result<Config, ConfigError> + Send + Sync>;
 
 /// Where the settings come from; nowhere in a server that was given its settings.
 #[derive(Default)]
-pub(crate) struct Reload(OnceLock<(Read, Option<PathBuf>)>);
+pub(crate) struct Reload(OnceLock<(Read, Option<Watched>)>);
+
+/// A file, and what it was when it was first looked at.
+struct Watched {
+    file: PathBuf,
+    seen: Option<Look>,
+}
+
+/// What tells a file from what it was before.
+type Look = (SystemTime, u64);
 
 impl Reload {
     /// Says where from, once.
     pub(crate) fn set(&self, read: Read, file: Option<PathBuf>) {
+        let watched = file.map(|file| Watched { seen: look(&file), file });
         // Whoever comes second is not heard: a server has one source.
-        let _ = self.0.set((read, file));
+        let _ = self.0.set((read, watched));
     }
 }
 
@@ -112,12 +121,12 @@ impl Services {
 
 /// Reads the settings again whenever their file changes.
 pub(crate) async fn watch(services: Arc<Services>) {
-    let Some((_, Some(file))) = services.reload.0.get() else { return };
-    let mut seen = changed(file).await;
-    let look = async {
+    let Some((_, Some(Watched { file, seen }))) = services.reload.0.get() else { return };
+    let mut seen = *seen;
+    let watch = async {
         loop {
             sleep(LOOK_INTERVAL).await;
-            let now = changed(file).await;
+            let now = look(file);
             // A file that is away is being replaced.
             if now.is_some() && now != seen {
                 seen = now;
@@ -126,7 +135,7 @@ pub(crate) async fn watch(services: Arc<Services>) {
             }
         }
     };
-    services.stopped.run_until_cancelled(look).await;
+    services.stopped.run_until_cancelled(watch).await;
 }
 
 /// Has whoever has joined be decided about anew whenever the keys are others.
@@ -140,8 +149,7 @@ pub(crate) async fn follow_keys(services: Arc<Services>) {
     services.stopped.run_until_cancelled(follow).await;
 }
 
-/// What tells a file from what it was before.
-async fn changed(file: &PathBuf) -> Option<(SystemTime, u64)> {
-    let metadata = fs::metadata(file).await.ok()?;
+fn look(file: &Path) -> Option<Look> {
+    let metadata = fs::metadata(file).ok()?;
     Some((metadata.modified().ok()?, metadata.len()))
 }

@@ -17,7 +17,7 @@ use slab::Slab;
 use sqlx::PgPool;
 use tokio::{
     net::{TcpListener, TcpSocket, TcpStream},
-    sync::Semaphore,
+    sync::{Notify, Semaphore},
     time::{Instant, sleep, timeout_at},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -40,7 +40,7 @@ use crate::{
     merge::{self, Events},
     metrics::{Metrics, RefusedUpgrade},
     outbox::{Ended, Outbox},
-    relay::{listener, listens::Listens, upkeep},
+    relay::{listener, listens::Listens, revocations, upkeep},
     reload::{self, Reload},
     topic_rules::TopicRules,
 };
@@ -90,6 +90,8 @@ pub struct Services {
     pub(crate) lost_sockets: LostSockets,
     /// Who may be deaf.
     pub(crate) healing: Healing,
+    /// Somebody has told that the database's revocations have changed.
+    pub(crate) revocations_changed: Notify,
     /// What reads the settings again.
     pub(crate) reload: Reload,
     /// Connections for what the listening session is not for, if there is a database.
@@ -127,6 +129,7 @@ impl Services {
             metrics,
             hub: Arc::default(),
             rules: RwLock::new(Arc::new(rules)),
+            revocations_changed: Notify::new(),
             reload: Reload::default(),
             verifier,
             listens: Arc::new(Listens::new(config.relay.listens_max)),
@@ -297,7 +300,8 @@ impl Server {
             services.tracker.spawn(listener::run(Arc::clone(&services)));
         }
         if let Some(pool) = services.pool.clone() {
-            services.tracker.spawn(upkeep::run(Arc::clone(&services), pool));
+            services.tracker.spawn(upkeep::run(Arc::clone(&services), pool.clone()));
+            services.tracker.spawn(revocations::run(Arc::clone(&services), pool));
         }
         services.tracker.spawn(jwks::run(Arc::clone(&services)));
         services.tracker.spawn(merge::run(Arc::clone(&services)));

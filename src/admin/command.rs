@@ -16,10 +16,10 @@ use hyper::{Request, StatusCode, client::conn::http1, header};
 use hyper_util::rt::TokioIo;
 use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use serde::Deserialize;
-use serde_json::json;
+use serde_json::{Map, Value, json};
 use tokio::{net::TcpStream, time::timeout};
 
-use crate::config::Config;
+use crate::{auth::revocations::By, config::Config};
 
 /// How long an answer may take beyond what the gateway gives its database.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
@@ -117,6 +117,24 @@ pub async fn mute(config: &Config, eid: &str, length: Duration) -> Result<String
     let length = humantime::format_duration(length).to_string();
     let target = format!("/events/{}/mute?for={}", encoded(eid), encoded(&length));
     post(config, &target, String::new()).await
+}
+
+/// Revokes the tokens with this claim, for so long or as long as the gateway's settings say. Gives
+/// what the gateway says.
+///
+/// # Errors
+/// [`CommandError`]; asking again does no harm.
+pub async fn revoke(
+    config: &Config,
+    by: By,
+    value: &str,
+    length: Option<Duration>,
+) -> Result<String, CommandError> {
+    let mut body = Map::from_iter([(by.claim().to_owned(), value.into())]);
+    if let Some(length) = length {
+        body.insert("for".to_owned(), humantime::format_duration(length).to_string().into());
+    }
+    post(config, "/revoke", Value::from(body).to_string()).await
 }
 
 fn encoded(text: &str) -> impl std::fmt::Display + '_ {

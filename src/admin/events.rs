@@ -13,7 +13,6 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use http_body_util::{BodyExt, LengthLimitError, Limited};
 use hyper::StatusCode;
 use percent_encoding::percent_decode_str;
 use serde::Deserialize;
@@ -23,6 +22,7 @@ use tokio::{
     time::{Instant, timeout},
 };
 
+use super::{Refused, body, fields};
 use crate::{
     db,
     http::{Answer, Ask, content, object},
@@ -44,23 +44,8 @@ const MINUTES_MAX: usize = 24 * 60;
 const MINUTES: usize = 60;
 /// Longest mute: as long as an event is remembered.
 const MUTE_MAX: Duration = Duration::from_secs(24 * 3600);
-/// An endpoint, escaped, and its field.
-const BODY_BYTES_MAX: usize = 8 * 1024;
 /// Events, or entries of a history, between two yields.
 const ROWS_PER_YIELD: usize = 128;
-
-/// Why a request is not done.
-pub(super) struct Refused(StatusCode, Cow<'static, str>);
-
-impl Refused {
-    fn bad(text: impl Into<Cow<'static, str>>) -> Self {
-        Self(StatusCode::BAD_REQUEST, text.into())
-    }
-
-    pub(super) fn answer(&self) -> Answer {
-        object(self.0, &json!({ "message": self.1 }))
-    }
-}
 
 /// `GET /events?limit=`: the live events, those with the most viewers first.
 ///
@@ -333,24 +318,11 @@ async fn endpoint(services: &Services, ask: Ask) -> Result<Option<Box<str>>, Ref
     struct Body {
         endpoint: Option<Box<str>>,
     }
-    let read = Limited::new(ask.into_body(), BODY_BYTES_MAX).collect();
-    let body = match timeout(services.config.limits.body_timeout, read).await {
-        Ok(Ok(body)) => body.to_bytes(),
-        Ok(Err(error)) if error.is::<LengthLimitError>() => {
-            return Err(Refused(StatusCode::PAYLOAD_TOO_LARGE, "the body is too large".into()));
-        }
-        Ok(Err(_broken)) => return Err(Refused::bad("the body breaks off")),
-        Err(_elapsed) => {
-            return Err(Refused(StatusCode::REQUEST_TIMEOUT, "the body does not come".into()));
-        }
-    };
-    let body = body.trim_ascii();
+    let body = body(services, ask).await?;
     if body.is_empty() {
         return Ok(None);
     }
-    // The derived reader would take an array of the fields, too.
-    let read = body.starts_with(b"{").then(|| serde_json::from_slice::<Body>(body).ok());
-    let Some(Body { endpoint }) = read.flatten() else {
+    let Some(Body { endpoint }) = fields(&body) else {
         return Err(Refused::bad("the body: expected nothing or {\"endpoint\":\"/live/…\"}"));
     };
     let is_endpoint = |text: &str| {

@@ -315,6 +315,12 @@ pub enum TokenError {
         /// Since then; at least 0.
         seconds: i64,
     },
+    /// An operator has revoked it.
+    #[error("revoked")]
+    Revoked,
+    /// It was verified once, and the key that signed it has been taken away.
+    #[error("its key has been taken away")]
+    KeyGone,
 }
 
 impl TokenError {
@@ -331,6 +337,8 @@ impl TokenError {
             Self::Issuer => "issuer",
             Self::Audience => "audience",
             Self::Expired { .. } => "expired",
+            Self::Revoked => "revoked",
+            Self::KeyGone => "key_gone",
         }
     }
 
@@ -338,7 +346,7 @@ impl TokenError {
     #[must_use]
     pub fn is_end(&self) -> bool {
         match self {
-            Self::Expired { .. } => true,
+            Self::Expired { .. } | Self::Revoked | Self::KeyGone => true,
             Self::Missing
             | Self::Malformed
             | Self::Signature
@@ -351,7 +359,7 @@ impl TokenError {
     }
 
     /// Every label that [`Self::kind`] gives.
-    pub const KINDS: [&'static str; 9] = [
+    pub const KINDS: [&'static str; 11] = [
         "missing",
         "malformed",
         "signature",
@@ -361,6 +369,8 @@ impl TokenError {
         "issuer",
         "audience",
         "expired",
+        "revoked",
+        "key_gone",
     ];
 
     /// What the client is told in a channel: in an error reply and in a `system` push.
@@ -369,7 +379,7 @@ impl TokenError {
         match self {
             Self::Missing => Refusal::new(ErrorCode::MissingApiKey),
             Self::Malformed => Refusal::new(ErrorCode::MalformedJwt),
-            Self::Signature => Refusal::new(ErrorCode::JwtSignatureError),
+            Self::Signature | Self::KeyGone => Refusal::new(ErrorCode::JwtSignatureError),
             Self::NoSigner { kid: None } => Refusal::new(ErrorCode::JwtSignerError),
             Self::NoSigner { kid: Some(kid) } => Refusal::with_detail(
                 ErrorCode::JwtSignerError,
@@ -391,6 +401,9 @@ impl TokenError {
                 ErrorCode::InvalidJwtToken,
                 format!("Token has expired {seconds} seconds ago"),
             ),
+            Self::Revoked => {
+                Refusal::with_detail(ErrorCode::InvalidJwtToken, "Token has been revoked")
+            }
         }
     }
 
@@ -408,7 +421,9 @@ impl TokenError {
             | Self::MissingClaims
             | Self::NotYetValid
             | Self::Issuer
-            | Self::Audience => self.refuse(),
+            | Self::Audience
+            | Self::Revoked
+            | Self::KeyGone => self.refuse(),
         }
     }
 }

@@ -13,6 +13,7 @@ use super::{
     jwks::{self, JwksError},
     jwt::{Claims, Demands, Parts, Token, TokenError},
     keys::{DocumentError, KeySet, Origin, Published, SECRET_BYTES_MIN},
+    revocations::Revocations,
     secret::Secret,
 };
 use crate::{
@@ -35,6 +36,8 @@ pub struct Verifier {
     /// A token has named a key that is not here, or the key set has another address.
     wanted: Notify,
     anonymous: Arc<Token>,
+    /// What is genuine and shall open nothing.
+    pub revocations: Revocations,
 }
 
 /// What trust is made of.
@@ -94,6 +97,7 @@ impl Verifier {
             changed: watch::Sender::new(()),
             wanted: Notify::new(),
             anonymous: Arc::new(Token::opaque("", "anon")),
+            revocations: Revocations::new(config.auth.revocations_max),
         })
     }
 
@@ -110,14 +114,14 @@ impl Verifier {
     /// [`TokenError`]; form before signature before claims, as the table of [`super::jwt`] says.
     pub fn verify(&self, text: &str, now: i64) -> Result<Arc<Token>, TokenError> {
         let trust = Arc::clone(&self.trust.read());
-        self.judge(&trust, text, now, trust.demands.leeway)
+        self.unless_revoked(self.judge(&trust, text, now, trust.demands.leeway)?, now)
     }
 
     /// The token as the keys and demands of the moment have it, even if it ended up to `allowance`
     /// ago.
     ///
     /// # Errors
-    /// As [`Self::verify`].
+    /// As [`Self::verify`]; [`TokenError::KeyGone`] if no key is left that signed it.
     pub fn recheck(
         &self,
         token: &Arc<Token>,
@@ -128,7 +132,16 @@ impl Verifier {
             return Ok(Arc::clone(token));
         }
         let trust = Arc::clone(&self.trust.read());
-        self.judge(&trust, token.text(), now, allowance)
+        match self.judge(&trust, token.text(), now, allowance) {
+            Ok(token) => self.unless_revoked(token, now),
+            Err(TokenError::Signature | TokenError::NoSigner { .. }) => Err(TokenError::KeyGone),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn unless_revoked(&self, token: Arc<Token>, now: i64) -> Result<Arc<Token>, TokenError> {
+        let is_revoked = self.revocations.is_revoked(&token.claims, now);
+        if is_revoked { Err(TokenError::Revoked) } else { Ok(token) }
     }
 
     fn judge(
@@ -384,7 +397,7 @@ mod tests {
         config.jwt_secret = "another-secret-that-is-long-enough-to-sign".into();
         verifier.reload(&config, &metrics).unwrap();
         let changed = verifier.recheck(&token, NOW, grace).unwrap_err();
-        assert_eq!(changed, TokenError::Signature);
+        assert_eq!(changed, TokenError::KeyGone);
         assert!(verifier.recheck(verifier.anonymous(), NOW, grace).is_ok());
     }
 

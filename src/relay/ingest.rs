@@ -12,6 +12,7 @@ use std::{
 use tokio::{sync::mpsc, time::Instant};
 
 use crate::{
+    db::REVOCATIONS_CHANNEL,
     healing,
     hub::FannedOut,
     merge,
@@ -96,7 +97,7 @@ impl Outcome {
             Self::Delivered | Self::Offered | Self::NoViewer => &["event"],
             Self::Malformed | Self::NotObject | Self::Oversized => &["event", "stats"],
             Self::UnknownChannel => &["other"],
-            Self::Noted => &["stats"],
+            Self::Noted => &["stats", "revocations"],
         }
     }
 }
@@ -125,6 +126,10 @@ async fn ingest(services: &Services, channel: &str, payloads: Vec<String>, pid: 
         tracing::trace!(channel, outcome = outcome.kind(), count, "notifications");
         metrics.notifications.with_label_values(&[source, outcome.kind()]).inc_by(count as u64);
     };
+    if channel == REVOCATIONS_CHANNEL {
+        services.revocations_changed.notify_one();
+        return count("revocations", Outcome::Noted, payloads.len());
+    }
     if channel == STATS_CHANNEL {
         for payload in payloads {
             let outcome = match check(services, payload) {

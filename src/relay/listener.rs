@@ -26,7 +26,7 @@ use super::{
 };
 use crate::{
     auth::secret::Secret,
-    db,
+    db::{self, REVOCATIONS_CHANNEL},
     merge::{self, Cause},
     server::Services,
 };
@@ -309,9 +309,13 @@ impl Session {
         self.run(|listener| Box::pin(db::bound(listener, limit))).await?;
         let own_channel = self.own_channel.clone();
         self.run(|listener| {
-            Box::pin(async move { listener.listen_all([STATS_CHANNEL, &*own_channel]).await })
+            Box::pin(async move {
+                listener.listen_all([STATS_CHANNEL, REVOCATIONS_CHANNEL, &*own_channel]).await
+            })
         })
         .await?;
+        // One may have been told before.
+        services.revocations_changed.notify_one();
         let identity = self.run(|listener| Box::pin(db::identity(listener))).await?;
         let (cause, covered) = (link.cause, services.listens.covered());
         self.sync_for(services, cause).await?;

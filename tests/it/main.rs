@@ -32,5 +32,6 @@ mod leave;
 mod policies;
 mod readme;
 mod reload;
+mod revocation;
 mod support;
 mod tidy;

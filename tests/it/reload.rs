@@ -4,6 +4,7 @@ use std::{fs, path::PathBuf};
 
 use serde_json::json;
 use tidegate::{
+    auth::{jwt::unix_now, secret::Secret, sign::sign},
     config::{Config, ConfigError},
     protocol::serializer::Serializer,
     server::Server,
@@ -16,6 +17,7 @@ use crate::support::{
 };
 
 const ADMIN: &str = "admin-auction-AB3028";
+const CACHE: &str = "cache_invalidate_AB3028";
 
 /// A settings file of the test's own, taken away at its end.
 struct File(PathBuf);
@@ -37,7 +39,8 @@ impl File {
         let path = self.0.clone();
         let read = move || -> Result<Config, ConfigError> {
             let (read, _) = Config::load(Some(&path), Vec::new())?;
-            Ok(Config { topic: read.topic, topics: read.topics, ..config() })
+            let Config { topic, topics, jwt_secret_previous, .. } = read;
+            Ok(Config { topic, topics, jwt_secret_previous, ..config() })
         };
         let server = Server::bind(read().unwrap()).unwrap();
         let watch = watched.then(|| self.0.clone());
@@ -161,6 +164,40 @@ async fn a_changed_file_is_read_by_itself() {
     file.write(&admin_rule("super_duper"));
     server.metric_reaches("tidegate_reloads_total{result=\"ok\"}", 1.0).await;
     server.metric_falls_to("tidegate_topics", 0.0).await;
+    client.expect_nothing().await;
+    client.close().await;
+    server.stop().await;
+}
+
+/// The end of a rotation: tokens of the old secret open nothing, and viewers see on.
+#[tokio::test]
+async fn a_key_that_is_taken_away_ends_what_it_opened_and_public_topics_flow_on() {
+    let file = File::new("jwt_secret_previous = \"the-secret-before-that-one-is-long-enough\"\n");
+    let server = file.server(false);
+    let claims = json!({
+        "role": "authenticated", "exp": unix_now() + 3600, "admin_events": { "AB3028": "super" },
+    });
+    let old = sign(&Secret::from("the-secret-before-that-one-is-long-enough"), &claims).unwrap();
+    let mut client = Client::connect(&server, Serializer::V2).await;
+    for (reference, topic) in [("1", "room"), ("2", ADMIN), ("3", CACHE)] {
+        let topic = format!("realtime:{topic}");
+        let payload = json!({ "config": {}, "access_token": old });
+        client.send(json!([reference, reference, topic, "phx_join", payload])).await;
+        let ok = json!({ "status": "ok", "response": "$any" });
+        client.expect(json!([reference, reference, topic, "phx_reply", ok])).await;
+    }
+    client.caught_up(CACHE).await;
+    file.write("");
+    assert_eq!(reload(&server).await.0, 200);
+    let payload = json!({
+        "message": "Failed to validate JWT signature", "status": "error",
+        "extension": "system", "channel": "room",
+    });
+    client.expect(json!(["1", null, "realtime:room", "system", payload])).await;
+    client.expect(json!(["1", "1", "realtime:room", "phx_close", {}])).await;
+    server.publish(ADMIN, &json!({ "n": 1 })).await;
+    server.publish(CACHE, &json!({ "n": 2 })).await;
+    client.hears(CACHE, json!({ "n": 2 })).await;
     client.expect_nothing().await;
     client.close().await;
     server.stop().await;

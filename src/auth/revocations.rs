@@ -1,0 +1,295 @@
+//! Tokens that are good and shall open nothing: by subject, by session or by token.
+//!
+//! Invariants: bounded, and full it refuses a further one rather than forget another; an entry
+//! goes when its time is over, not before; asking costs nothing while there is none.
+
+use std::{
+    collections::HashMap,
+    sync::atomic::{AtomicUsize, Ordering},
+};
+
+use parking_lot::RwLock;
+
+use super::jwt::Claims;
+
+/// Longest value of a claim that can be revoked.
+pub const VALUE_BYTES_MAX: usize = 128;
+
+/// The claim by which tokens are revoked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum By {
+    /// `sub`: a person's tokens that were issued until now; those of a later sign-in hold.
+    Sub,
+    /// `session_id`: whatever a session was issued or will be.
+    SessionId,
+    /// `jti`: one token.
+    Jti,
+}
+
+impl By {
+    /// Every claim.
+    pub const ALL: [Self; 3] = [Self::Sub, Self::SessionId, Self::Jti];
+
+    /// The claim's name.
+    #[must_use]
+    pub fn claim(self) -> &'static str {
+        match self {
+            Self::Sub => "sub",
+            Self::SessionId => "session_id",
+            Self::Jti => "jti",
+        }
+    }
+
+    /// The claim of this name.
+    #[must_use]
+    pub fn named(claim: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|by| by.claim() == claim)
+    }
+}
+
+/// One revocation.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Revocation {
+    /// Which claim.
+    pub by: By,
+    /// Its value.
+    pub value: Box<str>,
+    /// When it was made, in seconds since 1970.
+    pub at: i64,
+    /// Until when it holds, in seconds since 1970.
+    pub until: i64,
+}
+
+/// All places are taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("no room for another revocation: see auth.revocations_max")]
+pub struct Full;
+
+/// The revocations that hold.
+#[derive(Debug)]
+pub struct Revocations {
+    entries: RwLock<Entries>,
+    /// So that nobody takes the lock while there is none.
+    count: AtomicUsize,
+    max: usize,
+}
+
+type Entries = HashMap<By, HashMap<Box<str>, Entry>>;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Entry {
+    at: i64,
+    until: i64,
+    /// Until when it stays although the database does not have it, in seconds since 1970.
+    kept: i64,
+}
+
+/// Whether the database has a revocation that was made here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stored {
+    /// It has. What was read before may be told after, for a while.
+    Yes,
+    /// It has not: nobody else knows of it.
+    No,
+}
+
+/// For so long, in seconds, what is read may be older than what was stored.
+const STALE: i64 = 10;
+
+impl Revocations {
+    /// None, and room for `max`.
+    #[must_use]
+    pub fn new(max: usize) -> Self {
+        Self { entries: RwLock::default(), count: AtomicUsize::new(0), max }
+    }
+
+    /// Adds one, or takes it back if its time is over at `now`.
+    ///
+    /// # Errors
+    /// [`Full`]; those that are over at `now` have been forgotten before.
+    pub fn revoke(&self, revocation: Revocation, stored: Stored, now: i64) -> Result<(), Full> {
+        let mut entries = self.entries.write();
+        let Revocation { by, value, at, until } = revocation;
+        let kept = match stored {
+            Stored::Yes => now.saturating_add(STALE),
+            Stored::No => until,
+        };
+        if until <= now {
+            if let Some(values) = entries.get_mut(&by) {
+                values.remove(&value);
+            }
+        } else {
+            let is_known = entries.get(&by).is_some_and(|values| values.contains_key(&value));
+            if !is_known && count(&entries) >= self.max {
+                forget(&mut entries, now);
+                if count(&entries) >= self.max {
+                    return Err(Full);
+                }
+            }
+            entries.entry(by).or_default().insert(value, Entry { at, until, kept });
+        }
+        self.count.store(count(&entries), Ordering::Release);
+        Ok(())
+    }
+
+    /// Takes what the database has, the first `max` of it, in the place of all that it should have.
+    /// Gives whether anything has changed.
+    pub fn replace(&self, revocations: impl Iterator<Item = Revocation>, now: i64) -> bool {
+        let mut new = Entries::new();
+        for Revocation { by, value, at, until } in revocations.take(self.max) {
+            new.entry(by).or_default().insert(value, Entry { at, until, kept: 0 });
+        }
+        let mut entries = self.entries.write();
+        for (by, values) in &*entries {
+            for (value, entry) in values.iter().filter(|(_, entry)| now < entry.kept) {
+                new.entry(*by).or_default().insert(value.clone(), *entry);
+            }
+        }
+        let has_changed = !is_same(&entries, &new);
+        self.count.store(count(&new), Ordering::Release);
+        *entries = new;
+        has_changed
+    }
+
+    /// Whether a token with these claims is revoked at `now`, in seconds since 1970.
+    #[must_use]
+    pub fn is_revoked(&self, claims: &Claims, now: i64) -> bool {
+        if self.count.load(Ordering::Acquire) == 0 {
+            return false;
+        }
+        let entries = self.entries.read();
+        By::ALL.into_iter().any(|by| {
+            let value = claims.text_at(std::iter::once(by.claim().to_owned()));
+            let found = value.and_then(|value| entries.get(&by)?.get(value));
+            found.is_some_and(|Entry { at, until, .. }| {
+                let is_later = by == By::Sub && claims.iat().is_some_and(|iat| iat > *at);
+                now < *until && !is_later
+            })
+        })
+    }
+
+    /// How many hold, those counted whose time is over and who have not been forgotten.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        self.count.load(Ordering::Acquire)
+    }
+
+    /// Forgets those that are over at `now`.
+    pub fn sweep(&self, now: i64) {
+        let mut entries = self.entries.write();
+        forget(&mut entries, now);
+        self.count.store(count(&entries), Ordering::Release);
+    }
+}
+
+/// Whether both revoke the same.
+fn is_same(some: &Entries, others: &Entries) -> bool {
+    let all = some.iter().flat_map(|(by, values)| values.iter().map(move |it| (*by, it)));
+    count(some) == count(others)
+        && all.into_iter().all(|(by, (value, entry))| {
+            let other = others.get(&by).and_then(|values| values.get(value));
+            other.is_some_and(|other| (other.at, other.until) == (entry.at, entry.until))
+        })
+}
+
+fn count(entries: &Entries) -> usize {
+    entries.values().map(HashMap::len).sum()
+}
+
+fn forget(entries: &mut Entries, now: i64) {
+    for values in entries.values_mut() {
+        values.retain(|_, entry| now < entry.until);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    const NOW: i64 = 1_800_000_000;
+
+    fn claims(value: &Value) -> Claims {
+        let mut fields = value.as_object().unwrap().clone();
+        fields.insert("role".to_owned(), "authenticated".into());
+        fields.insert("exp".to_owned(), (NOW + 3600).into());
+        Claims::try_from(fields).unwrap()
+    }
+
+    fn of(by: By, value: &str) -> Revocation {
+        Revocation { by, value: value.into(), at: NOW, until: NOW + 60 }
+    }
+
+    #[test]
+    fn a_subjects_later_sign_in_holds_and_a_session_stays_ended() {
+        let list = Revocations::new(10);
+        list.revoke(of(By::Sub, "u"), Stored::Yes, NOW).unwrap();
+        list.revoke(of(By::SessionId, "s"), Stored::Yes, NOW).unwrap();
+        list.revoke(of(By::Jti, "j"), Stored::Yes, NOW).unwrap();
+        for (fields, is_revoked) in [
+            (json!({ "sub": "u", "iat": NOW }), true),
+            (json!({ "sub": "u", "iat": NOW - 1 }), true),
+            // Nobody knows when it was issued.
+            (json!({ "sub": "u" }), true),
+            (json!({ "sub": "u", "iat": NOW + 1 }), false),
+            (json!({ "session_id": "s", "iat": NOW + 1 }), true),
+            (json!({ "jti": "j", "iat": NOW + 1 }), true),
+            (json!({ "sub": "s", "session_id": "j", "jti": "u" }), false),
+            (json!({ "sub": ["u"] }), false),
+            (json!({}), false),
+        ] {
+            assert_eq!(list.is_revoked(&claims(&fields), NOW), is_revoked, "{fields}");
+        }
+    }
+
+    #[test]
+    fn a_revocation_holds_until_its_second_and_can_be_taken_back() {
+        let list = Revocations::new(10);
+        let user = claims(&json!({ "sub": "u" }));
+        list.revoke(of(By::Sub, "u"), Stored::Yes, NOW).unwrap();
+        assert!(list.is_revoked(&user, NOW + 59));
+        assert!(!list.is_revoked(&user, NOW + 60));
+        list.revoke(Revocation { until: NOW, ..of(By::Sub, "u") }, Stored::Yes, NOW).unwrap();
+        assert!(!list.is_revoked(&user, NOW));
+        assert_eq!(list.count(), 0);
+    }
+
+    /// Forgetting one in order to take another would give somebody their token back.
+    #[test]
+    fn a_full_list_refuses_until_the_time_of_one_is_over() {
+        let list = Revocations::new(2);
+        list.revoke(of(By::Sub, "a"), Stored::Yes, NOW).unwrap();
+        list.revoke(Revocation { until: NOW + 9, ..of(By::Jti, "b") }, Stored::Yes, NOW).unwrap();
+        assert_eq!(list.revoke(of(By::Sub, "c"), Stored::Yes, NOW), Err(Full));
+        list.revoke(of(By::Sub, "a"), Stored::Yes, NOW).unwrap();
+        list.revoke(of(By::Sub, "c"), Stored::Yes, NOW + 9).unwrap();
+        assert_eq!(list.count(), 2);
+        list.sweep(NOW + 60);
+        assert_eq!(list.count(), 0);
+    }
+
+    #[test]
+    fn what_the_database_has_takes_the_place_of_what_it_should_have() {
+        let list = Revocations::new(2);
+        let both = [of(By::Sub, "a"), of(By::Sub, "b"), of(By::Sub, "beyond")];
+        assert!(list.replace(both.clone().into_iter(), NOW));
+        assert!(!list.replace(both.into_iter(), NOW));
+        assert_eq!(list.count(), 2);
+        assert!(list.replace(std::iter::empty(), NOW));
+        assert_eq!(list.count(), 0);
+    }
+
+    /// A reading that began before a revocation was stored must not undo it, and one that could not
+    /// be stored holds all the same.
+    #[test]
+    fn what_was_revoked_here_outlives_a_reading_that_does_not_know_of_it() {
+        let list = Revocations::new(2);
+        list.revoke(of(By::Sub, "stored"), Stored::Yes, NOW).unwrap();
+        list.revoke(of(By::Sub, "only here"), Stored::No, NOW).unwrap();
+        assert!(!list.replace(std::iter::empty(), NOW));
+        assert!(list.replace(std::iter::empty(), NOW + STALE));
+        assert!(list.is_revoked(&claims(&json!({ "sub": "only here" })), NOW + STALE));
+        assert!(!list.is_revoked(&claims(&json!({ "sub": "stored" })), NOW + STALE));
+    }
+}
