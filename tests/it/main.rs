@@ -33,5 +33,6 @@ mod policies;
 mod readme;
 mod reload;
 mod revocation;
+mod secrets;
 mod support;
 mod tidy;

@@ -102,11 +102,22 @@ impl Serving {
     /// Ends it by a signal, and gives what it has said since it listened.
     pub(crate) async fn end(mut self, signal: Signal) -> Said {
         self.signal(signal);
+        self.ended().await
+    }
+
+    /// Waits until it has ended, and gives what it has said since it listened.
+    pub(crate) async fn ended(&mut self) -> Said {
         let mut out = String::new();
         let read = timeout(DEADLINE, self.out.read_to_string(&mut out)).await;
         read.expect("it ends in time").unwrap();
-        let said = timeout(DEADLINE, self.child.wait_with_output()).await;
-        Said { out, ..said.expect("it ends in time").unwrap().into() }
+        let mut err = String::new();
+        if let Some(mut stderr) = self.child.stderr.take() {
+            stderr.read_to_string(&mut err).await.unwrap();
+        }
+        let status = timeout(DEADLINE, self.child.wait()).await;
+        let status = status.expect("it ends in time").unwrap();
+        assert_eq!(status.signal(), None, "ended by a signal");
+        Said { code: status.code(), out, err }
     }
 }
 

@@ -124,6 +124,18 @@ impl TestServer {
         (status, body.to_owned())
     }
 
+    /// What the server says to these bytes, after which nothing comes, until it closes the connection.
+    pub(crate) async fn raw_half(address: SocketAddr, bytes: &[u8]) -> String {
+        let mut stream = TcpStream::connect(address).await.unwrap();
+        // It may have said no before it has read everything.
+        drop(stream.write_all(bytes).await);
+        drop(stream.shutdown().await);
+        let mut answer = Vec::new();
+        let read = timeout(DEADLINE, stream.read_to_end(&mut answer)).await;
+        assert!(read.is_ok(), "the server closes in time");
+        String::from_utf8_lossy(&answer).into_owned()
+    }
+
     /// What the server says to these bytes until it closes the connection.
     pub(crate) async fn raw(address: SocketAddr, bytes: &[u8]) -> String {
         let mut stream = TcpStream::connect(address).await.unwrap();
