@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 export CARGO_INCREMENTAL ?= 1
 
-.PHONY: help demo test check bench chaos fmt lint docs rust doctests client bench-short system node
+.PHONY: help demo test check bench chaos fmt lint deny docs rust doctests client bench-short system node
 
 help:
 	@echo 'make demo    everything on one screen: database, gateway, simulated event, page'
@@ -19,7 +19,7 @@ demo: system node
 	cargo build --release --locked
 	exec target/release/tidegate demo
 
-test: system node fmt lint docs doctests rust client bench-short
+test: system node fmt lint deny docs doctests rust client bench-short
 
 check: fmt lint
 	cargo test --locked --lib
@@ -37,6 +37,13 @@ fmt:
 
 lint:
 	cargo clippy --all-targets --locked -- -D warnings
+
+# Licences, sources and banned crates of the lock file. The tool is not installed for it: it takes
+# longer to build than the gateway.
+deny:
+	@if cargo deny --version >/dev/null 2>&1; \
+	then cargo deny --locked -L error check bans licenses sources; \
+	else echo 'deny: cargo-deny is not installed, the lock file was not checked (cargo install cargo-deny)'; fi
 
 docs:
 	RUSTDOCFLAGS=-Dwarnings cargo doc --no-deps --document-private-items --locked
