@@ -135,6 +135,8 @@ fn route_whole(services: &Services, ask: &Ask) -> Answer {
         (&Method::GET, "/metrics") => {
             let topics = i64::try_from(services.hub.topic_count()).unwrap_or(i64::MAX);
             services.metrics.topics.set(topics);
+            let addresses = services.limits.addresses.count();
+            services.metrics.addresses.set(i64::try_from(addresses).unwrap_or(i64::MAX));
             let body = services.metrics.render();
             content(StatusCode::OK, "text/plain; version=0.0.4; charset=utf-8", body)
         }

@@ -73,6 +73,12 @@ impl Caller {
         Self { address: address.to_canonical(), connection: None }
     }
 
+    /// Where from.
+    #[must_use]
+    pub fn address(self) -> IpAddr {
+        self.address
+    }
+
     /// The same, on the connection of this number.
     #[must_use]
     pub fn on(self, connection: u64) -> Self {

@@ -16,6 +16,7 @@ use crate::{
     auth::jwt::{Token, TokenError, unix_now},
     authorization::{Action, Asked, Because, Decision, Verdict},
     hub::{Subscription, TopicKey},
+    limits::Limited,
     merge::{self, CatchUp, Cause, Event, Known, Why},
     metrics::{Counted, Dropped},
     outbox::Outbox,
@@ -32,6 +33,9 @@ use crate::{
 
 /// The extension's answer until it is offered.
 const NO_POSTGRES_CHANGES: &str = "Postgres changes are not offered by this server yet";
+
+/// What a channel is told that ends because clients broadcast too fast.
+const TOO_MANY_MESSAGES: &str = "Too many messages per second";
 
 /// One topic joined on one socket, from the admission of its join to its close.
 #[derive(Debug)]
@@ -263,13 +267,19 @@ impl Channel {
     }
 
     /// Fans out what a client broadcasts, several pushes that came together at once, and then
-    /// acknowledges them.
-    pub(crate) async fn broadcast(&self, context: Context<'_>, pushes: Vec<Message>) {
+    /// acknowledges them. Where clients broadcast too fast, the one that a rule does not bind loses
+    /// its channel, as upstream.
+    pub(crate) async fn broadcast(&self, context: Context<'_>, pushes: Vec<Message>) -> Fate {
         let services = context.services;
         let (mut broadcasts, mut acks) = (Vec::with_capacity(pushes.len()), Vec::new());
-        let mut denied = 0;
+        let (mut denied, mut fate) = (0, Fate::Open);
         for push in pushes {
             match self.admit_broadcast(services, push.payload) {
+                Err(Dropped::Rate) if self.rule.is_none() => {
+                    services.metrics.count_limited(Limited::BroadcastsClosed);
+                    fate = Fate::Closed;
+                    break;
+                }
                 Ok(broadcast) => {
                     broadcasts.push(broadcast);
                     acks.push((push.reference, OK));
@@ -279,6 +289,9 @@ impl Channel {
                     match reason {
                         Dropped::TooLarge => acks.push((push.reference, PAYLOAD_TOO_LARGE)),
                         Dropped::WriteDenied => denied += 1,
+                        Dropped::Rate => {
+                            services.metrics.count_limited(Limited::BroadcastsDropped);
+                        }
                         _ => {}
                     }
                 }
@@ -318,6 +331,11 @@ impl Channel {
                 self.reply(context, reference.as_ref(), payload);
             }
         }
+        if fate == Fate::Closed {
+            let payload = system_error("system", TOO_MANY_MESSAGES, &self.key.sub_topic);
+            self.push(context, "system", &payload);
+        }
+        fate
     }
 
     /// A client's payload as a broadcast, if it may be one. A denied write is never answered, as
@@ -344,7 +362,10 @@ impl Channel {
             token: Ok(&self.token.claims),
             fallback: None,
         });
-        if decision.is_allowed() { Ok(broadcast) } else { Err(Dropped::WriteDenied) }
+        if !decision.is_allowed() {
+            return Err(Dropped::WriteDenied);
+        }
+        services.limits.broadcast(1).map(|()| broadcast).map_err(|_too_fast| Dropped::Rate)
     }
 
     /// Says goodbye: `phx_close` carries the join's ref, so that a newer channel of the same

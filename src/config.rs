@@ -3,7 +3,11 @@
 //! Invariants: all mistakes are reported together; what exists as a [`Config`] is right; nothing
 //! reads it from the environment but `main`, which hands the variables over.
 
-use std::{net::SocketAddr, path::Path, time::Duration};
+use std::{
+    net::{IpAddr, SocketAddr},
+    path::Path,
+    time::Duration,
+};
 
 use figment::{
     Figment, Metadata, Profile, Provider,
@@ -12,7 +16,12 @@ use figment::{
 };
 use serde::{Deserialize, Deserializer, de};
 
-use crate::{auth::secret::Secret, db, protocol::payload::OPAQUE_KEY_PREFIX, topic_rules::Rule};
+use ipnet::IpNet;
+
+use crate::{
+    auth::secret::Secret, db, limits::Origin, protocol::payload::OPAQUE_KEY_PREFIX,
+    topic_rules::Rule,
+};
 
 const DEFAULTS: &str = include_str!("defaults.toml");
 
@@ -141,9 +150,10 @@ pub struct Policies {
 pub struct Network {
     /// Web pages that may connect: `https://app.example.com`, `https://*.example.com`; an empty
     /// list lets any.
-    pub origins: Vec<String>,
-    /// Networks whose `X-Forwarded-For` is believed: `10.0.0.0/8`, `::1/128`.
-    pub trusted_proxies: Vec<String>,
+    pub origins: Vec<Origin>,
+    /// Networks, or single addresses, whose `X-Forwarded-For` is believed: `10.0.0.0/8`, `::1`.
+    #[serde(deserialize_with = "networks")]
+    pub trusted_proxies: Vec<IpNet>,
 }
 
 /// What bounds clients.
@@ -646,6 +656,18 @@ fn replace(values: &mut Dict, default: Option<&Value>, name: &str) -> bool {
 fn first_set(urls: [&Secret; 2]) -> &Secret {
     let [first, second] = urls;
     if first.is_empty() { second } else { first }
+}
+
+/// Reads networks; an address alone is a network of one.
+fn networks<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<IpNet>, D::Error> {
+    let network = |text: String| {
+        let one = || text.parse::<IpAddr>().ok().map(IpNet::from);
+        text.parse()
+            .ok()
+            .or_else(one)
+            .ok_or_else(|| de::Error::custom("expected networks such as 10.0.0.0/8"))
+    };
+    Vec::<String>::deserialize(deserializer)?.into_iter().map(network).collect()
 }
 
 /// Reads a duration as people write it: `3s`, `500ms`.

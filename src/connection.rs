@@ -22,6 +22,7 @@ use tokio_tungstenite::{
 
 use crate::{
     audit::Audit,
+    limits::{Metered, is_unfinished},
     metrics::Counted,
     outbox::{Ended, Outbox},
     protocol::message::Message,
@@ -59,6 +60,8 @@ pub enum CloseReason {
     SlowConsumer,
     /// A write missed its deadline.
     WriteTimeout,
+    /// A message that was begun and not finished in time.
+    Unfinished,
     /// A message above the bound.
     TooLarge,
     /// The peer broke the WebSocket protocol.
@@ -71,12 +74,13 @@ pub enum CloseReason {
 
 impl CloseReason {
     /// The reasons that are the server's.
-    pub const SERVER: [Self; 9] = [
+    pub const SERVER: [Self; 10] = [
         Self::PeerGone,
         Self::Silent,
         Self::NoChannels,
         Self::SlowConsumer,
         Self::WriteTimeout,
+        Self::Unfinished,
         Self::TooLarge,
         Self::Protocol,
         Self::InvalidUtf8,
@@ -93,6 +97,7 @@ impl CloseReason {
             Self::NoChannels => "no_channels",
             Self::SlowConsumer => "slow_consumer",
             Self::WriteTimeout => "write_timeout",
+            Self::Unfinished => "unfinished",
             Self::TooLarge => "too_large",
             Self::Protocol => "protocol",
             Self::InvalidUtf8 => "invalid_utf8",
@@ -109,7 +114,7 @@ impl CloseReason {
             Self::Silent | Self::NoChannels => Some(1000),
             Self::Protocol => Some(1002),
             Self::InvalidUtf8 => Some(1007),
-            Self::SlowConsumer => Some(1008),
+            Self::SlowConsumer | Self::Unfinished => Some(1008),
             Self::TooLarge => Some(1009),
             Self::Draining => Some(1012),
         }
@@ -159,7 +164,7 @@ enum Event {
 /// One client's connection.
 pub(crate) struct Connection {
     services: Arc<Services>,
-    websocket: WebSocketStream<TcpStream>,
+    websocket: WebSocketStream<Metered<TcpStream>>,
     outbox: Arc<Outbox>,
     socket: Socket,
     last_data: Instant,
@@ -191,6 +196,7 @@ impl Connection {
             .max_frame_size(Some(limits.message_bytes_max));
         let counted = Counted::new(&services.metrics.connections);
         services.metrics.connections_accepted.inc();
+        let stream = Metered::new(Arc::clone(&services), stream, &read);
         let websocket =
             WebSocketStream::from_partially_read(stream, read, Role::Server, Some(config)).await;
         Self { services, websocket, outbox, socket, last_data: Instant::now(), _counted: counted }
@@ -301,7 +307,12 @@ impl Connection {
         metrics.frames_in.inc();
         metrics.bytes_in.inc_by(frame.len() as u64);
         match self.outbox.serializer().decode(frame) {
-            Ok(message) => messages.push(message),
+            Ok(message) => {
+                if &*message.event == "phx_join" {
+                    self.websocket.get_mut().count_join();
+                }
+                messages.push(message);
+            }
             Err(malformed) => {
                 metrics.malformed.with_label_values(&[malformed.kind()]).inc();
                 tracing::debug!(reason = malformed.kind(), "malformed frame");
@@ -314,7 +325,7 @@ impl Connection {
         let metrics = &self.services.metrics;
         metrics.frames_out.inc_by(batch.len() as u64);
         metrics.bytes_out.inc_by(batch.iter().map(Frame::len).sum::<usize>() as u64);
-        let websocket = &mut self.websocket;
+        let (websocket, mut is_stalled) = (&mut self.websocket, false);
         let written = {
             let mut write = pin!(async {
                 for frame in batch.drain(..) {
@@ -326,9 +337,16 @@ impl Connection {
             // timer.
             match write.as_mut().now_or_never() {
                 Some(written) => Ok(written),
-                None => timeout(self.services.config.limits.write_timeout, write).await,
+                None => {
+                    is_stalled = true;
+                    timeout(self.services.config.limits.write_timeout, write).await
+                }
             }
         };
+        if is_stalled {
+            // Nothing was read meanwhile.
+            self.websocket.get_mut().forgive();
+        }
         if batch.capacity() > BATCH_KEPT {
             *batch = Vec::new();
         }
@@ -364,7 +382,7 @@ impl Connection {
 
 /// Says goodbye and waits, for a while, until the peer has: what is sent to a closed socket would
 /// reset the connection before the peer has read the close frame.
-async fn close(mut websocket: WebSocketStream<TcpStream>, reason: CloseReason) {
+async fn close(mut websocket: WebSocketStream<Metered<TcpStream>>, reason: CloseReason) {
     let goodbye = async {
         match reason {
             // The library has queued the answer to the peer's close frame.
@@ -373,6 +391,7 @@ async fn close(mut websocket: WebSocketStream<TcpStream>, reason: CloseReason) {
             CloseReason::Silent
             | CloseReason::NoChannels
             | CloseReason::SlowConsumer
+            | CloseReason::Unfinished
             | CloseReason::TooLarge
             | CloseReason::Protocol
             | CloseReason::InvalidUtf8
@@ -380,9 +399,8 @@ async fn close(mut websocket: WebSocketStream<TcpStream>, reason: CloseReason) {
                 let code = CloseCode::from(reason.code().unwrap_or(1011));
                 let frame = CloseFrame { code, reason: "".into() };
                 if websocket.close(Some(frame)).await.is_ok() {
-                    let mut rest = [0; 512];
-                    while websocket.get_mut().read(&mut rest).await.is_ok_and(|length| length > 0) {
-                    }
+                    let (stream, mut rest) = (websocket.get_mut().unmetered(), [0; 512]);
+                    while stream.read(&mut rest).await.is_ok_and(|length| length > 0) {}
                 }
             }
         }
@@ -394,6 +412,7 @@ async fn close(mut websocket: WebSocketStream<TcpStream>, reason: CloseReason) {
 fn broken(error: &WsError) -> CloseReason {
     match error {
         WsError::Capacity(_) => CloseReason::TooLarge,
+        WsError::Io(error) if is_unfinished(error) => CloseReason::Unfinished,
         WsError::Utf8(_) => CloseReason::InvalidUtf8,
         WsError::Protocol(ProtocolError::ResetWithoutClosingHandshake)
         | WsError::ConnectionClosed

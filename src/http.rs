@@ -1,7 +1,7 @@
 //! The public routes, and the upgrade to a WebSocket.
 //!
 //! Invariants: one `match` decides the route; an upgrade is refused for its token after
-//! `error_delay`, for anything else at once.
+//! `error_delay`, for anything else at once: overload must hold nobody's place.
 
 use std::{
     borrow::Cow,
@@ -35,6 +35,7 @@ use crate::{
     audit::{Audit, Caller},
     auth::jwt::{Token, TokenError, unix_now},
     connection::Connection,
+    limits::{Limited, client_ip},
     lost_sockets::ClientKey,
     metrics::RefusedUpgrade,
     outbox::Outbox,
@@ -51,6 +52,8 @@ use crate::{
 const HEAD_BYTES_MAX: usize = 32 * 1024;
 /// How long a request may still take when everything else has ended.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(1);
+/// What an address is told whose token is not read.
+pub(crate) const TOO_MANY_REQUESTS: &str = "Too many requests";
 /// A whole answer.
 pub type Answer = Response<Full<Bytes>>;
 /// A request.
@@ -106,20 +109,19 @@ async fn route(
     fallback: Option<Fallback>,
 ) -> Answer {
     let path = ask.uri().path().to_owned();
+    let trusted = &services.config.network.trusted_proxies;
+    let caller = Caller::at(client_ip(peer.ip(), ask.headers(), trusted));
     // The fronting gateway's prefix may be there or stripped.
     let api = path.strip_prefix("/realtime/v1").unwrap_or(&path).strip_prefix("/api/broadcast");
     match (ask.method(), path.as_str(), api) {
         (_, "/realtime/v1/websocket" | "/socket/websocket", _) => {
-            upgrade(services, ask, peer).await
+            upgrade(services, ask, caller).await
         }
         (&Method::GET | &Method::HEAD, "/healthz", _) => text(StatusCode::OK, "ok"),
-        (&Method::OPTIONS, _, Some(_)) => rest::preflight(),
-        (&Method::POST, _, Some("")) => {
-            rest::broadcast_batch(&services, ask, Caller::at(peer.ip())).await
-        }
+        (&Method::OPTIONS, _, Some(_)) => rest::preflight(&services, &ask),
+        (&Method::POST, _, Some("")) => rest::broadcast_batch(&services, ask, caller).await,
         (&Method::POST, _, Some(target)) => match rest::target(target) {
             Some((topic, event)) => {
-                let caller = Caller::at(peer.ip());
                 rest::broadcast_single(&services, ask, caller, &topic, &event).await
             }
             None => not_found(),
@@ -131,13 +133,18 @@ async fn route(
     }
 }
 
-/// Opens a WebSocket: version, then key, then place.
-async fn upgrade(services: Arc<Services>, mut ask: Ask, peer: SocketAddr) -> Answer {
-    let caller = Caller::at(peer.ip());
+/// Opens a WebSocket: origin, version, how often the address knocks, then key, then place. The
+/// reference server looks at the key before any limit; here those go first that cost no
+/// verification.
+async fn upgrade(services: Arc<Services>, mut ask: Ask, caller: Caller) -> Answer {
     let Some(accept) = websocket_accept(&ask) else {
         let answer = empty(StatusCode::BAD_REQUEST);
         return refuse(&services, caller, RefusedUpgrade::BadRequest, None, answer);
     };
+    if !services.limits.origins.allow(ask.headers()) {
+        let answer = empty(StatusCode::FORBIDDEN);
+        return refuse(&services, caller, RefusedUpgrade::Origin, None, answer);
+    }
     let query = ask.uri().query().unwrap_or_default().to_owned();
     let Some(serializer) = Serializer::from_vsn(query_value(&query, "vsn").as_deref()) else {
         let answer = empty(StatusCode::FORBIDDEN);
@@ -146,15 +153,16 @@ async fn upgrade(services: Arc<Services>, mut ask: Ask, peer: SocketAddr) -> Ans
     if services.draining.is_cancelled() {
         return draining(&services, caller);
     }
+    if !services.limits.addresses.shake_hands(caller.address().into()) {
+        services.metrics.count_limited(Limited::AddressHandshakes);
+        return too_many(&services, caller, RefusedUpgrade::Handshakes);
+    }
     let apikey = header_text(&ask, "x-api-key").or_else(|| query_value(&query, "apikey"));
-    let verified = match apikey {
-        None => Err(TokenError::Missing),
-        Some(text) => services.verifier.verify(&without_whitespace(&text), unix_now()),
-    };
-    services.metrics.count_token(&verified);
-    let token = match verified {
+    let apikey = apikey.map(|text| without_whitespace(&text));
+    let token = match verify(&services, caller, apikey.as_deref()) {
         Ok(token) => token,
-        Err(error) => {
+        Err(Unverified::Unread) => return too_many(&services, caller, RefusedUpgrade::Failures),
+        Err(Unverified::Wrong(error)) => {
             tracing::debug!(reason = error.kind(), "upgrade refused");
             sleep(services.config.protocol.error_delay).await;
             let answer = refused_upgrade(&error.refuse_upgrade());
@@ -162,18 +170,15 @@ async fn upgrade(services: Arc<Services>, mut ask: Ask, peer: SocketAddr) -> Ans
         }
     };
     let outbox = Arc::new(Outbox::new(serializer, services.config.limits.outbox_bytes_max));
-    let place = match Place::take(&services, &outbox) {
+    let place = match Place::take(&services, &outbox, caller.address().into()) {
         Ok(place) => place,
         Err(RefusedUpgrade::Draining) => return draining(&services, caller),
-        Err(reason) => {
-            let refusal = Refusal::new(ErrorCode::ConnectionRateLimitReached);
-            return refuse(&services, caller, reason, None, refused_upgrade(&refusal));
-        }
+        Err(reason) => return too_many(&services, caller, reason),
     };
     let upgraded = hyper::upgrade::on(&mut ask);
     let connections = services.connections.clone();
     let user_agent = header_text(&ask, "user-agent").unwrap_or_default();
-    let client = ClientKey::new(peer.ip(), &user_agent);
+    let client = ClientKey::new(caller.address().into(), &user_agent);
     let number = services.connection_number.fetch_add(1, Ordering::Relaxed);
     let opened = open(services, upgraded, place, outbox, token, client, caller.on(number));
     connections.spawn(opened.instrument(tracing::debug_span!("connection", number)));
@@ -249,6 +254,62 @@ pub(crate) fn count_refused(
 ) {
     services.metrics.connections_refused.with_label_values(&[reason.kind()]).inc();
     Audit::RefuseUpgrade { reason: reason.kind(), fault }.note(caller, None);
+}
+
+/// Refuses an upgrade for a limit.
+fn too_many(services: &Services, caller: Caller, reason: RefusedUpgrade) -> Answer {
+    let refusal = match reason {
+        RefusedUpgrade::Handshakes => Refusal::new(ErrorCode::ClientJoinRateLimitReached),
+        RefusedUpgrade::Failures => {
+            Refusal::with_detail(ErrorCode::ClientJoinRateLimitReached, TOO_MANY_REQUESTS)
+        }
+        _ => Refusal::new(ErrorCode::ConnectionRateLimitReached),
+    };
+    refuse(services, caller, reason, None, refused_upgrade(&refusal))
+}
+
+/// Why a request has no verified token.
+pub(crate) enum Unverified {
+    /// The token is wrong, or there is none.
+    Wrong(TokenError),
+    /// The address has brought too many wrong ones, and this one is not known to be right. All
+    /// viewers of a venue have one address and the same key, which therefore still opens.
+    Unread,
+}
+
+impl Unverified {
+    /// The label of the audit log.
+    pub(crate) fn kind(&self) -> &'static str {
+        match self {
+            Self::Wrong(error) => error.kind(),
+            Self::Unread => "unread",
+        }
+    }
+}
+
+/// The token of a request.
+pub(crate) fn verify(
+    services: &Services,
+    caller: Caller,
+    text: Option<&str>,
+) -> Result<Arc<Token>, Unverified> {
+    let Some(text) = text else {
+        let missing = Err(TokenError::Missing);
+        services.metrics.count_token(&missing);
+        return missing.map_err(Unverified::Wrong);
+    };
+    let (addresses, address) = (&services.limits.addresses, caller.address().into());
+    let is_known = services.verifier.is_known(text);
+    if !is_known && !addresses.may_fail(address) {
+        services.metrics.count_limited(Limited::AddressFailures);
+        return Err(Unverified::Unread);
+    }
+    let verified = services.verifier.verify(text, unix_now());
+    services.metrics.count_token(&verified);
+    if !is_known && verified.is_err() {
+        addresses.fail(address);
+    }
+    verified.map_err(Unverified::Wrong)
 }
 
 fn draining(services: &Services, caller: Caller) -> Answer {

@@ -24,6 +24,7 @@
 //! | `channel` | one joined channel: what each event does |
 //! | [`socket`] | channels by topic: the routing table of events |
 //! | [`lost_sockets`], `healing` | who was away and since when; who may be deaf |
+//! | [`limits`] | inbound rates and caps of the project, an address, a socket |
 //! | [`connection`] | one WebSocket and its deadlines |
 //! | [`relay`] | NOTIFY → broadcast; gaps and what they have hidden |
 //! | [`db`] | every SQL statement |
@@ -51,6 +52,7 @@ pub mod explain;
 mod healing;
 pub mod http;
 pub mod hub;
+pub mod limits;
 pub mod lost_sockets;
 pub mod merge;
 pub mod metrics;

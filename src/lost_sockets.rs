@@ -8,11 +8,13 @@
 //! until it would have been over; a record is believed only while no other gateway, living or dead,
 //! may have lost the same client without telling.
 
-use std::{collections::HashMap, net::IpAddr, sync::Arc, time::Duration};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use parking_lot::Mutex;
 use tokio::time::Instant;
 use uuid::Uuid;
+
+use crate::limits::Address;
 
 /// How long a client may be away; then it gets the complete list.
 pub(crate) const REMEMBERED: Duration = Duration::from_secs(24 * 3600);
@@ -26,8 +28,8 @@ pub struct ClientKey(pub(crate) Uuid);
 impl ClientKey {
     /// The same for all that share both.
     #[must_use]
-    pub fn new(address: IpAddr, user_agent: &str) -> Self {
-        let text = format!("{} {user_agent}", address.to_canonical());
+    pub fn new(address: Address, user_agent: &str) -> Self {
+        let text = format!("{} {user_agent}", address.ip());
         Self(Uuid::new_v5(&Uuid::NAMESPACE_URL, text.as_bytes()))
     }
 }
@@ -156,12 +158,14 @@ impl LostSockets {
 
 #[cfg(test)]
 mod tests {
+    use std::net::IpAddr;
+
     use super::*;
 
     const SILENCE: Duration = Duration::from_secs(90);
 
     fn client(last: u8) -> ClientKey {
-        ClientKey::new(IpAddr::from([10, 0, 0, last]), "browser")
+        ClientKey::new(IpAddr::from([10, 0, 0, last]).into(), "browser")
     }
 
     fn alone(max: usize) -> LostSockets {
@@ -173,8 +177,8 @@ mod tests {
     #[test]
     fn an_address_is_the_same_in_both_families_and_an_agent_tells_apart() {
         let mapped: IpAddr = "::ffff:10.0.0.1".parse().unwrap();
-        assert_eq!(ClientKey::new(mapped, "browser"), client(1));
-        assert_ne!(ClientKey::new(mapped, "other"), client(1));
+        assert_eq!(ClientKey::new(mapped.into(), "browser"), client(1));
+        assert_ne!(ClientKey::new(mapped.into(), "other"), client(1));
     }
 
     #[tokio::test(start_paused = true)]

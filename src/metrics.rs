@@ -23,6 +23,7 @@ use crate::{
     },
     connection::CloseReason,
     hub::FannedOut,
+    limits::Limited,
     merge::{BadEndpoint, Cause, Method, Why},
     protocol::{error_code::ErrorCode, message::Malformed},
     relay::{LinkError, Outcome},
@@ -52,11 +53,13 @@ pub enum Dropped {
     Backlog,
     /// A broadcast to a private channel whose policies could not be asked.
     WriteUnanswered,
+    /// A broadcast to a rule's topic, over the project's rate.
+    Rate,
 }
 
 impl Dropped {
     /// Every reason.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::WriteDenied,
         Self::NotObject,
         Self::TooLarge,
@@ -65,6 +68,7 @@ impl Dropped {
         Self::EmptyRef,
         Self::Backlog,
         Self::WriteUnanswered,
+        Self::Rate,
     ];
 
     /// The metric's label.
@@ -79,6 +83,7 @@ impl Dropped {
             Self::EmptyRef => "empty_ref",
             Self::Backlog => "backlog",
             Self::WriteUnanswered => "write_unanswered",
+            Self::Rate => "rate",
         }
     }
 }
@@ -88,12 +93,20 @@ impl Dropped {
 pub enum RefusedUpgrade {
     /// Not a WebSocket upgrade.
     BadRequest,
+    /// A web page that may not connect.
+    Origin,
     /// A `vsn` that is not spoken here.
     Version,
     /// The key is missing or wrong.
     Token,
+    /// The address knocks too often.
+    Handshakes,
+    /// The address has brought too many wrong tokens, and this one is not known to be right.
+    Failures,
     /// All places of sockets are taken.
     Full,
+    /// The address has as many sockets as it may.
+    AddressFull,
     /// Too many connections are still asking.
     Pending,
     /// The server is draining.
@@ -104,11 +117,15 @@ pub enum RefusedUpgrade {
 
 impl RefusedUpgrade {
     /// Every reason.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 11] = [
         Self::BadRequest,
+        Self::Origin,
         Self::Version,
         Self::Token,
+        Self::Handshakes,
+        Self::Failures,
         Self::Full,
+        Self::AddressFull,
         Self::Pending,
         Self::Draining,
         Self::Abandoned,
@@ -119,9 +136,13 @@ impl RefusedUpgrade {
     pub fn kind(self) -> &'static str {
         match self {
             Self::BadRequest => "bad_request",
+            Self::Origin => "origin",
             Self::Version => "version",
             Self::Token => "token",
+            Self::Handshakes => "handshakes",
+            Self::Failures => "failures",
             Self::Full => "full",
+            Self::AddressFull => "address_full",
             Self::Pending => "pending",
             Self::Draining => "draining",
             Self::Abandoned => "abandoned",
@@ -147,6 +168,10 @@ pub struct Metrics {
     pub reloads: IntCounterVec,
     /// Revocations that hold.
     pub revocations: IntGauge,
+    /// By [`Limited`]: limiter and effect.
+    pub limited: IntCounterVec,
+    /// Addresses that are remembered, at the time of the scrape.
+    pub addresses: IntGauge,
     /// Joined channels.
     pub channels: IntGauge,
     /// Topics with a subscriber, at the time of the scrape.
@@ -269,6 +294,12 @@ impl Metrics {
                 &["result"],
             ),
             revocations: new.gauge("revocations", "Revocations that hold."),
+            limited: new.counters(
+                "limited_total",
+                "What met a limit, by limiter and effect.",
+                &["limiter", "effect"],
+            ),
+            addresses: new.gauge("addresses", "Addresses of clients that are remembered."),
             channels: new.gauge("channels", "Joined channels."),
             topics: new.gauge("topics", "Topics with at least one subscriber."),
             joins: new.counters(
@@ -419,6 +450,11 @@ impl Metrics {
         self.deliveries.inc_by(fanned_out.deliveries as u64);
     }
 
+    /// Counts what has met a limit.
+    pub(crate) fn count_limited(&self, limited: Limited) {
+        self.limited.with_label_values(&limited.kinds()).inc();
+    }
+
     /// Counts a message that is dropped.
     pub(crate) fn count_dropped(&self, reason: Dropped) {
         self.dropped.with_label_values(&[reason.kind()]).inc();
@@ -445,6 +481,9 @@ impl Metrics {
         }
         for reason in CloseReason::SERVER {
             self.connections_closed.with_label_values(&[reason.kind(), reason.code_label()]);
+        }
+        for limited in Limited::ALL {
+            self.limited.with_label_values(&limited.kinds());
         }
         for result in ["ok", "withheld"] {
             self.joins.with_label_values(&[result, ""]);

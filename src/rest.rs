@@ -19,10 +19,13 @@ use tokio::time::{Instant, timeout};
 
 use crate::{
     audit::{Audit, Caller},
-    auth::jwt::{Token, TokenError, unix_now},
-    authorization::{Action, Asked},
-    http::{Answer, Ask, empty, header_text, object, query_value},
+    auth::jwt::Token,
+    authorization::{Action, Asked, Decision, Verdict},
+    http::{
+        Answer, Ask, TOO_MANY_REQUESTS, Unverified, empty, header_text, object, query_value, verify,
+    },
     hub::{FannedOut, TopicKey},
+    limits::{self, TooFast},
     merge,
     metrics::Dropped,
     protocol::{
@@ -42,12 +45,15 @@ const SMALL_BODY_BYTES: u64 = 64 * 1024;
 ///
 /// Source: supabase/realtime `broadcast_controller.ex`, `batch_broadcast.ex` @833cf36.
 pub(crate) async fn broadcast_batch(services: &Services, ask: Ask, caller: Caller) -> Answer {
-    cross_origin(batch(services, ask, caller).await)
+    let origin = services.limits.origins.allowed(ask.headers());
+    let answer = batch(services, ask, caller).await;
+    cross_origin(services, answer, origin)
 }
 
 async fn batch(services: &Services, ask: Ask, caller: Caller) -> Answer {
-    let Ok(token) = rest_token(services, &ask, caller) else {
-        return unauthorized();
+    let token = match rest_token(services, &ask, caller) {
+        Ok(token) => token,
+        Err(unverified) => return refused(&unverified),
     };
     let body = match body(services, ask).await {
         Ok(body) => body,
@@ -67,6 +73,18 @@ async fn batch(services: &Services, ask: Ask, caller: Caller) -> Answer {
             checked.into_iter().map(|it| it.err().unwrap_or_else(|| json!({}))).collect();
         return invalid(&json!({ "messages": errors }));
     }
+    // What may not be written costs nobody else's broadcasts.
+    let writable = |it: &&RestMessage| may_write(services, &token, &it.topic, it.privacy);
+    let count = checked.iter().flatten().filter(writable).count();
+    if let Err(too_fast) = services.limits.broadcast(count) {
+        return limited(
+            services,
+            match too_fast {
+                TooFast::Batch => "Too many messages to broadcast, please reduce the batch size",
+                TooFast::One => "You have exceeded your rate limit",
+            },
+        );
+    }
     for message in checked.into_iter().flatten() {
         let RestMessage { topic, privacy, broadcast } = message;
         // What may not be written is skipped, and the answer is the same, as upstream.
@@ -83,12 +101,15 @@ pub(crate) async fn broadcast_single(
     topic: &str,
     event: &str,
 ) -> Answer {
-    cross_origin(single(services, ask, caller, topic, event).await)
+    let origin = services.limits.origins.allowed(ask.headers());
+    let answer = single(services, ask, caller, topic, event).await;
+    cross_origin(services, answer, origin)
 }
 
 async fn single(services: &Services, ask: Ask, caller: Caller, topic: &str, event: &str) -> Answer {
-    let Ok(token) = rest_token(services, &ask, caller) else {
-        return unauthorized();
+    let token = match rest_token(services, &ask, caller) {
+        Ok(token) => token,
+        Err(unverified) => return refused(&unverified),
     };
     let content_type = header_text(&ask, "content-type").unwrap_or_default();
     let content_type = content_type.split(';').next().unwrap_or_default().trim();
@@ -124,12 +145,31 @@ async fn single(services: &Services, ask: Ask, caller: Caller, topic: &str, even
             }
         }
     };
+    if may_write(services, &token, topic, privacy) && services.limits.broadcast(1).is_err() {
+        return limited(services, "You have exceeded your rate limit");
+    }
     let message = UserBroadcast { user_event: event.into(), payload };
     let broadcast = Broadcast::User { message, metadata: None };
     match publish(services, caller, &token, topic, privacy, broadcast).await {
         Ok(()) => empty(StatusCode::ACCEPTED),
         Err(Denied) => object(StatusCode::FORBIDDEN, &json!({ "message": "Unauthorized" })),
     }
+}
+
+/// Whether a broadcast may be written; the database may yet say no.
+fn may_write(services: &Services, token: &Token, sub_topic: &str, privacy: Privacy) -> bool {
+    let decision = decide(services, token, sub_topic, privacy);
+    matches!(decision.verdict, Verdict::Allowed | Verdict::Policies)
+}
+
+fn decide(services: &Services, token: &Token, sub_topic: &str, privacy: Privacy) -> Decision {
+    services.rules().decide(&Asked {
+        action: Action::Write,
+        sub_topic,
+        privacy,
+        token: Ok(&token.claims),
+        fallback: None,
+    })
 }
 
 /// The topic may not be written to with this token.
@@ -144,13 +184,7 @@ async fn publish(
     privacy: Privacy,
     broadcast: Broadcast,
 ) -> Result<(), Denied> {
-    let decision = services.rules().decide(&Asked {
-        action: Action::Write,
-        sub_topic,
-        privacy,
-        token: Ok(&token.claims),
-        fallback: None,
-    });
+    let decision = decide(services, token, sub_topic, privacy);
     Audit::Rest { topic: sub_topic, decision: &decision }.note(caller, Some(token));
     if !decision.is_allowed() {
         services.metrics.count_dropped(Dropped::WriteDenied);
@@ -180,7 +214,7 @@ async fn publish(
 
 /// The token of `Authorization: Bearer`, or of `apikey` where that is absent, empty or of another
 /// scheme. A bare token in `Authorization` is accepted.
-fn rest_token(services: &Services, ask: &Ask, caller: Caller) -> Result<Arc<Token>, TokenError> {
+fn rest_token(services: &Services, ask: &Ask, caller: Caller) -> Result<Arc<Token>, Unverified> {
     let authorization = header_text(ask, "authorization").unwrap_or_default();
     let bearer = match authorization.trim().split_once(' ') {
         Some((scheme, token)) if scheme.eq_ignore_ascii_case("bearer") => token.trim(),
@@ -192,14 +226,9 @@ fn rest_token(services: &Services, ask: &Ask, caller: Caller) -> Result<Arc<Toke
     } else {
         bearer.to_owned()
     };
-    let verified = if text.is_empty() {
-        Err(TokenError::Missing)
-    } else {
-        services.verifier.verify(&text, unix_now())
-    };
-    services.metrics.count_token(&verified);
-    if let Err(error) = &verified {
-        Audit::RefuseRest { fault: error.kind() }.note(caller, None);
+    let verified = verify(services, caller, Some(&*text).filter(|text| !text.is_empty()));
+    if let Err(unverified) = &verified {
+        Audit::RefuseRest { fault: unverified.kind() }.note(caller, None);
     }
     verified
 }
@@ -330,8 +359,9 @@ async fn body(services: &Services, ask: Ask) -> Result<Bytes, StatusCode> {
 }
 
 /// Tells a browser that it may.
-pub(crate) fn preflight() -> Answer {
-    let mut answer = cross_origin(empty(StatusCode::NO_CONTENT));
+pub(crate) fn preflight(services: &Services, ask: &Ask) -> Answer {
+    let origin = services.limits.origins.allowed(ask.headers());
+    let mut answer = cross_origin(services, empty(StatusCode::NO_CONTENT), origin);
     let headers = answer.headers_mut();
     headers.insert(header::ACCESS_CONTROL_ALLOW_METHODS, HeaderValue::from_static("POST, OPTIONS"));
     headers.insert(
@@ -344,13 +374,32 @@ pub(crate) fn preflight() -> Answer {
     answer
 }
 
-fn cross_origin(mut answer: Answer) -> Answer {
-    answer.headers_mut().insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, HeaderValue::from_static("*"));
+fn cross_origin(services: &Services, mut answer: Answer, origin: Option<HeaderValue>) -> Answer {
+    let headers = answer.headers_mut();
+    if let Some(origin) = origin {
+        headers.insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, origin);
+    }
+    if services.limits.origins.is_listed() {
+        // No cache may give one page the answer to another.
+        headers.insert(header::VARY, HeaderValue::from_static("origin"));
+    }
     answer
 }
 
-fn unauthorized() -> Answer {
-    object(StatusCode::UNAUTHORIZED, &json!({ "message": "Unauthorized" }))
+fn refused(unverified: &Unverified) -> Answer {
+    match unverified {
+        Unverified::Wrong(_) => {
+            object(StatusCode::UNAUTHORIZED, &json!({ "message": "Unauthorized" }))
+        }
+        Unverified::Unread => {
+            object(StatusCode::TOO_MANY_REQUESTS, &json!({ "message": TOO_MANY_REQUESTS }))
+        }
+    }
+}
+
+fn limited(services: &Services, text: &str) -> Answer {
+    services.metrics.count_limited(limits::Limited::BroadcastsRefused);
+    object(StatusCode::TOO_MANY_REQUESTS, &json!({ "message": text }))
 }
 
 fn invalid(errors: &Value) -> Answer {

@@ -36,6 +36,7 @@ use crate::{
     healing::{self, Healing},
     http,
     hub::Hub,
+    limits::{self, Address, Limited, Limits},
     lost_sockets::LostSockets,
     merge::{self, Events},
     metrics::{Metrics, RefusedUpgrade},
@@ -82,6 +83,8 @@ pub struct Services {
     pub verifier: Verifier,
     /// Who may what on private channels.
     pub policies: Arc<Policies>,
+    /// How much of everything.
+    pub(crate) limits: Limits,
     /// What is wanted from the database.
     pub listens: Arc<Listens>,
     /// What waits for its window, and what has changed of late.
@@ -126,6 +129,7 @@ impl Services {
         let tracker = TaskTracker::new();
         Ok(Arc::new(Self {
             policies: Arc::new(Policies::new(&config, &metrics, &tracker)),
+            limits: Limits::new(&config, &metrics),
             metrics,
             hub: Arc::default(),
             rules: RwLock::new(Arc::new(rules)),
@@ -175,6 +179,7 @@ impl Services {
 #[derive(Debug)]
 pub(crate) struct Place {
     services: Arc<Services>,
+    address: Address,
     slot: usize,
 }
 
@@ -182,12 +187,25 @@ impl Place {
     /// Takes a place.
     ///
     /// # Errors
-    /// All are taken, or the server drains; that is asked under the lock under which the drain
+    /// All are taken, or all of the address, or the server drains; that is asked under the lock under which the drain
     /// looks for sockets, so that it finds each one that got in.
     pub(crate) fn take(
         services: &Arc<Services>,
         outbox: &Arc<Outbox>,
+        address: Address,
     ) -> Result<Self, RefusedUpgrade> {
+        if !services.limits.addresses.connect(address) {
+            services.metrics.count_limited(Limited::AddressConnections);
+            return Err(RefusedUpgrade::AddressFull);
+        }
+        let slot = Self::slot(services, outbox);
+        if slot.is_err() {
+            services.limits.addresses.leave(address);
+        }
+        Ok(Self { services: Arc::clone(services), address, slot: slot? })
+    }
+
+    fn slot(services: &Services, outbox: &Arc<Outbox>) -> Result<usize, RefusedUpgrade> {
         let mut sockets = services.sockets.lock();
         if services.draining.is_cancelled() {
             return Err(RefusedUpgrade::Draining);
@@ -195,14 +213,14 @@ impl Place {
         if sockets.len() >= services.config.limits.connections_max {
             return Err(RefusedUpgrade::Full);
         }
-        let slot = sockets.insert(Arc::clone(outbox));
-        Ok(Self { services: Arc::clone(services), slot })
+        Ok(sockets.insert(Arc::clone(outbox)))
     }
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
         self.services.sockets.lock().remove(self.slot);
+        self.services.limits.addresses.leave(self.address);
     }
 }
 
@@ -308,6 +326,7 @@ impl Server {
         services.tracker.spawn(healing::run(Arc::clone(&services)));
         services.tracker.spawn(reload::watch(Arc::clone(&services)));
         services.tracker.spawn(reload::follow_keys(Arc::clone(&services)));
+        services.tracker.spawn(limits::run(Arc::clone(&services)));
         let accept_public = accept(&public, &services, PENDING_MAX, |services, stream, peer| {
             http::serve(services, stream, peer, fallback.clone())
         });
@@ -438,4 +457,65 @@ pub fn forbid_core_files() -> io::Result<()> {
     // Not 0: Linux writes no file for either, but hands the image to a program that core_pattern
     // names unless the limit is 1.
     Ok(setrlimit(Resource::RLIMIT_CORE, 1, 1)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        task::JoinSet,
+        time::timeout,
+    };
+
+    use super::*;
+
+    const DEADLINE: Duration = Duration::from_secs(10);
+
+    /// What the server says to half a head, until it closes.
+    async fn answer(mut stream: TcpStream) -> String {
+        let mut answer = Vec::new();
+        let read = timeout(DEADLINE, stream.read_to_end(&mut answer)).await;
+        assert!(read.is_ok(), "the server closes in time");
+        String::from_utf8_lossy(&answer).into_owned()
+    }
+
+    #[tokio::test]
+    async fn half_open_handshakes_have_so_many_places_and_give_them_back() {
+        let mut config = Config::defaults();
+        config.limits.handshake_timeout = Duration::from_secs(600);
+        let services = Services::new(config).unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let mut serving = JoinSet::new();
+        let served = Arc::clone(&services);
+        serving.spawn(async move {
+            accept(&listener, &served, 2, |services, stream, peer| {
+                http::serve(services, stream, peer, None)
+            })
+            .await;
+        });
+        let half_open = async || {
+            let mut stream = TcpStream::connect(address).await.unwrap();
+            // It may have been refused already.
+            drop(stream.write_all(b"GET / HTTP/1.1\r\n").await);
+            stream
+        };
+        let (first, second) = (half_open().await, half_open().await);
+        assert_eq!(answer(half_open().await).await.as_bytes(), OVERLOADED);
+        let pending = RefusedUpgrade::Pending.kind();
+        let refused = services.metrics.connections_refused.with_label_values(&[pending]);
+        assert_eq!(refused.get(), 1);
+        drop(first);
+        let served = async {
+            loop {
+                let mut stream = half_open().await;
+                drop(stream.write_all(b"host: test\r\nconnection: close\r\n\r\n").await);
+                if answer(stream).await.starts_with("HTTP/1.1 404") {
+                    return;
+                }
+            }
+        };
+        assert!(timeout(DEADLINE, served).await.is_ok(), "the place is given back");
+        drop(second);
+    }
 }

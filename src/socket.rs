@@ -16,6 +16,7 @@ use crate::{
     auth::jwt::{Token, unix_now},
     channel::{Channel, Context, Fate},
     healing::{FIRST_ROUND, Healing, Suspicion},
+    limits::Limited,
     lost_sockets::ClientKey,
     merge::Known,
     metrics::Dropped,
@@ -27,6 +28,7 @@ use crate::{
         serializer::Push,
     },
     server::Services,
+    topic_rules::Found,
 };
 
 /// Most messages of one topic that wait for the answer to its join.
@@ -388,6 +390,8 @@ impl Socket {
             Err(Refusal::new(ErrorCode::TopicNameRequired))
         } else if self.services.draining.is_cancelled() {
             Err(Refusal::new(ErrorCode::RealtimeRestarting))
+        } else if self.joins_too_fast(sub_topic) {
+            Err(Refusal::new(ErrorCode::ClientJoinRateLimitReached))
         } else if self.channels.len() - self.refusals >= channels_max {
             Err(Refusal::new(ErrorCode::ChannelRateLimitReached))
         } else {
@@ -431,6 +435,21 @@ impl Socket {
             wait.await;
             topic
         }));
+    }
+
+    /// Counts a join. A rule's topic is joined at any rate: what its viewers are refused they do
+    /// not ask for again.
+    fn joins_too_fast(&self, sub_topic: &str) -> bool {
+        let services = &self.services;
+        let is_refused = !services.limits.join() && {
+            let rules = services.rules();
+            // Where others are not served, all that is not allowed is answered alike.
+            rules.topics().allow_other && matches!(rules.find(sub_topic), Found::Other)
+        };
+        if is_refused {
+            services.metrics.count_limited(Limited::Joins);
+        }
+        is_refused
     }
 
     fn open(
@@ -482,7 +501,10 @@ impl Socket {
         let Self { services, outbox, apikey, channels, caller, .. } = self;
         let context = Context { services, outbox, apikey, caller: *caller };
         match channels.get(topic) {
-            Some(Slot::Joined(channel)) => channel.broadcast(context, pushes).await,
+            Some(Slot::Joined(channel)) => {
+                let fate = channel.broadcast(context, pushes).await;
+                self.settle(topic, fate);
+            }
             Some(Slot::Waiting(_)) | None => {
                 for push in &pushes {
                     self.reply_unmatched(push);

@@ -12,12 +12,7 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use governor::{
-    Quota, RateLimiter,
-    clock::Clock,
-    middleware::NoOpMiddleware,
-    state::{InMemoryState, NotKeyed},
-};
+use governor::{Quota, RateLimiter};
 use parking_lot::Mutex;
 use tokio::time::Instant;
 
@@ -28,6 +23,7 @@ use super::{
 };
 use crate::{
     hub::{Subscription, TopicKey},
+    limits::{Limiter, TokioClock},
     outbox::Outbox,
     protocol::{payload::Privacy, serializer::Broadcast},
     topic_rules::{Captures, EID, Merge, Rule},
@@ -61,22 +57,8 @@ pub(crate) struct Event {
     topics: Vec<TopicKey>,
     resync: Endpoints,
     /// None where the rule's window is zero.
-    window: Option<Window>,
+    window: Option<Limiter>,
     state: Mutex<State>,
-}
-
-type Window = RateLimiter<NotKeyed, InMemoryState, TokioClock, NoOpMiddleware<std::time::Instant>>;
-
-/// The runtime's clock, which tests can pause.
-#[derive(Debug, Clone, Copy, Default)]
-struct TokioClock;
-
-impl Clock for TokioClock {
-    type Instant = std::time::Instant;
-
-    fn now(&self) -> Self::Instant {
-        Instant::now().into_std()
-    }
 }
 
 #[derive(Debug, Default)]
@@ -390,7 +372,7 @@ impl Event {
             if pending.due > now {
                 return Due::Later;
             }
-            if let Some(Err(not_until)) = self.window.as_ref().map(Window::check) {
+            if let Some(Err(not_until)) = self.window.as_ref().map(Limiter::check) {
                 pending.due = Instant::from_std(not_until.earliest_possible());
                 pending.has_waited = true;
                 return Due::Later;

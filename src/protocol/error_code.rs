@@ -25,6 +25,8 @@ pub enum ErrorCode {
     JwtSignerError,
     /// Too many sockets.
     ConnectionRateLimitReached,
+    /// Too many joins, or upgrades, per second.
+    ClientJoinRateLimitReached,
     /// Too many channels on one socket.
     ChannelRateLimitReached,
     /// `realtime:` without a name.
@@ -53,13 +55,14 @@ pub enum ErrorCode {
 
 impl ErrorCode {
     /// Every code, for the metric's label set and the table of errors.
-    pub const ALL: [Self; 18] = [
+    pub const ALL: [Self; 19] = [
         Self::MissingApiKey,
         Self::InvalidJwtToken,
         Self::MalformedJwt,
         Self::JwtSignatureError,
         Self::JwtSignerError,
         Self::ConnectionRateLimitReached,
+        Self::ClientJoinRateLimitReached,
         Self::ChannelRateLimitReached,
         Self::TopicNameRequired,
         Self::PrivateOnly,
@@ -84,6 +87,7 @@ impl ErrorCode {
             Self::JwtSignatureError => "JwtSignatureError",
             Self::JwtSignerError => "JwtSignerError",
             Self::ConnectionRateLimitReached => "ConnectionRateLimitReached",
+            Self::ClientJoinRateLimitReached => "ClientJoinRateLimitReached",
             Self::ChannelRateLimitReached => "ChannelRateLimitReached",
             Self::TopicNameRequired => "TopicNameRequired",
             Self::PrivateOnly => "PrivateOnly",
@@ -111,6 +115,7 @@ impl ErrorCode {
                 "Failed to generate JWT signer, check your JWT secret or JWKS configuration"
             }
             Self::ConnectionRateLimitReached => "Too many connected users",
+            Self::ClientJoinRateLimitReached => "Too many joins per second",
             Self::ChannelRateLimitReached => "Too many channels",
             Self::TopicNameRequired => "You must provide a topic name",
             Self::PrivateOnly => "This project only allows private channels",
@@ -140,7 +145,9 @@ impl ErrorCode {
             | Self::JwtSignatureError
             | Self::JwtSignerError => 401,
             Self::PrivateOnly | Self::Unauthorized => 403,
-            Self::ConnectionRateLimitReached | Self::ChannelRateLimitReached => 429,
+            Self::ConnectionRateLimitReached
+            | Self::ClientJoinRateLimitReached
+            | Self::ChannelRateLimitReached => 429,
             Self::RealtimeRestarting
             | Self::UnableToConnectToProject
             | Self::IncreaseConnectionPool

@@ -2,7 +2,7 @@
 
 use std::{
     collections::BTreeSet,
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -239,7 +239,7 @@ async fn a_client_that_comes_back_gets_what_has_changed_since_a_minute_before_it
     assert_eq!(returned(&world.server.services, browser(1)).await, told_since);
     // Others are not it: of another address, another browser, another topic.
     let all = everything("unknown", &["/away", "/before", "/late", "/slack", "/unseen"]);
-    let other_browser = ClientKey::new([10, 0, 0, 1].into(), "Mozilla/6.0");
+    let other_browser = ClientKey::new(IpAddr::from([10, 0, 0, 1]).into(), "Mozilla/6.0");
     for other in [browser(2), other_browser] {
         assert_eq!(returned(&world.server.services, other).await, all);
     }

@@ -4,12 +4,17 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 use tidegate::{auth::secret::Secret, protocol::serializer::Serializer};
-use tokio::{io::AsyncWriteExt, net::TcpStream, task::JoinSet};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    task::JoinSet,
+    time::{interval, timeout},
+};
 
 use crate::support::{
     client::Client,
-    raw::{answer, ask, frame, is_silent, send, until_end, upgrade},
-    server::{TestServer, config},
+    raw::{Answer, answer, ask, frame, is_silent, post, send, until_end, upgrade},
+    server::{DEADLINE, TestServer, config},
     token,
 };
 
@@ -203,26 +208,47 @@ async fn what_is_no_upgrade_is_a_bad_request() {
     server.stop().await;
 }
 
-#[tokio::test]
-async fn neither_a_sub_protocol_nor_an_extension_is_agreed_to_and_no_origin_matters() {
+/// The answer to an upgrade that asks for more than a socket.
+async fn upgraded_with(headers: &[&str]) -> Answer {
     let server = TestServer::start();
     let path = format!("/realtime/v1/websocket?apikey={}", token::of_role("anon"));
-    let answer = ask(
-        &server,
-        upgrade(
-            &path,
-            &[
-                "origin: https://elsewhere.example",
-                "sec-websocket-protocol: phoenix, base64url.bearer.phx.abc",
-                "sec-websocket-extensions: permessage-deflate; client_max_window_bits",
-            ],
-        ),
-    )
-    .await;
+    let answer = ask(&server, upgrade(&path, headers)).await;
     assert_eq!(answer.status, 101);
-    assert_eq!(answer.header("sec-websocket-protocol"), None);
-    assert_eq!(answer.header("sec-websocket-extensions"), None);
     assert_eq!(answer.header("sec-websocket-accept"), Some("s3pPLMBiTxaQ9kYGzzhZRbK+xOo="));
+    server.stop().await;
+    answer
+}
+
+#[tokio::test]
+async fn no_sub_protocol_is_echoed() {
+    let asked = "sec-websocket-protocol: phoenix, base64url.bearer.phx.abc";
+    assert_eq!(upgraded_with(&[asked]).await.header("sec-websocket-protocol"), None);
+}
+
+/// What is compressed tells its content by its length, and may unfold to more than it weighs.
+#[tokio::test]
+async fn no_compression_is_negotiated() {
+    let asked = "sec-websocket-extensions: permessage-deflate; client_max_window_bits";
+    assert_eq!(upgraded_with(&[asked]).await.header("sec-websocket-extensions"), None);
+}
+
+#[tokio::test]
+async fn without_a_list_a_page_of_any_origin_may_connect() {
+    upgraded_with(&["origin: https://elsewhere.example"]).await;
+    upgraded_with(&["origin: null"]).await;
+}
+
+#[tokio::test]
+async fn long_poll_is_not_found() {
+    let server = TestServer::start();
+    let anon = token::of_role("anon");
+    for path in ["/socket/longpoll", "/realtime/v1/longpoll"] {
+        let path = format!("{path}?vsn=2.0.0&apikey={anon}");
+        let get = format!("GET {path} HTTP/1.1\r\nhost: test\r\n\r\n");
+        assert_eq!(ask(&server, get).await.status, 404, "{path}");
+        assert_eq!(ask(&server, post(&path, &[], "[]")).await.status, 404, "{path}");
+        assert_eq!(ask(&server, upgrade(&path, &[])).await.status, 404, "{path}");
+    }
     server.stop().await;
 }
 
@@ -349,6 +375,56 @@ async fn half_a_head_is_closed_after_the_handshakes_time() {
     other.expect_nothing().await;
     assert_eq!(server.metric("tidegate_connections_accepted_total").await, 1.0);
     other.close().await;
+    server.stop().await;
+}
+
+/// The time is for the whole head, however its bytes come, and for each head of a connection.
+#[tokio::test]
+async fn a_head_that_trickles_is_closed_after_the_handshakes_time() {
+    let mut config = config();
+    config.limits.handshake_timeout = Duration::from_millis(300);
+    let server = TestServer::start_with(config);
+    let head = upgrade(&format!("/socket/websocket?apikey={}", token::of_role("anon")), &[]);
+    for requests_before in [0, 1] {
+        let mut stream = TcpStream::connect(server.public).await.unwrap();
+        for _ in 0..requests_before {
+            stream.write_all(b"GET /healthz HTTP/1.1\r\nhost: test\r\n\r\n").await.unwrap();
+            assert_eq!(answer(&mut stream).await.body, "ok");
+        }
+        let (mut reading, mut writing) = stream.into_split();
+        let mut trickles = JoinSet::new();
+        let head = head.clone();
+        trickles.spawn(async move {
+            let mut ticks = interval(Duration::from_millis(10));
+            for byte in head.into_bytes() {
+                ticks.tick().await;
+                if writing.write_all(&[byte]).await.is_err() {
+                    return;
+                }
+            }
+            panic!("the server has waited for the whole of it");
+        });
+        let mut received = Vec::new();
+        let read = reading.read_to_end(&mut received);
+        assert!(timeout(DEADLINE, read).await.is_ok(), "the server closes in time");
+        assert!(!received.starts_with(b"HTTP/1.1 101"));
+        drop(reading);
+        trickles.join_all().await;
+    }
+    assert_eq!(server.metric("tidegate_connections_accepted_total").await, 0.0);
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn a_hundred_headers_are_read_and_one_more_is_refused() {
+    let server = TestServer::start();
+    let path = format!("/realtime/v1/websocket?apikey={}", token::of_role("anon"));
+    // Five are the upgrade's own.
+    for (count, status) in [(95, 101), (96, 431)] {
+        let headers: Vec<String> = (0..count).map(|n| format!("x-{n}: {n}")).collect();
+        let headers: Vec<&str> = headers.iter().map(String::as_str).collect();
+        assert_eq!(ask(&server, upgrade(&path, &headers)).await.status, status, "{count}");
+    }
     server.stop().await;
 }
 

@@ -29,6 +29,7 @@ mod healing;
 mod http_broadcast;
 mod join;
 mod leave;
+mod limits;
 mod policies;
 mod readme;
 mod reload;

@@ -1,7 +1,7 @@
 //! A client that speaks the protocol frame by frame, in the form of V2 whatever the version:
 //! `[join_ref, ref, topic, event, payload]`.
 
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use futures_util::{SinkExt, StreamExt};
 use serde_json::{Value, json};
@@ -255,7 +255,7 @@ pub(crate) fn resync(eid: &str) -> [String; 3] {
 
 /// The client behind a socket without a connection.
 pub(crate) fn client_key() -> ClientKey {
-    ClientKey::new(Ipv4Addr::LOCALHOST.into(), "")
+    ClientKey::new(IpAddr::from(Ipv4Addr::LOCALHOST).into(), "")
 }
 
 /// Who stands behind it in the logs.

@@ -32,7 +32,7 @@ const TURNS: usize = 32;
 
 /// Who has this address in 10.0.0.0/24 and the same browser as all others.
 pub(crate) fn browser(address: u8) -> ClientKey {
-    ClientKey::new(IpAddr::from([10, 0, 0, address]), "Mozilla/5.0")
+    ClientKey::new(IpAddr::from([10, 0, 0, address]).into(), "Mozilla/5.0")
 }
 
 /// Lets so much time pass at once, for the gateway too, where the clock is not paused. What waits

@@ -42,6 +42,14 @@ pub(crate) fn config() -> Config {
     config.auth.leeway = Duration::ZERO;
     config.auth.grace = Duration::ZERO;
     config.relay.backoff_max = Duration::from_millis(200);
+    // All tests have one address, and some are fast; what limits rates has tests of its own.
+    config.limits.handshakes_per_address_max = 0;
+    config.limits.failures_per_address_max = 0;
+    config.limits.joins_per_second_max = 0;
+    config.limits.broadcasts_per_second_max = 0;
+    config.limits.socket_joins_per_second_max = 0;
+    config.limits.socket_messages_per_second_max = 0;
+    config.limits.socket_bytes_per_second_max = 0;
     config
 }
 
