@@ -14,6 +14,7 @@ use figment::{
     providers::{Format, Toml},
     value::{Dict, Map, Num, Value},
 };
+use hyper::{Uri, http::uri::Scheme};
 use serde::{Deserialize, Deserializer, de};
 
 use ipnet::IpNet;
@@ -396,6 +397,14 @@ impl Config {
                 mistakes.push(format!("{name}: expected postgres://USER:PASSWORD@HOST/DATABASE"));
             }
         }
+        for (name, values) in
+            [("auth.issuers", &self.auth.issuers), ("auth.audiences", &self.auth.audiences)]
+        {
+            if values.iter().any(String::is_empty) {
+                mistakes.push(format!("{name}: one of them is empty"));
+            }
+        }
+        mistakes.extend(self.jwks.mistakes());
         mistakes.extend(self.zeros());
         for (name, key) in
             [("publishable_key", &self.publishable_key), ("secret_key", &self.secret_key)]
@@ -451,6 +460,33 @@ impl Config {
             if value.is_zero() {
                 mistakes.push(format!("{name}: must be longer than 0s"));
             }
+        }
+        mistakes
+    }
+}
+
+impl Jwks {
+    fn mistakes(&self) -> Vec<String> {
+        let mut mistakes = Vec::new();
+        let is_address = |url: &str| {
+            let url = url.parse::<Uri>().ok();
+            url.is_some_and(|url| {
+                let host = url.host().is_some_and(|host| !host.is_empty());
+                // A password here would be printed with the settings.
+                let is_bare = url.authority().is_some_and(|it| !it.as_str().contains('@'));
+                url.scheme() == Some(&Scheme::HTTPS) && host && is_bare
+            })
+        };
+        if !self.url.is_empty() && (!is_address(&self.url) || self.url.contains('#')) {
+            mistakes.push("jwks.url: expected https://HOST/PATH, without a user".to_owned());
+        }
+        for (name, file) in [("jwks.file", &self.file), ("jwks.ca_file", &self.ca_file)] {
+            if file.contains("://") || file.ends_with('/') {
+                mistakes.push(format!("{name}: expected the path of a file"));
+            }
+        }
+        if self.url.is_empty() && !self.ca_file.is_empty() {
+            mistakes.push("jwks.ca_file: of no use without jwks.url".to_owned());
         }
         mistakes
     }
@@ -742,6 +778,40 @@ mod tests {
         std::fs::remove_file(&file).unwrap();
         let [mistake] = mistakes.as_slice() else { panic!("{mistakes:?}") };
         assert!(mistake.contains("line 2") && !mistake.contains("hidden"), "{mistake}");
+    }
+
+    #[test]
+    fn a_key_set_is_had_from_a_file_or_over_https() {
+        for url in [
+            "https://a.example/keys",
+            "https://a.example",
+            "HTTPS://127.0.0.1:8443/a?b=c",
+            "https://[::1]/",
+        ] {
+            assert!(load(&[("TIDEGATE_JWKS__URL", url)]).is_ok(), "{url}");
+        }
+        for url in [
+            "http://a.example/keys",
+            "a.example",
+            "/keys",
+            "https:///keys",
+            "https://u:p@a.example/",
+            "file:///keys",
+            "https://a.example/#keys",
+            "wss://a.example",
+            "https:// a.example",
+        ] {
+            let ConfigError(mistakes) = load(&[("TIDEGATE_JWKS__URL", url)]).unwrap_err();
+            assert_eq!(mistakes, ["jwks.url: expected https://HOST/PATH, without a user"], "{url}");
+        }
+        for (variable, value) in [
+            ("TIDEGATE_JWKS__FILE", "https://a.example/keys"),
+            ("TIDEGATE_JWKS__FILE", "/etc/keys/"),
+            ("TIDEGATE_JWKS__CA_FILE", "ca.pem"),
+        ] {
+            assert_eq!(load(&[(variable, value)]).unwrap_err().0.len(), 1, "{variable}={value}");
+        }
+        assert!(load(&[("TIDEGATE_AUTH__ISSUERS", "a, b")]).is_ok());
     }
 
     #[test]

@@ -28,6 +28,8 @@ mod handshake;
 mod healing;
 mod http_broadcast;
 mod join;
+mod jwks;
+mod jws;
 mod leave;
 mod limits;
 mod policies;

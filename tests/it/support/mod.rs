@@ -1,6 +1,7 @@
 //! The only helpers of the tests.
 
 pub(crate) mod client;
+pub(crate) mod folder;
 pub(crate) mod page;
 pub(crate) mod postgres;
 pub(crate) mod private;
