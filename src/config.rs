@@ -99,7 +99,7 @@ pub struct Auth {
     /// By so much `exp` and `nbf` may be missed by clocks that differ.
     #[serde(deserialize_with = "duration")]
     pub leeway: Duration,
-    /// So long after `exp` a joined channel still lives on its token.
+    /// So long after `exp` a joined channel still lives on its token; no shorter than the leeway.
     #[serde(deserialize_with = "duration")]
     pub grace: Duration,
     /// One of these must be `iss`; an empty list asks for nothing.
@@ -403,6 +403,12 @@ impl Config {
             if values.iter().any(String::is_empty) {
                 mistakes.push(format!("{name}: one of them is empty"));
             }
+        }
+        if self.auth.grace < self.auth.leeway {
+            mistakes.push(
+                "auth.grace: no shorter than auth.leeway, or who is let in is thrown out"
+                    .to_owned(),
+            );
         }
         mistakes.extend(self.jwks.mistakes());
         mistakes.extend(self.zeros());
@@ -812,6 +818,12 @@ mod tests {
             assert_eq!(load(&[(variable, value)]).unwrap_err().0.len(), 1, "{variable}={value}");
         }
         assert!(load(&[("TIDEGATE_AUTH__ISSUERS", "a, b")]).is_ok());
+    }
+
+    #[test]
+    fn the_grace_is_no_shorter_than_the_leeway() {
+        assert!(load(&[("TIDEGATE_AUTH__LEEWAY", "30s")]).is_ok());
+        assert!(load(&[("TIDEGATE_AUTH__LEEWAY", "31s")]).is_err());
     }
 
     #[test]

@@ -1,9 +1,15 @@
 //! Tokens that change and tokens that end, while channels are joined.
 
+use std::time::Duration;
+
 use serde_json::{Value, json};
 use tidegate::{auth::jwt::unix_now, protocol::serializer::Serializer};
 
-use crate::support::{client::Client, server::TestServer, token};
+use crate::support::{
+    client::Client,
+    server::{TestServer, config},
+    token,
+};
 
 const ADMIN: &str = "admin-auction-AB3028";
 const CACHE: &str = "cache_invalidate_AB3028";
@@ -278,6 +284,35 @@ async fn a_token_without_a_signer_closes_an_ordinary_channel_with_the_reference_
     client.expect(json!([joined, null, "realtime:room", "system", system])).await;
     client.expect(json!([joined, joined, "realtime:room", "phx_close", {}])).await;
     client.expect_nothing().await;
+    client.close().await;
+    server.stop().await;
+}
+
+/// Clocks differ, and a client that refreshes its token at the last moment is not in the wrong.
+#[tokio::test]
+async fn a_token_that_has_just_ended_is_let_in_and_its_channel_lives_for_the_grace() {
+    let ended = token::with_claims(json!({ "role": "anon", "exp": unix_now() - 30 }));
+    let payload = json!({ "config": {}, "access_token": ended });
+    let joined = json!({ "status": "ok", "response": { "postgres_changes": [] } });
+    let mut settings = config();
+    settings.auth.leeway = Duration::from_secs(600);
+    settings.auth.grace = Duration::from_secs(600);
+    let server = TestServer::start_with(settings.clone());
+    let mut client = Client::connect(&server, Serializer::V2).await;
+    client.send(json!(["1", "1", "realtime:room", "phx_join", payload])).await;
+    client.expect(json!(["1", "1", "realtime:room", "phx_reply", joined])).await;
+    client.expect_nothing().await;
+    client.close().await;
+    server.stop().await;
+
+    // A channel does not live for the leeway.
+    settings.auth.grace = Duration::from_secs(20);
+    let server = TestServer::start_with(settings);
+    let mut client = Client::connect(&server, Serializer::V2).await;
+    client.send(json!(["1", "1", "realtime:room", "phx_join", payload])).await;
+    client.expect(json!(["1", "1", "realtime:room", "phx_reply", joined])).await;
+    assert_eq!(client.message().await[3], "system");
+    client.expect(json!(["1", "1", "realtime:room", "phx_close", {}])).await;
     client.close().await;
     server.stop().await;
 }

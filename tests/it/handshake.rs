@@ -3,7 +3,10 @@
 use std::time::Duration;
 
 use serde_json::{Value, json};
-use tidegate::{auth::secret::Secret, protocol::serializer::Serializer};
+use tidegate::{
+    auth::{jwt::unix_now, secret::Secret},
+    protocol::serializer::Serializer,
+};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
@@ -42,6 +45,10 @@ async fn a_key_that_opens_nothing_is_refused_with_its_reason() {
     expect_refused(&server, path, "API key is missing").await;
     for (key, text) in [
         (token::named("expired"), "Token has expired"),
+        (
+            token::with_claims(json!({ "role": "anon", "nbf": unix_now() + 3600 })),
+            "Token is not valid yet",
+        ),
         (token::named("no_role"), required),
         (token::named("no_exp"), required),
         (token::named("wrong_secret"), "Failed to validate JWT signature"),
@@ -55,8 +62,27 @@ async fn a_key_that_opens_nothing_is_refused_with_its_reason() {
         expect_refused(&server, &format!("{path}&apikey={key}"), text).await;
     }
     let refused = "tidegate_connections_refused_total{reason=\"token\"}";
-    assert_eq!(server.metric(refused).await, 11.0);
+    assert_eq!(server.metric(refused).await, 12.0);
     assert_eq!(server.metric("tidegate_connections_accepted_total").await, 0.0);
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn a_key_of_another_issuer_or_for_another_audience_is_refused_where_that_is_asked_for() {
+    let mut settings = config();
+    settings.auth.issuers = vec!["us".to_owned()];
+    settings.auth.audiences = vec!["authenticated".to_owned()];
+    let server = TestServer::start_with(settings);
+    let path = "/realtime/v1/websocket?vsn=2.0.0";
+    for (iss, aud, text) in [
+        ("them", "authenticated", "Token is of another issuer"),
+        ("us", "anon", "Token is for another audience"),
+    ] {
+        let key = token::with_claims(json!({ "role": "anon", "iss": iss, "aud": aud }));
+        expect_refused(&server, &format!("{path}&apikey={key}"), text).await;
+    }
+    let key = token::with_claims(json!({ "role": "anon", "iss": "us", "aud": ["authenticated"] }));
+    Client::with_token(&server, Serializer::V2, &key).await.close().await;
     server.stop().await;
 }
 
