@@ -134,7 +134,10 @@ impl Verifier {
         let trust = Arc::clone(&self.trust.read());
         match self.judge(&trust, token.text(), now, allowance) {
             Ok(token) => self.unless_revoked(token, now),
-            Err(TokenError::Signature | TokenError::NoSigner { .. }) => Err(TokenError::KeyGone),
+            // It has been verified; an opaque key that is not known is no JWT, either.
+            Err(TokenError::Signature | TokenError::NoSigner { .. } | TokenError::Malformed) => {
+                Err(TokenError::KeyGone)
+            }
             Err(error) => Err(error),
         }
     }
@@ -410,7 +413,8 @@ mod tests {
         assert!(verifier.recheck(&token, NOW, Duration::ZERO).is_ok());
         config.secret_key = "sb_secret_b".into();
         verifier.reload(&config, &Metrics::new()).unwrap();
-        assert!(verifier.recheck(&token, NOW, Duration::ZERO).is_err());
+        let gone = verifier.recheck(&token, NOW, Duration::ZERO).unwrap_err();
+        assert_eq!(gone, TokenError::KeyGone);
     }
 
     #[test]
