@@ -16,7 +16,7 @@ use tokio::{
     net::{TcpListener, TcpStream},
     sync::watch,
     task::JoinSet,
-    time::timeout,
+    time::{interval, timeout},
 };
 use tokio_rustls::{
     TlsAcceptor,
@@ -42,7 +42,7 @@ use crate::{
 enum Says {
     /// These bytes, over TLS, and the end.
     Bytes(Vec<u8>),
-    /// These, and then one more again and again.
+    /// These, and then one more from time to time.
     Drips(Vec<u8>),
     /// Nothing, over TLS.
     Nothing,
@@ -148,7 +148,10 @@ async fn answer(acceptor: TlsAcceptor, mut stream: TcpStream, says: Says) {
         }
         Says::Drips(bytes) => {
             let _ = stream.write_all(&bytes).await;
-            while stream.write_all(b" ").await.is_ok() && stream.flush().await.is_ok() {}
+            let mut pace = interval(Duration::from_millis(20));
+            while stream.write_all(b" ").await.is_ok() && stream.flush().await.is_ok() {
+                pace.tick().await;
+            }
         }
         Says::Nothing | Says::NoTls | Says::Plain(_) => std::future::pending().await,
     }
