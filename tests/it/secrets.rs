@@ -240,7 +240,8 @@ async fn sockets(stage: &mut Stage) {
         json!({ "config": { "private": true, "more": MARK } }),
         json!({ "config": { "broadcast": MARK, "presence": MARK } }),
         json!({ "config": { "broadcast": { "replay": { "since": MARK } }, "private": true } }),
-        json!({ "config": { "postgres_changes": [{ "event": MARK, "schema": MARK, "filter": MARK }] } }),
+        // Bindings that can be read are echoed; these cannot.
+        json!({ "config": { "postgres_changes": MARK } }),
         json!({ "config": {}, "access_token": { "a": MARK } }),
     ];
     for (number, payload) in refused.into_iter().enumerate() {
