@@ -5,6 +5,7 @@
 #![expect(clippy::print_stdout, reason = "a benchmark prints")]
 #![expect(clippy::unwrap_used, reason = "a benchmark that cannot measure ends")]
 
+mod flood;
 mod writes;
 
 use std::process::Stdio;
@@ -37,6 +38,12 @@ impl Gateway {
             .env("TIDEGATE_JWT_SECRET", SECRET)
             .env("TIDEGATE_DATABASE_URL", database_url)
             .env("TIDEGATE_LOG", "error")
+            // All viewers of a measurement have one address, come at once, and join topics without
+            // a rule.
+            .env("TIDEGATE_LIMITS__CONNECTIONS_PER_ADDRESS_MAX", "100000")
+            .env("TIDEGATE_LIMITS__HANDSHAKES_PER_ADDRESS_MAX", "0")
+            .env("TIDEGATE_LIMITS__JOINS_PER_SECOND_MAX", "0")
+            .env("TIDEGATE_LIMITS__BROADCASTS_PER_SECOND_MAX", "0")
             .stdout(Stdio::piped())
             .kill_on_drop(true)
             .spawn()
@@ -49,10 +56,13 @@ impl Gateway {
 
     /// One run of `tidegate bench` against it.
     async fn measure(&self, arguments: &str) -> Value {
-        let token = |role: &str| {
-            let claims = serde_json::json!({ "role": role, "exp": unix_now() + 86_400 });
-            sign(&Secret::from(SECRET), &claims).unwrap()
-        };
+        let (report, is_complete) = self.try_measure(arguments).await;
+        assert!(is_complete, "tidegate bench {arguments} failed");
+        report
+    }
+
+    /// One run of `tidegate bench` against it, and whether nothing was lost.
+    async fn try_measure(&self, arguments: &str) -> (Value, bool) {
         let output = Command::new(TIDEGATE)
             .args(["bench", "--json", "--url", &self.url, "--apikey", &token("anon")])
             .args(["--publisher-apikey", &token("service_role")])
@@ -62,9 +72,13 @@ impl Gateway {
             .output()
             .await
             .unwrap();
-        assert!(output.status.success(), "tidegate bench {arguments} failed");
-        serde_json::from_slice(&output.stdout).unwrap()
+        (serde_json::from_slice(&output.stdout).unwrap(), output.status.success())
     }
+}
+
+fn token(role: &str) -> String {
+    let claims = serde_json::json!({ "role": role, "exp": unix_now() + 86_400 });
+    sign(&Secret::from(SECRET), &claims).unwrap()
 }
 
 fn row(what: &str, measured: &str, aim: &str) {
@@ -140,6 +154,7 @@ async fn main() {
         "p50 < 10 ms, p99 < 20 ms",
     );
     drop(gateway);
+    flood::measure(&Gateway::start("").await, short).await;
     write_costs(&cluster, short).await;
 }
 
