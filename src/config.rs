@@ -149,8 +149,8 @@ pub struct Policies {
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Network {
-    /// Web pages that may connect: `https://app.example.com`, `https://*.example.com`; an empty
-    /// list lets any.
+    /// Web pages that may connect: `https://app.example.com`, `https://*.example.com` (not the bare
+    /// domain), `null`; an empty list lets any.
     pub origins: Vec<Origin>,
     /// Networks, or single addresses, whose `X-Forwarded-For` is believed: `10.0.0.0/8`, `::1`.
     #[serde(deserialize_with = "networks")]
@@ -170,7 +170,8 @@ pub struct Limits {
     /// Most tokens of one address per second that turn out wrong, ten times as many at once;
     /// beyond, a token that is not known to be right is refused with 429 unread. 0: any.
     pub failures_per_address_max: u32,
-    /// Most addresses that are remembered; beyond, the one that was seen longest ago is forgotten.
+    /// Most addresses without a socket that are remembered; beyond, those that were seen longest
+    /// ago are forgotten.
     pub addresses_max: usize,
     /// Most joins per second of topics without a rule, 60 s' worth at once; beyond, an error
     /// reply. 0: any.
@@ -178,14 +179,14 @@ pub struct Limits {
     /// Most broadcasts of clients per second, 60 s' worth at once; beyond, 429, or the end of the
     /// sender's channel if its topic has no rule. 0: any.
     pub broadcasts_per_second_max: u32,
-    /// Most joins of one socket per second, ten times as many at once; beyond, the socket is read
-    /// more slowly. 0: any.
+    /// Most joins of one socket per second, ten times as many at once, `channels_per_socket_max` at
+    /// least; beyond, the socket is read more slowly. 0: any.
     pub socket_joins_per_second_max: u32,
-    /// Most messages of one socket per second, ten times as many at once; beyond, the socket is
-    /// read more slowly. 0: any.
+    /// Most frames of one socket per second, pings and fragments among them, ten times as many at
+    /// once; beyond, the socket is read more slowly. 0: any.
     pub socket_messages_per_second_max: u32,
-    /// Most bytes of one socket per second, whatever the frames, and one largest message at once;
-    /// beyond, the socket is read more slowly. 0: any.
+    /// Most bytes of one socket per second, whatever the frames, and one largest message and 64 KiB
+    /// at once; beyond, the socket is read more slowly. 0: any.
     pub socket_bytes_per_second_max: u32,
     /// Most channels of one socket; at the limit a join is refused.
     pub channels_per_socket_max: usize,
@@ -203,7 +204,8 @@ pub struct Limits {
     /// For the body of a request; then 408.
     #[serde(deserialize_with = "duration")]
     pub body_timeout: Duration,
-    /// From a message's first byte to its last; then the socket is closed with 1008.
+    /// From a message's first byte to its last, but for the time in which it is read more slowly;
+    /// then the socket is closed with 1008.
     #[serde(deserialize_with = "duration")]
     pub message_timeout: Duration,
     /// Without a data frame for so long, a socket is closed with 1000.
@@ -774,6 +776,28 @@ mod tests {
         }
         assert_eq!(mistakes.len(), 6, "{mistakes:?}");
         assert!(!mistakes.iter().any(|text| text.contains("hidden-secret")));
+    }
+
+    #[test]
+    fn origins_and_proxies_that_cannot_be_read_are_mistakes() {
+        let (config, _) = load(&[
+            ("TIDEGATE_NETWORK__ORIGINS", "https://app.example.com, https://*.example.com, null"),
+            ("TIDEGATE_NETWORK__TRUSTED_PROXIES", "10.0.0.0/8, ::1, 2001:db8::/32"),
+        ])
+        .unwrap();
+        assert_eq!((config.network.origins.len(), config.network.trusted_proxies.len()), (3, 3));
+        for (name, bad) in [
+            ("TIDEGATE_NETWORK__ORIGINS", "app.example.com"),
+            ("TIDEGATE_NETWORK__ORIGINS", "https://app.example.com/"),
+            ("TIDEGATE_NETWORK__ORIGINS", "*"),
+            ("TIDEGATE_NETWORK__TRUSTED_PROXIES", "10.0.0.0/33"),
+            ("TIDEGATE_NETWORK__TRUSTED_PROXIES", "proxy.example.com"),
+            ("TIDEGATE_NETWORK__TRUSTED_PROXIES", "*"),
+        ] {
+            let ConfigError(mistakes) = load(&[(name, bad)]).unwrap_err();
+            let [mistake] = mistakes.as_slice() else { panic!("{bad}: {mistakes:?}") };
+            assert!(mistake.starts_with("network.") && mistake.contains("expected"), "{mistake}");
+        }
     }
 
     #[test]
