@@ -23,6 +23,14 @@ use tokio::{
 const TIDEGATE: &str = env!("CARGO_BIN_EXE_tidegate");
 const SECRET: &str = "the-secret-of-the-benchmark";
 
+/// All viewers of a measurement have one address, come at once, and join topics without a rule.
+const UNLIMITED: [(&str, &str); 4] = [
+    ("TIDEGATE_LIMITS__CONNECTIONS_PER_ADDRESS_MAX", "100000"),
+    ("TIDEGATE_LIMITS__HANDSHAKES_PER_ADDRESS_MAX", "0"),
+    ("TIDEGATE_LIMITS__JOINS_PER_SECOND_MAX", "0"),
+    ("TIDEGATE_LIMITS__BROADCASTS_PER_SECOND_MAX", "0"),
+];
+
 /// A gateway of its own for each measurement: memory says little on a warm one.
 struct Gateway {
     process: Child,
@@ -30,7 +38,7 @@ struct Gateway {
 }
 
 impl Gateway {
-    async fn start(database_url: &str) -> Self {
+    async fn start(database_url: &str, settings: &[(&str, &str)]) -> Self {
         let mut process = Command::new(TIDEGATE)
             .arg("serve")
             .env("TIDEGATE_LISTEN", "127.0.0.1:0")
@@ -38,12 +46,7 @@ impl Gateway {
             .env("TIDEGATE_JWT_SECRET", SECRET)
             .env("TIDEGATE_DATABASE_URL", database_url)
             .env("TIDEGATE_LOG", "error")
-            // All viewers of a measurement have one address, come at once, and join topics without
-            // a rule.
-            .env("TIDEGATE_LIMITS__CONNECTIONS_PER_ADDRESS_MAX", "100000")
-            .env("TIDEGATE_LIMITS__HANDSHAKES_PER_ADDRESS_MAX", "0")
-            .env("TIDEGATE_LIMITS__JOINS_PER_SECOND_MAX", "0")
-            .env("TIDEGATE_LIMITS__BROADCASTS_PER_SECOND_MAX", "0")
+            .envs(settings.iter().copied())
             .stdout(Stdio::piped())
             .kill_on_drop(true)
             .spawn()
@@ -97,7 +100,7 @@ async fn main() {
         if short { (50, 50, 50, 1) } else { (10_000, 5_000, 1_000, 10) };
 
     println!("| what | measured | aim |\n|---|---|---|");
-    let report = Gateway::start("")
+    let report = Gateway::start("", &UNLIMITED)
         .await
         .measure(&format!("--sockets {idle} --in-flight 100 --seconds 0"))
         .await;
@@ -121,7 +124,7 @@ async fn main() {
         [("single messages", "--rate 4", "≤ 1.5"), ("bursts of 20", "--rate 1 --burst 20", "≤ 0.3")]
     {
         let arguments = format!("--sockets {fan_out} {rate} --seconds {seconds} --baseline");
-        let report = Gateway::start("").await.measure(&arguments).await;
+        let report = Gateway::start("", &UNLIMITED).await.measure(&arguments).await;
         row(
             &format!("server CPU per delivery ÷ a bare write, {what} to {fan_out} sockets"),
             &format!(
@@ -136,7 +139,7 @@ async fn main() {
 
     let cluster = Cluster::start().await.unwrap();
     let database = cluster.url("postgres");
-    let gateway = Gateway::start(&database).await;
+    let gateway = Gateway::start(&database, &UNLIMITED).await;
     // A topic whose messages are never merged, so that each of them is measured.
     let report = gateway
         .measure(&format!(
@@ -154,7 +157,7 @@ async fn main() {
         "p50 < 10 ms, p99 < 20 ms",
     );
     drop(gateway);
-    flood::measure(&Gateway::start("").await, short).await;
+    flood::measure(&Gateway::start("", &[]).await, short).await;
     write_costs(&cluster, short).await;
 }
 
