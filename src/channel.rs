@@ -5,6 +5,8 @@
 //! broadcast and no broadcast after it is missed (a channel that replaces another goes on where
 //! that was); nothing here touches the WebSocket.
 
+mod private;
+
 use std::{sync::Arc, time::Duration};
 
 use serde_json::Value;
@@ -51,6 +53,8 @@ pub(crate) struct Channel {
     may_read: bool,
     /// What made it.
     because: Because,
+    /// Of a private channel.
+    policies: private::Answers,
     /// Of a rule that merges.
     event: Option<Arc<Event>>,
     /// None while the claims do not allow reading.
@@ -66,7 +70,12 @@ pub(crate) struct Channel {
 #[must_use]
 pub(crate) enum Fate {
     Open,
+    /// The client is told that it is over.
     Closed,
+    /// The client is told to join again.
+    Failed,
+    /// What it may read must be asked of the policies.
+    Asking,
 }
 
 /// The things of its socket that a channel works with.
@@ -115,9 +124,8 @@ impl Channel {
         };
         let (decision, token) = authorize(context, sub_topic, config.privacy, verified);
         let token = match (decision.verdict, token) {
-            (Verdict::Allowed | Verdict::Withheld, Some(token)) => token,
-            // Private channels are opened by the database's policies, which are not asked yet.
-            (Verdict::Policies, _) => return Err(Refusal::unauthorized(sub_topic)),
+            // About a private channel the policies have the last word: see [`Self::admit_by`].
+            (Verdict::Allowed | Verdict::Withheld | Verdict::Policies, Some(token)) => token,
             (Verdict::Refused, _) | (_, None) => return Err(decision.refusal(sub_topic)),
         };
         let may_read = decision.is_allowed();
@@ -138,6 +146,7 @@ impl Channel {
             token,
             may_read,
             because: decision.because,
+            policies: private::Answers::NOTHING,
             subscription: None,
             listening: None,
             asked_at: Instant::now(),
@@ -198,7 +207,7 @@ impl Channel {
             // They were echoed; nothing asks for them again.
             self.config.bindings = Vec::new();
         }
-        if self.config.presence {
+        if self.config.presence && (!self.is_private() || self.policies.may_read_presence()) {
             self.push(context, "presence_state", &Json::EMPTY);
         }
     }
@@ -362,8 +371,12 @@ impl Channel {
             token: Ok(&self.token.claims),
             fallback: None,
         });
-        if !decision.is_allowed() {
-            return Err(Dropped::WriteDenied);
+        match decision.verdict {
+            Verdict::Allowed => {}
+            Verdict::Policies if self.policies.may_write() => {}
+            Verdict::Policies | Verdict::Withheld | Verdict::Refused => {
+                return Err(Dropped::WriteDenied);
+            }
         }
         services.limits.broadcast(1).map(|()| broadcast).map_err(|_too_fast| Dropped::Rate)
     }
@@ -498,7 +511,8 @@ impl Channel {
         let (decision, token) = authorize(context, &sub_topic, self.key.privacy, verified);
         let had_read = self.may_read;
         let is_same = token.as_ref().is_some_and(|it| Arc::ptr_eq(it, &self.token));
-        if !is_same || had_read != decision.is_allowed() {
+        let is_private = decision.verdict == Verdict::Policies;
+        if !is_same || !is_private && had_read != decision.is_allowed() {
             Audit::Token { topic: &self.topic, decision: &decision, fault }
                 .note(context.caller, token.as_deref().or(Some(&self.token)));
         }
@@ -512,6 +526,15 @@ impl Channel {
         };
         if decision.verdict == Verdict::Refused && decision.rule.is_none() {
             return self.shut(context, &decision);
+        }
+        if is_private {
+            let is_other = self.token.claims != token.claims;
+            self.token = token;
+            if is_other {
+                self.policies.forget_writes();
+                return Fate::Asking;
+            }
+            return Fate::Open;
         }
         self.token = token;
         self.may_read = decision.is_allowed();

@@ -33,7 +33,10 @@ use tracing::Instrument;
 
 use crate::{
     audit::{Audit, Caller},
-    auth::jwt::{Token, TokenError, unix_now},
+    auth::{
+        jwt::{Token, TokenError, unix_now},
+        policies,
+    },
     connection::Connection,
     limits::{Limited, client_ip},
     lost_sockets::ClientKey,
@@ -180,7 +183,11 @@ async fn upgrade(services: Arc<Services>, mut ask: Ask, caller: Caller) -> Answe
     let user_agent = header_text(&ask, "user-agent").unwrap_or_default();
     let client = ClientKey::new(caller.address().into(), &user_agent);
     let number = services.connection_number.fetch_add(1, Ordering::Relaxed);
-    let opened = open(services, upgraded, place, outbox, token, client, caller.on(number));
+    let headers = policies::socket_headers(ask.headers());
+    let caller = caller.on(number);
+    let socket = Socket::new(Arc::clone(&services), Arc::clone(&outbox), token, client, caller)
+        .with_headers(headers);
+    let opened = open(services, upgraded, place, outbox, socket);
     connections.spawn(opened.instrument(tracing::debug_span!("connection", number)));
     let mut answer = empty(StatusCode::SWITCHING_PROTOCOLS);
     let headers = answer.headers_mut();
@@ -196,16 +203,13 @@ async fn open(
     upgraded: OnUpgrade,
     place: Place,
     outbox: Arc<Outbox>,
-    token: Arc<Token>,
-    client: ClientKey,
-    caller: Caller,
+    socket: Socket,
 ) {
     let Some((stream, read)) = taken_over(upgraded).await else {
-        count_refused(&services, caller, RefusedUpgrade::Abandoned, None);
+        count_refused(&services, socket.caller(), RefusedUpgrade::Abandoned, None);
         return;
     };
-    Audit::Connect.note(caller, Some(&token));
-    let socket = Socket::new(Arc::clone(&services), Arc::clone(&outbox), token, client, caller);
+    Audit::Connect.note(socket.caller(), Some(socket.apikey()));
     Connection::new(services, stream, read, outbox, socket).await.run().await;
     drop(place);
 }

@@ -3,7 +3,7 @@
 //! Invariants: a batch is checked whole before any of it is sent; a body is read up to its bound, in
 //! its time, and no further.
 
-use std::sync::Arc;
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use http_body_util::{BodyExt, LengthLimitError, Limited};
@@ -19,7 +19,10 @@ use tokio::time::{Instant, timeout};
 
 use crate::{
     audit::{Audit, Caller},
-    auth::jwt::Token,
+    auth::{
+        jwt::Token,
+        policies::{self, Asking, AuthorizeError},
+    },
     authorization::{Action, Asked, Decision, Verdict},
     http::{
         Answer, Ask, TOO_MANY_REQUESTS, Unverified, empty, header_text, object, query_value, verify,
@@ -38,6 +41,9 @@ use crate::{
 
 /// Largest body of a REST broadcast.
 const BODY_BYTES_MAX: usize = 8_000_000;
+/// How long policies may be asked about the private topics of one batch; what then is not answered
+/// is not sent.
+const QUESTIONS_TIMEOUT: Duration = Duration::from_secs(5);
 /// Up to here a body needs no place of its own.
 const SMALL_BODY_BYTES: u64 = 64 * 1024;
 
@@ -55,6 +61,7 @@ async fn batch(services: &Services, ask: Ask, caller: Caller) -> Answer {
         Ok(token) => token,
         Err(unverified) => return refused(&unverified),
     };
+    let mut sender = Sender::new(services, caller, token, &ask);
     let body = match body(services, ask).await {
         Ok(body) => body,
         Err(status) => return empty(status),
@@ -74,7 +81,7 @@ async fn batch(services: &Services, ask: Ask, caller: Caller) -> Answer {
         return invalid(&json!({ "messages": errors }));
     }
     // What may not be written costs nobody else's broadcasts.
-    let writable = |it: &&RestMessage| may_write(services, &token, &it.topic, it.privacy);
+    let writable = |it: &&RestMessage| may_write(services, &sender.token, &it.topic, it.privacy);
     let count = checked.iter().flatten().filter(writable).count();
     if let Err(too_fast) = services.limits.broadcast(count) {
         return limited(
@@ -88,7 +95,7 @@ async fn batch(services: &Services, ask: Ask, caller: Caller) -> Answer {
     for message in checked.into_iter().flatten() {
         let RestMessage { topic, privacy, broadcast } = message;
         // What may not be written is skipped, and the answer is the same, as upstream.
-        let _ = publish(services, caller, &token, &topic, privacy, broadcast).await;
+        let _ = sender.publish(&topic, privacy, broadcast).await;
     }
     empty(StatusCode::ACCEPTED)
 }
@@ -127,6 +134,7 @@ async fn single(services: &Services, ask: Ask, caller: Caller, topic: &str, even
     let is_private = query_value(ask.uri().query().unwrap_or_default(), "private");
     let privacy =
         if is_private.as_deref() == Some("true") { Privacy::Private } else { Privacy::Public };
+    let mut sender = Sender::new(services, caller, token, &ask);
     let body = match body(services, ask).await {
         Ok(body) => body,
         Err(status) => return empty(status),
@@ -145,21 +153,25 @@ async fn single(services: &Services, ask: Ask, caller: Caller, topic: &str, even
             }
         }
     };
-    if may_write(services, &token, topic, privacy) && services.limits.broadcast(1).is_err() {
+    if may_write(services, &sender.token, topic, privacy) && services.limits.broadcast(1).is_err() {
         return limited(services, "You have exceeded your rate limit");
     }
     let message = UserBroadcast { user_event: event.into(), payload };
     let broadcast = Broadcast::User { message, metadata: None };
-    match publish(services, caller, &token, topic, privacy, broadcast).await {
+    match sender.publish(topic, privacy, broadcast).await {
         Ok(()) => empty(StatusCode::ACCEPTED),
-        Err(Denied) => object(StatusCode::FORBIDDEN, &json!({ "message": "Unauthorized" })),
+        Err(Unsent::Denied) => object(StatusCode::FORBIDDEN, &json!({ "message": "Unauthorized" })),
+        Err(Unsent::Unanswered(error)) => {
+            let (status, text) = unanswered(&error);
+            object(status, &json!({ "message": text }))
+        }
+        Err(Unsent::TooFast) => limited(services, "You have exceeded your rate limit"),
     }
 }
 
-/// Whether a broadcast may be written; the database may yet say no.
+/// Whether a broadcast may be written, which of private topics only the policies know.
 fn may_write(services: &Services, token: &Token, sub_topic: &str, privacy: Privacy) -> bool {
-    let decision = decide(services, token, sub_topic, privacy);
-    matches!(decision.verdict, Verdict::Allowed | Verdict::Policies)
+    decide(services, token, sub_topic, privacy).is_allowed()
 }
 
 fn decide(services: &Services, token: &Token, sub_topic: &str, privacy: Privacy) -> Decision {
@@ -172,44 +184,125 @@ fn decide(services: &Services, token: &Token, sub_topic: &str, privacy: Privacy)
     })
 }
 
-/// The topic may not be written to with this token.
-struct Denied;
+/// Why a message is not sent.
+enum Unsent {
+    /// The topic may not be written to with this token.
+    Denied,
+    /// The policies of a private channel gave no answer.
+    Unanswered(AuthorizeError),
+    /// They have allowed it, and it is one too many.
+    TooFast,
+}
 
-/// Broadcasts to a topic if its rule lets the token write.
-async fn publish(
-    services: &Services,
-    caller: Caller,
-    token: &Token,
-    sub_topic: &str,
-    privacy: Privacy,
-    broadcast: Broadcast,
-) -> Result<(), Denied> {
-    let decision = decide(services, token, sub_topic, privacy);
-    Audit::Rest { topic: sub_topic, decision: &decision }.note(caller, Some(token));
-    if !decision.is_allowed() {
-        services.metrics.count_dropped(Dropped::WriteDenied);
-        return Err(Denied);
-    }
-    let (topics, event) = match decision.rule {
-        Some((rule, captures)) => {
-            (rule.topics(sub_topic, &captures), services.events.of(&rule, &captures))
+/// What a sender is told without whose policies' answer nothing was sent.
+///
+/// Source: supabase/realtime `broadcast_controller.ex` @833cf36.
+fn unanswered(error: &AuthorizeError) -> (StatusCode, &'static str) {
+    let status = StatusCode::UNPROCESSABLE_ENTITY;
+    match error {
+        AuthorizeError::Policy { .. } => (status, "RLS policy error"),
+        AuthorizeError::QueryCanceled => (status, "Query canceled"),
+        AuthorizeError::MissingPartition => (status, "Missing messages partition"),
+        AuthorizeError::Unavailable(_) | AuthorizeError::NotSetUp(_) => {
+            (status, "Tenant database unavailable")
         }
-        None => (vec![TopicKey { sub_topic: sub_topic.into(), privacy }], None),
-    };
-    let (started, mut broadcasts) = (Instant::now(), vec![broadcast]);
-    if let Some(event) = &event {
-        broadcasts = merge::offer(services, event, broadcasts, None);
+        AuthorizeError::PoolTimeout => (StatusCode::TOO_MANY_REQUESTS, "Connection pool exhausted"),
     }
-    if broadcasts.is_empty() {
-        return Ok(());
+}
+
+/// Who sends the messages of one request.
+struct Sender<'a> {
+    services: &'a Services,
+    caller: Caller,
+    token: Arc<Token>,
+    /// Of the request, for the policies.
+    headers: Arc<str>,
+    /// By private topic, why it may not be written to.
+    answers: HashMap<Box<str>, Option<Dropped>>,
+    /// When no more questions are asked.
+    deadline: Instant,
+}
+
+impl<'a> Sender<'a> {
+    fn new(services: &'a Services, caller: Caller, token: Arc<Token>, ask: &Ask) -> Self {
+        let headers = policies::rest_headers(ask.headers());
+        let deadline = Instant::now() + QUESTIONS_TIMEOUT;
+        Self { services, caller, token, headers, answers: HashMap::new(), deadline }
     }
-    let mut fanned_out = FannedOut::default();
-    for topic in &topics {
-        fanned_out += services.hub.publish(topic, &broadcasts).await;
+
+    /// Broadcasts to a topic if its rule or, on a private channel, its policies let the token write.
+    async fn publish(
+        &mut self,
+        sub_topic: &str,
+        privacy: Privacy,
+        broadcast: Broadcast,
+    ) -> Result<(), Unsent> {
+        let services = self.services;
+        let decision = decide(services, &self.token, sub_topic, privacy);
+        Audit::Rest { topic: sub_topic, decision: &decision }.note(self.caller, Some(&self.token));
+        match decision.verdict {
+            Verdict::Allowed => {}
+            // Who may not write costs nobody else's broadcasts, so that it is counted afterwards.
+            Verdict::Policies => {
+                self.ask(sub_topic).await?;
+                services.limits.broadcast(1).map_err(|_too_fast| {
+                    services.metrics.count_dropped(Dropped::Rate);
+                    Unsent::TooFast
+                })?;
+            }
+            Verdict::Withheld | Verdict::Refused => {
+                services.metrics.count_dropped(Dropped::WriteDenied);
+                return Err(Unsent::Denied);
+            }
+        }
+        let (topics, event) = match decision.rule {
+            Some((rule, captures)) => {
+                (rule.topics(sub_topic, &captures), services.events.of(&rule, &captures))
+            }
+            None => (vec![TopicKey { sub_topic: sub_topic.into(), privacy }], None),
+        };
+        let (started, mut broadcasts) = (Instant::now(), vec![broadcast]);
+        if let Some(event) = &event {
+            broadcasts = merge::offer(services, event, broadcasts, None);
+        }
+        if broadcasts.is_empty() {
+            return Ok(());
+        }
+        let mut fanned_out = FannedOut::default();
+        for topic in &topics {
+            fanned_out += services.hub.publish(topic, &broadcasts).await;
+        }
+        let metrics = &services.metrics;
+        metrics.count_fan_out(&metrics.broadcasts_rest, broadcasts.len(), fanned_out, started);
+        Ok(())
     }
-    let metrics = &services.metrics;
-    metrics.count_fan_out(&metrics.broadcasts_rest, broadcasts.len(), fanned_out, started);
-    Ok(())
+
+    /// Asks the policies of a private topic, once for all messages of the request.
+    async fn ask(&mut self, sub_topic: &str) -> Result<(), Unsent> {
+        let metrics = &self.services.metrics;
+        if let Some(answer) = self.answers.get(sub_topic) {
+            let Some(reason) = answer else { return Ok(()) };
+            metrics.count_dropped(*reason);
+            return Err(Unsent::Denied);
+        }
+        let may_write = if Instant::now() < self.deadline {
+            let (token, headers) = (Arc::clone(&self.token), Arc::clone(&self.headers));
+            let asking = Asking { token, sub_topic: sub_topic.into(), headers };
+            self.services.policies.write(asking).await
+        } else {
+            Err(AuthorizeError::PoolTimeout)
+        };
+        let (answer, unsent) = match may_write {
+            Ok(true) => (None, Ok(())),
+            Ok(false) => (Some(Dropped::WriteDenied), Err(Unsent::Denied)),
+            Err(error) => (Some(Dropped::WriteUnanswered), Err(Unsent::Unanswered(error))),
+        };
+        if let Some(reason) = answer {
+            metrics.count_dropped(reason);
+        }
+        self.answers.insert(sub_topic.into(), answer);
+        unsent
+    }
 }
 
 /// The token of `Authorization: Bearer`, or of `apikey` where that is absent, empty or of another

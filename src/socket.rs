@@ -1,7 +1,8 @@
 //! The Phoenix socket: channels by topic over one connection, and the routing table of events.
 //!
 //! Invariants: messages of one topic are handled in their order, also while its join waits for a
-//! LISTEN or its refusal for the delay; other topics go on meanwhile. A socket holds at most
+//! LISTEN, its refusal for the delay, or its channel for the database's policies; other topics go on
+//! meanwhile. A socket holds at most
 //! `channels_per_socket_max` channels and as many refusals that wait, and no more bytes of messages
 //! behind them than may wait in its outbox. A socket that ends without a leave leaves a record of
 //! each topic that the database tells of.
@@ -9,11 +10,14 @@
 use std::{collections::HashMap, pin::Pin, sync::Arc, time::Duration};
 
 use futures_util::stream::{FuturesUnordered, StreamExt};
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use crate::{
     audit::{Audit, Caller},
-    auth::jwt::{Token, unix_now},
+    auth::{
+        jwt::{Token, unix_now},
+        policies::{Allowed, Asking, AuthorizeError},
+    },
     channel::{Channel, Context, Fate},
     healing::{FIRST_ROUND, Healing, Suspicion},
     limits::Limited,
@@ -57,9 +61,11 @@ pub struct Socket {
     suspicion: Option<Suspicion>,
     channels: HashMap<Box<str>, Slot>,
     /// Gives the topic whose answer is due.
-    waiting: FuturesUnordered<Pin<Box<dyn Future<Output = Box<str>> + Send>>>,
+    waiting: FuturesUnordered<Later>,
     /// Topics that wait for the delay of a refusal.
     refusals: usize,
+    /// Of the upgrade, for the policies: a JSON object.
+    headers: Arc<str>,
     /// Bytes of all backlogs' payloads.
     backlog_bytes: usize,
     /// Not later than the first token of a channel ends, in seconds since 1970.
@@ -96,9 +102,24 @@ enum Slot {
     Waiting(Box<Waiting>),
 }
 
-/// A join that has been decided and not answered yet.
+/// A topic that waits, with the messages that have come for it since.
 #[derive(Debug)]
 struct Waiting {
+    who: Who,
+    backlog: Vec<Message>,
+}
+
+/// Who waits.
+#[derive(Debug)]
+enum Who {
+    Joining(Box<Joining>),
+    /// A joined channel, for its policies.
+    Channel(Box<Channel>),
+}
+
+/// A join that has not been answered yet.
+#[derive(Debug)]
+struct Joining {
     join_ref: Option<Ref>,
     reference: Option<Ref>,
     answer: Result<Channel, Refusal>,
@@ -106,7 +127,25 @@ struct Waiting {
     known: Known,
     /// The channel that the join replaces.
     replaced: Option<Box<Channel>>,
-    backlog: Vec<Message>,
+}
+
+/// Gives a topic when it need not wait any longer.
+type Later = Pin<Box<dyn Future<Output = Due> + Send>>;
+
+/// A topic that need not wait any longer.
+#[derive(Debug)]
+pub struct Due {
+    topic: Box<str>,
+    answer: Answer,
+}
+
+/// What it has waited for.
+#[derive(Debug)]
+enum Answer {
+    /// A time to come, or a LISTEN.
+    Nothing,
+    Reads(Result<Allowed, AuthorizeError>),
+    Writes(Result<bool, AuthorizeError>),
 }
 
 impl Socket {
@@ -121,6 +160,7 @@ impl Socket {
     ) -> Self {
         let now = Instant::now();
         Self {
+            headers: Arc::clone(services.policies.no_headers()),
             services,
             outbox,
             apikey,
@@ -138,6 +178,15 @@ impl Socket {
             expires_at: i64::MAX,
             empty_since: None,
         }
+    }
+
+    /// With these headers of the upgrade, a JSON object, for the policies of private channels.
+    #[must_use]
+    pub fn with_headers(mut self, headers: Option<Arc<str>>) -> Self {
+        if let Some(headers) = headers {
+            self.headers = headers;
+        }
+        self
     }
 
     /// Does what a client's messages ask for, one after the other; answers through the outbox.
@@ -178,35 +227,95 @@ impl Socket {
         }
     }
 
-    /// Waits until a join can be answered, and gives its topic to [`Self::answer`].
+    /// Waits until a topic need not wait any longer, which [`Self::answer`] is told.
     ///
     /// # Cancel safety
     /// Nothing is lost.
-    pub async fn due(&mut self) -> Box<str> {
+    pub async fn due(&mut self) -> Due {
         match self.waiting.next().await {
-            Some(topic) => topic,
+            Some(due) => due,
             // Nothing waits; what will is put in between two calls.
             None => std::future::pending().await,
         }
     }
 
-    /// Answers the join that waits for this topic, then handles what came after it.
-    pub async fn answer(&mut self, topic: &str) {
-        let Some(Slot::Waiting(waiting)) = self.channels.remove(topic) else {
+    /// Does what a topic has waited for, then handles what came after it.
+    pub async fn answer(&mut self, due: Due) {
+        let Due { topic, answer } = due;
+        let Some(Slot::Waiting(waiting)) = self.channels.remove(&topic) else {
             return;
         };
-        let Waiting { join_ref, reference, answer, known, replaced, backlog } = *waiting;
+        let Waiting { who, mut backlog } = *waiting;
         self.backlog_bytes -= backlog.iter().map(|it| it.payload.len()).sum::<usize>();
-        match answer {
+        match who {
+            Who::Joining(joining) => self.answer_join(&topic, *joining, answer),
+            Who::Channel(channel) => self.tell(channel, answer, &mut backlog),
+        }
+        // What may have been revoked or exchanged meanwhile.
+        let Self { services, outbox, apikey, channels, caller, .. } = self;
+        let context = Context { services, outbox, apikey, caller: *caller };
+        if let Some(Slot::Joined(channel)) = channels.get_mut(&topic) {
+            let fate = channel.review(context);
+            self.settle(&topic, fate);
+        }
+        self.handle(backlog).await;
+        self.note_emptiness();
+    }
+
+    fn answer_join(&mut self, topic: &str, joining: Joining, answer: Answer) {
+        let Joining { join_ref, reference, answer: decided, known, replaced } = joining;
+        if decided.is_err() {
+            self.refusals -= 1;
+        }
+        let decided = match (decided, answer) {
+            (Ok(channel), Answer::Reads(reads)) => channel.admit_by(reads),
+            (decided, Answer::Nothing | Answer::Reads(_) | Answer::Writes(_)) => decided,
+        };
+        match decided {
             Ok(channel) => self.open(channel, reference.as_ref(), known, replaced),
             Err(refusal) => {
-                self.refusals -= 1;
                 let (join_ref, reference) = (join_ref.as_ref(), reference.as_ref());
                 self.refuse(topic, join_ref, reference, &refusal, replaced);
             }
         }
-        self.handle(backlog).await;
-        self.note_emptiness();
+    }
+
+    /// Tells a joined channel what its policies have answered.
+    fn tell(&mut self, mut channel: Box<Channel>, answer: Answer, backlog: &mut Vec<Message>) {
+        let fate = match answer {
+            Answer::Nothing => Fate::Open,
+            Answer::Reads(reads) => channel.take_reads(self.context(), reads),
+            Answer::Writes(writes) => {
+                if let Err(reason) = channel.take_writes(writes) {
+                    let is_other = |it: &Message| &*it.event != "broadcast";
+                    let count = backlog.iter().position(is_other).unwrap_or(backlog.len());
+                    for _ in backlog.drain(..count) {
+                        self.services.metrics.count_dropped(reason);
+                    }
+                }
+                Fate::Open
+            }
+        };
+        let topic: Box<str> = channel.topic().into();
+        self.channels.insert(topic.clone(), Slot::Joined(channel));
+        self.settle(&topic, fate);
+    }
+
+    /// Asks the policies what the channel may read. To a join a no is told when it would be if a rule
+    /// forbade the topic.
+    fn ask_reads(&self, channel: &Channel, refused_at: Option<Instant>) -> Later {
+        let (policies, asking) = (Arc::clone(&self.services.policies), self.asking(channel));
+        let (topic, presence) = (channel.topic().into(), channel.wants_presence());
+        let is_refused_anyway = channel.wants_replay();
+        Box::pin(async move {
+            let reads = policies.read(asking, presence).await;
+            if let Some(refused_at) = refused_at
+                && (is_refused_anyway || !reads.as_ref().is_ok_and(|it| it.any()))
+            {
+                sleep_until(refused_at).await;
+            }
+            Due { topic, answer: Answer::Reads(reads) }
+        })
     }
 
     /// How long until [`Self::tick`] has something to do, at most `at_most`.
@@ -232,17 +341,16 @@ impl Socket {
         let Self { services, outbox, apikey, channels, caller, .. } = self;
         let grace = services.config.auth.grace;
         let context = Context { services, outbox, apikey, caller: *caller };
-        let mut closed: Vec<Box<str>> = Vec::new();
+        let mut fates: Vec<(Box<str>, Fate)> = Vec::new();
         for (topic, slot) in channels {
             let Slot::Joined(channel) = slot else { continue };
-            if channel.expires_at(grace) <= now && channel.check_expiry(context) == Fate::Closed {
-                closed.push(topic.clone());
-            } else {
-                drop(channel.listen(context));
+            if channel.expires_at(grace) <= now {
+                fates.push((topic.clone(), channel.check_expiry(context)));
             }
+            drop(channel.listen(context));
         }
-        for topic in closed {
-            self.settle(&topic, Fate::Closed);
+        for (topic, fate) in fates {
+            self.settle(&topic, fate);
         }
         self.note_expiry();
     }
@@ -257,15 +365,13 @@ impl Socket {
     pub fn review(&mut self) {
         let Self { services, outbox, apikey, channels, caller, .. } = self;
         let context = Context { services, outbox, apikey, caller: *caller };
-        let mut closed: Vec<Box<str>> = Vec::new();
+        let mut fates: Vec<(Box<str>, Fate)> = Vec::new();
         for (topic, slot) in channels {
             let Slot::Joined(channel) = slot else { continue };
-            if channel.review(context) == Fate::Closed {
-                closed.push(topic.clone());
-            }
+            fates.push((topic.clone(), channel.review(context)));
         }
-        for topic in closed {
-            self.settle(&topic, Fate::Closed);
+        for (topic, fate) in fates {
+            self.settle(&topic, fate);
         }
         self.note_expiry();
     }
@@ -274,6 +380,12 @@ impl Socket {
     #[must_use]
     pub fn caller(&self) -> Caller {
         self.caller
+    }
+
+    /// The token of the upgrade.
+    #[must_use]
+    pub fn apikey(&self) -> &Token {
+        &self.apikey
     }
 
     /// Since when a socket that has had channels has none.
@@ -363,6 +475,11 @@ impl Socket {
         })
     }
 
+    /// A question to the policies by a channel of this socket.
+    fn asking(&self, channel: &Channel) -> Asking {
+        channel.asking(&self.headers)
+    }
+
     fn context(&self) -> Context<'_> {
         let Self { services, outbox, apikey, caller, .. } = self;
         Context { services, outbox, apikey, caller: *caller }
@@ -399,7 +516,12 @@ impl Socket {
         };
         // Who goes away before it is answered has lost the topic, too.
         self.hold(&topic, Hold::Asked);
-        let wait: Pin<Box<dyn Future<Output = ()> + Send>> = match &mut answer {
+        let error_delay = self.services.config.protocol.error_delay;
+        let due: Later = match &mut answer {
+            Ok(channel) if channel.is_private() => {
+                self.empty_since = None;
+                self.ask_reads(channel, Some(Instant::now() + error_delay))
+            }
             Ok(channel) => match channel.listen(self.context()) {
                 None => {
                     if let Ok(channel) = answer {
@@ -410,9 +532,11 @@ impl Socket {
                 Some(activation) => {
                     self.empty_since = None;
                     let listen_wait = self.services.config.relay.listen_wait;
+                    let topic = topic.clone();
                     Box::pin(async move {
                         // Answered all the same when the time is over.
                         let _ = timeout(listen_wait, activation).await;
+                        Due { topic, answer: Answer::Nothing }
                     })
                 }
             },
@@ -426,15 +550,17 @@ impl Socket {
                     return self.refuse(&topic, join_ref, reference, refusal, replaced);
                 }
                 self.refusals += 1;
-                Box::pin(sleep(self.services.config.protocol.error_delay))
+                let topic = topic.clone();
+                Box::pin(async move {
+                    sleep(error_delay).await;
+                    Due { topic, answer: Answer::Nothing }
+                })
             }
         };
-        let waiting = Waiting { join_ref, reference, answer, known, replaced, backlog: Vec::new() };
-        self.channels.insert(topic.clone(), Slot::Waiting(Box::new(waiting)));
-        self.waiting.push(Box::pin(async move {
-            wait.await;
-            topic
-        }));
+        let joining = Joining { join_ref, reference, answer, known, replaced };
+        let waiting = Waiting { who: Who::Joining(Box::new(joining)), backlog: Vec::new() };
+        self.channels.insert(topic, Slot::Waiting(Box::new(waiting)));
+        self.waiting.push(due);
     }
 
     /// Counts a join. A rule's topic is joined at any rate: what its viewers are refused they do
@@ -498,6 +624,11 @@ impl Socket {
 
     /// Hands broadcasts to their channel.
     async fn broadcast(&mut self, topic: &str, pushes: Vec<Message>) {
+        if let Some(Slot::Joined(channel)) = self.channels.get(topic)
+            && channel.asks_before_writing()
+        {
+            return self.ask_writes(topic, pushes);
+        }
         let Self { services, outbox, apikey, channels, caller, .. } = self;
         let context = Context { services, outbox, apikey, caller: *caller };
         match channels.get(topic) {
@@ -513,6 +644,22 @@ impl Socket {
         }
     }
 
+    /// Has the policies asked whether the channel may broadcast; what comes for its topic waits,
+    /// these pushes first.
+    fn ask_writes(&mut self, topic: &str, pushes: Vec<Message>) {
+        let Some(Slot::Joined(channel)) = self.channels.remove(topic) else {
+            return;
+        };
+        let (policies, asking) = (Arc::clone(&self.services.policies), self.asking(&channel));
+        let due_topic: Box<str> = topic.into();
+        self.waiting.push(Box::pin(async move {
+            Due { topic: due_topic, answer: Answer::Writes(policies.write(asking).await) }
+        }));
+        self.backlog_bytes += pushes.iter().map(|it| it.payload.len()).sum::<usize>();
+        let waiting = Waiting { who: Who::Channel(channel), backlog: pushes };
+        self.channels.insert(topic.into(), Slot::Waiting(Box::new(waiting)));
+    }
+
     /// Hands any other message to its channel.
     fn route(&mut self, message: &Message) {
         let Self { services, outbox, apikey, channels, caller, .. } = self;
@@ -525,12 +672,29 @@ impl Socket {
         self.settle(&message.topic, fate);
     }
 
+    /// Does what is left to do for a channel after an event.
     fn settle(&mut self, topic: &str, fate: Fate) {
-        if fate == Fate::Closed
-            && let Some(Slot::Joined(channel)) = self.channels.remove(topic)
-        {
-            channel.close(self.context(), "token");
-            self.note_emptiness();
+        if fate == Fate::Open {
+            return;
+        }
+        let Some(Slot::Joined(channel)) = self.channels.remove(topic) else {
+            return;
+        };
+        match fate {
+            Fate::Open => {}
+            Fate::Closed => {
+                channel.close(self.context(), "token");
+                self.note_emptiness();
+            }
+            Fate::Failed => {
+                channel.fail(self.context());
+                self.note_emptiness();
+            }
+            Fate::Asking => {
+                self.waiting.push(self.ask_reads(&channel, None));
+                let waiting = Waiting { who: Who::Channel(channel), backlog: Vec::new() };
+                self.channels.insert(topic.into(), Slot::Waiting(Box::new(waiting)));
+            }
         }
     }
 

@@ -42,6 +42,8 @@ pub struct JoinConfig {
     pub ack: bool,
     /// `config.broadcast.self`: the sender wants its own broadcasts.
     pub to_self: bool,
+    /// `config.broadcast.replay`: the client wants what was sent before, on a private channel.
+    pub replay: bool,
     /// Whether the client waits for a `presence_state`.
     pub presence: bool,
     /// `config.postgres_changes`, each with the `id` that the reply gives it.
@@ -75,6 +77,7 @@ impl JoinConfig {
                     privacy: Privacy::Public,
                     ack: false,
                     to_self: false,
+                    replay: false,
                     presence: false,
                     bindings: vec![with_id(first_library_binding(sub_topic))],
                     token,
@@ -113,7 +116,9 @@ impl JoinConfig {
                 .collect(),
             _ => Vec::new(),
         };
-        Ok(Self { privacy, ack: flag("ack"), to_self: flag("self"), presence, bindings, token })
+        let replay = broadcast.and_then(|it| it.get("replay")).is_some_and(Value::is_object);
+        let (ack, to_self) = (flag("ack"), flag("self"));
+        Ok(Self { privacy, ack, to_self, replay, presence, bindings, token })
     }
 
     /// The payload of the reply: `{"status":"ok","response":{"postgres_changes":[…]}}`.

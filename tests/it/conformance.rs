@@ -370,12 +370,12 @@ impl Peer {
                     tokio::select! {
                         biased;
                         drained = outbox.drain(&mut batch) => { drained.unwrap(); None }
-                        topic = socket.due() => Some(topic),
+                        due = socket.due() => Some(due),
                     }
                 };
                 match timeout(DEADLINE, next).await {
                     Ok(None) => received.extend(batch),
-                    Ok(Some(topic)) => socket.answer(&topic).await,
+                    Ok(Some(due)) => socket.answer(due).await,
                     Err(_elapsed) => panic!("{at}: nothing arrives"),
                 }
             },

@@ -486,8 +486,8 @@ async fn who_joins_during_a_drain_is_told_that_the_server_restarts() {
     let mut socket = Socket::new(services, Arc::clone(&outbox), token, client_key(), caller());
     let frame = Frame::text(join("1", "realtime:room").to_string());
     socket.handle([Serializer::V2.decode(frame).unwrap()]).await;
-    let topic = socket.due().await;
-    socket.answer(&topic).await;
+    let due = socket.due().await;
+    socket.answer(due).await;
     let mut batch = Vec::new();
     outbox.drain(&mut batch).await.unwrap();
     let [Frame::Text(text)] = batch.as_slice() else { panic!("{batch:?}") };

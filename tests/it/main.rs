@@ -13,6 +13,7 @@ mod audit;
 mod authorization;
 mod bad_input;
 mod broadcast;
+mod broadcast_private;
 mod catch_up;
 mod commands;
 mod conformance;

@@ -132,7 +132,7 @@ impl Page {
                     drained.unwrap();
                     self.arrived.extend(batch);
                 }
-                topic = self.socket.due() => self.socket.answer(&topic).await,
+                due = self.socket.due() => self.socket.answer(due).await,
                 () = sleep_until(tick) => self.socket.tick(),
                 () = sleep_until(until) => return None,
             }
