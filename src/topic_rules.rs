@@ -495,6 +495,7 @@ impl<'de> Deserialize<'de> for Pattern {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
     use serde_json::json;
 
     use super::*;
@@ -507,6 +508,39 @@ mod tests {
 
     fn claims(value: &serde_json::Value) -> Claims {
         Claims::try_from(value.as_object().unwrap().clone()).unwrap()
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+        /// What a rule protects is not reached by a spelling that its pattern misses.
+        #[test]
+        fn whatever_begins_like_a_rules_topic_is_never_an_ordinary_one(
+            number in 0_usize..10, rest in any::<String>(),
+        ) {
+            let prefixes = [
+                "cache_invalidate:", "cache_invalidate_", "auction_winner_", "event_offers_",
+                "offer_notifications_", "admin-", "admin-auction-", "admin-voting-", "sms-",
+                "active-campaigns",
+            ];
+            let topic = format!("{}{rest}", prefixes[number]);
+            prop_assert!(!matches!(rules().find(&topic), Found::Other), "{topic:?}");
+        }
+
+        /// So that no two topics are taken for one, and none for another.
+        #[test]
+        fn a_topic_that_matches_is_its_pattern_filled_with_what_was_captured(
+            topic in prop_oneof!["[A-Za-z0-9_-]{0,60}", any::<String>()],
+        ) {
+            for pattern in ["a_{eid}_b", "a_{x:uuid}_{y:uuid}", "a_{rest:any}", "a_{eid}_{rest:any}"] {
+                let pattern: Pattern = pattern.parse().unwrap();
+                for text in [&topic, &format!("a_{topic}_b"), &format!("a_{topic}")] {
+                    if let Some(captures) = pattern.captures(text) {
+                        prop_assert_eq!(&pattern.fill(&captures), text);
+                    }
+                }
+            }
+        }
     }
 
     #[test]

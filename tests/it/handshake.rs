@@ -481,6 +481,44 @@ async fn what_is_not_http_is_refused_and_harms_nobody() {
     server.stop().await;
 }
 
+/// Whatever is changed in an upgrade that would succeed: no socket without the key as it was.
+#[tokio::test]
+async fn an_upgrade_changed_at_random_opens_no_socket_without_its_key_and_harms_nobody() {
+    let server = TestServer::start();
+    let mut other = Client::connect(&server, Serializer::V1).await;
+    let key = token::of_role("anon");
+    let path = format!("/realtime/v1/websocket?apikey={key}&vsn=2.0.0");
+    let good = upgrade(&path, &["origin: https://page.example", "x-forwarded-for: 192.0.2.1"]);
+    let mut random = fastrand::Rng::with_seed(7);
+    let mut opened = 0;
+    for _ in 0..300 {
+        let mut bytes = good.clone().into_bytes();
+        for _ in 0..random.usize(1..4) {
+            let at = random.usize(..bytes.len() - 4);
+            match random.u8(..3) {
+                0 => bytes[at] = random.u8(..),
+                1 => drop(bytes.remove(at)),
+                _ => bytes.insert(at, random.u8(..)),
+            }
+        }
+        let mut stream = send(&server, &bytes).await;
+        stream.shutdown().await.ok();
+        let received = until_end(&mut stream).await;
+        let text = String::from_utf8_lossy(&bytes).into_owned();
+        if received.starts_with(b"HTTP/1.1 101 ") {
+            opened += 1;
+            assert!(text.contains(&key), "{text:?}");
+        } else {
+            let is_answered = received.is_empty() || received.starts_with(b"HTTP/1.1 4");
+            assert!(is_answered, "{text:?}: {:?}", String::from_utf8_lossy(&received));
+        }
+    }
+    assert!(opened > 10, "{opened} were still good");
+    other.expect_nothing().await;
+    other.close().await;
+    server.stop().await;
+}
+
 #[tokio::test]
 async fn an_opaque_key_opens_a_socket_and_a_rest_broadcast_as_its_role() {
     let mut config = config();
