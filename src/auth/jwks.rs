@@ -62,7 +62,7 @@ pub enum JwksError {
     Tls(#[source] io::Error),
     /// What it speaks is not HTTP.
     #[error("the answer is not HTTP")]
-    Http(#[source] hyper::Error),
+    Http(#[source] Box<dyn Error + Send + Sync>),
     /// It points elsewhere.
     #[error("the answer is a redirect, which is not followed")]
     Redirect,
@@ -124,10 +124,9 @@ pub(crate) async fn run(services: Arc<Services>) {
     services.stopped.run_until_cancelled(both).await;
 }
 
-/// Counts a document's keys, and names those that are left out.
+/// Tells of a document that is another, and of the keys in it that are left out.
 pub(super) fn note(published: &Published, from: Origin, metrics: &Metrics) {
-    let keys = i64::try_from(published.key_count()).unwrap_or(i64::MAX);
-    metrics.jwks_keys.with_label_values(&[from.kind()]).set(keys);
+    let keys = published.key_count();
     metrics.jwks_read.with_label_values(&[from.kind()]).set(unix_seconds());
     for (place, reason) in &published.unusable {
         metrics.jwks_keys_unusable.with_label_values(&[reason.kind()]).inc();
@@ -168,24 +167,20 @@ impl Stamp {
 
 /// Takes the file's keys whenever it is another. A fault is told once for each state of the file.
 async fn watch_file(services: &Services) {
-    let mut seen = None;
+    let mut seen: Option<(Arc<Jwks>, Option<Stamp>)> = None;
     loop {
         let jwks = services.verifier.jwks();
         if !jwks.file.is_empty() {
             let stamp = tokio::fs::metadata(&jwks.file).await.ok().map(|it| Stamp::of(&it));
-            let looked_at = Some((Arc::clone(&jwks), stamp));
-            let is_other = |seen: &Option<(Arc<Jwks>, Option<Stamp>)>| match (seen, &looked_at) {
-                (Some((seen_as, seen)), Some((read_as, stamp))) => {
-                    !Arc::ptr_eq(seen_as, read_as) || seen != stamp
-                }
-                (_, _) => true,
-            };
-            if is_other(&seen) {
+            let is_seen = seen
+                .as_ref()
+                .is_some_and(|(read_as, seen)| Arc::ptr_eq(read_as, &jwks) && *seen == stamp);
+            if !is_seen {
                 let taken = read_file(&jwks).and_then(|text| {
                     Ok(services.verifier.take(text, Origin::File, &jwks, &services.metrics)?)
                 });
-                count(services, Origin::File, &taken);
-                seen = looked_at;
+                count(services, Origin::File, &taken, &mut None);
+                seen = Some((jwks, stamp));
             }
         }
         sleep(LOOK_INTERVAL).await;
@@ -197,6 +192,7 @@ async fn follow_url(services: &Services) {
     let verifier = &services.verifier;
     let mut backoff = BACKOFF;
     let mut missed_at: Option<Instant> = None;
+    let mut told = None;
     loop {
         let jwks = verifier.jwks();
         if jwks.url.is_empty() {
@@ -207,7 +203,7 @@ async fn follow_url(services: &Services) {
         let taken = fetched
             .unwrap_or(Err(JwksError::Timeout))
             .and_then(|text| Ok(verifier.take(text, Origin::Url, &jwks, &services.metrics)?));
-        count(services, Origin::Url, &taken);
+        count(services, Origin::Url, &taken, &mut told);
         let wait = if taken.is_ok() {
             backoff = BACKOFF;
             jwks.refresh_interval
@@ -223,10 +219,9 @@ async fn follow_url(services: &Services) {
             if !Arc::ptr_eq(&jwks, &verifier.jwks()) {
                 break;
             }
-            let now = Instant::now();
-            let earliest = missed_at.map_or(now, |at| (at + UNKNOWN_KID_INTERVAL).max(now));
-            if earliest < next {
-                (next, is_missed) = (earliest, true);
+            let sooner = on_unknown_kid(missed_at, Instant::now());
+            if sooner < next {
+                (next, is_missed) = (sooner, true);
             }
         }
         if is_missed {
@@ -235,18 +230,30 @@ async fn follow_url(services: &Services) {
     }
 }
 
-fn count(services: &Services, from: Origin, taken: &Result<(), JwksError>) {
+/// When the URL is read for a key that is missed, if it was last read for one at `missed_at`.
+fn on_unknown_kid(missed_at: Option<Instant>, now: Instant) -> Instant {
+    missed_at.map_or(now, |at| (at + UNKNOWN_KID_INTERVAL).max(now))
+}
+
+/// Counts a reading, and tells of a fault that is another than the last one.
+fn count(
+    services: &Services,
+    from: Origin,
+    taken: &Result<(), JwksError>,
+    told: &mut Option<&'static str>,
+) {
     let metrics = &services.metrics;
     match taken {
-        Ok(()) => metrics.jwks_read.with_label_values(&[from.kind()]).set(unix_seconds()),
+        Ok(()) => {
+            metrics.jwks_read.with_label_values(&[from.kind()]).set(unix_seconds());
+            *told = None;
+        }
         Err(error) => {
             metrics.jwks_failures.with_label_values(&[from.kind(), error.kind()]).inc();
-            let origin = from.kind();
-            tracing::warn!(
-                error = error as &dyn Error,
-                origin,
-                "the key set cannot be had; the keys stay those of the last one"
-            );
+            if told.replace(error.kind()) != Some(error.kind()) {
+                let (origin, error) = (from.kind(), error as &dyn Error);
+                tracing::warn!(error, origin, "no key set; the keys stay those of the last one");
+            }
         }
     }
 }
@@ -259,8 +266,7 @@ async fn fetch(jwks: &Jwks) -> Result<Vec<u8>, JwksError> {
     let stream = connect(jwks, &host, uri.port_u16().unwrap_or(443)).await?;
     let mut builder = http1::Builder::new();
     builder.max_buf_size(HEAD_BYTES_MAX);
-    let (mut sender, connection) =
-        builder.handshake(TokioIo::new(stream)).await.map_err(JwksError::Http)?;
+    let (mut sender, connection) = builder.handshake(TokioIo::new(stream)).await.map_err(http)?;
     let authority = uri.authority().map_or("", |it| it.as_str());
     let path = uri.path_and_query().map_or("/", |it| it.as_str());
     let request = Request::get(path)
@@ -269,21 +275,17 @@ async fn fetch(jwks: &Jwks) -> Result<Vec<u8>, JwksError> {
         .header(header::CONNECTION, "close")
         .body(Empty::<Bytes>::new());
     let answer = async {
-        // The settings' check has read its parts.
-        let Ok(request) = request else { return Err(JwksError::Status(0)) };
-        let answer = sender.send_request(request).await.map_err(JwksError::Http)?;
+        let request = request.map_err(|error| JwksError::Http(error.into()))?;
+        let answer = sender.send_request(request).await.map_err(http)?;
         match answer.status() {
             StatusCode::OK => {}
             status if status.is_redirection() => return Err(JwksError::Redirect),
             status => return Err(JwksError::Status(status.as_u16())),
         }
-        let body = Limited::new(answer.into_body(), jwks.bytes_max).collect().await;
-        match body {
+        match Limited::new(answer.into_body(), jwks.bytes_max).collect().await {
             Ok(body) => Ok(body.to_bytes().to_vec()),
             Err(error) if error.is::<LengthLimitError>() => Err(JwksError::TooLarge),
-            Err(error) => {
-                Err(error.downcast().map_or(JwksError::Timeout, |it| JwksError::Http(*it)))
-            }
+            Err(error) => Err(JwksError::Http(error)),
         }
     };
     // The connection has no task of its own: it ends with the answer.
@@ -291,6 +293,10 @@ async fn fetch(jwks: &Jwks) -> Result<Vec<u8>, JwksError> {
         Either::Left((answer, _)) => answer,
         Either::Right((_, answer)) => answer.await,
     }
+}
+
+fn http(error: hyper::Error) -> JwksError {
+    JwksError::Http(error.into())
 }
 
 async fn connect(jwks: &Jwks, host: &str, port: u16) -> Result<TlsStream<TcpStream>, JwksError> {
@@ -320,4 +326,43 @@ fn tls(jwks: &Jwks) -> Result<ClientConfig, JwksError> {
         .with_safe_default_protocol_versions()
         .map_err(|error| JwksError::Tls(io::Error::other(error)))?;
     Ok(builder.with_root_certificates(roots).with_no_client_auth())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_missed_key_is_asked_for_at_once_and_then_every_30_seconds_at_most() {
+        let now = Instant::now();
+        let (second, half) = (Duration::from_secs(1), Duration::from_secs(30));
+        assert_eq!(on_unknown_kid(None, now), now);
+        assert_eq!(on_unknown_kid(Some(now), now), now + half);
+        assert_eq!(on_unknown_kid(Some(now), now + half - second), now + half);
+        assert_eq!(on_unknown_kid(Some(now), now + half), now + half);
+        assert_eq!(on_unknown_kid(Some(now), now + half + second), now + half + second);
+    }
+
+    #[test]
+    fn every_fault_of_an_origin_has_its_label() {
+        let io = || io::Error::other("x");
+        for error in [
+            JwksError::Unreadable(io()),
+            JwksError::Authorities,
+            JwksError::Connect(io()),
+            JwksError::Tls(io()),
+            JwksError::Http(io().into()),
+            JwksError::Redirect,
+            JwksError::Status(500),
+            JwksError::TooLarge,
+            JwksError::Timeout,
+            JwksError::Document(DocumentError::TooMany),
+        ] {
+            let kind = error.kind();
+            assert!(
+                Origin::ALL.iter().any(|from| JwksError::kinds(*from).contains(&kind)),
+                "{kind}"
+            );
+        }
+    }
 }

@@ -91,6 +91,7 @@ impl Verifier {
     /// [`JwksError`] if the file cannot be read or is no key set.
     pub fn new(config: &Config, metrics: &Metrics) -> Result<Self, JwksError> {
         let sources = Sources::new(config, metrics)?;
+        sources.show(metrics);
         Ok(Self {
             trust: RwLock::new(Arc::new(sources.trust())),
             sources: Mutex::new(sources),
@@ -195,7 +196,7 @@ impl Verifier {
             new.url = std::mem::take(&mut sources.url);
         }
         *sources = new;
-        self.replace(&sources);
+        self.replace(&sources, metrics);
         self.wanted.notify_one();
         Ok(())
     }
@@ -237,12 +238,13 @@ impl Verifier {
         if is_current && place.text != text {
             *place = Document::parse(text, from)?;
             jwks::note(&place.published, from, metrics);
-            self.replace(&sources);
+            self.replace(&sources, metrics);
         }
         Ok(())
     }
 
-    fn replace(&self, sources: &Sources) {
+    fn replace(&self, sources: &Sources, metrics: &Metrics) {
+        sources.show(metrics);
         *self.trust.write() = Arc::new(sources.trust());
         self.changed.send_replace(());
     }
@@ -280,6 +282,13 @@ impl Sources {
             file,
             url: Document::default(),
         })
+    }
+
+    fn show(&self, metrics: &Metrics) {
+        for (origin, document) in [(Origin::File, &self.file), (Origin::Url, &self.url)] {
+            let keys = i64::try_from(document.published.key_count()).unwrap_or(i64::MAX);
+            metrics.jwks_keys.with_label_values(&[origin.kind()]).set(keys);
+        }
     }
 
     fn trust(&self) -> Trust {

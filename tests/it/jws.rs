@@ -1,5 +1,20 @@
 //! Plays every file of `protocol/jws/`: tokens that must be believed, tokens that must not, and what
 //! is said of them.
+//!
+//! RFC 8725, point by point:
+//!
+//! | section | where |
+//! |---|---|
+//! | 2.1, 3.1 the algorithm is verified | `headers` (`none`, other names and types), each algorithm's file ("rejects the header's …"), `key_confusion` |
+//! | 2.2, 3.5 weak symmetric keys | `unusable_keys`, `headers` (blank and common passwords); a short `jwt_secret` is warned about |
+//! | 2.3, 2.4, 3.6 encryption, length, compression | JWE is not spoken: `headers` ("a JWE of five parts") |
+//! | 2.5, 3.4 invalid curves and numbers | `es256_numbers`, `es384_numbers`, `eddsa_numbers`, `rs256_padding` |
+//! | 2.6, 3.7 several encodings, UTF-8 | `headers` (members twice, UTF-16, not UTF-8, a mark before), each algorithm's file (base64) |
+//! | 2.7, 2.8, 3.8, 3.9, 3.12 substitution, issuer, audience | `issuers_and_audiences`, `claims`, "rejects signature of another payload" |
+//! | 2.9, 3.3 all signatures are validated | a token within a token is no token: `headers` |
+//! | 2.10, 3.10 claims and headers that are not to be trusted | `headers` (`kid`), each algorithm's file (`jwk`, `jku`, `x5u`, `x5c`) |
+//! | 3.2 appropriate algorithms | PS*, ES512, ES256K, Ed448 and RSA below 2048 bits are refused: `unusable_keys` |
+//! | 3.11 explicit typing | not used by Supabase's tokens: `role` and `exp` are asked for instead: `headers` ("an ID token") |
 
 use std::{collections::BTreeMap, fs, path::Path};
 
