@@ -20,7 +20,7 @@
 //! | [`hub`] | who is joined to which topic; fan-out |
 //! | [`merge`] | per event: send now, or unite and send later; what has changed of late |
 //! | [`topic_rules`], [`authorization`] | a topic → its rule and grants; the one function that decides |
-//! | [`auth`] | token → claims or why not |
+//! | [`auth`] | token → claims or why not; what Postgres' policies let them do |
 //! | `channel` | one joined channel: what each event does |
 //! | [`socket`] | channels by topic: the routing table of events |
 //! | [`lost_sockets`], `healing` | who was away and since when; who may be deaf |

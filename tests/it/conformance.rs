@@ -13,6 +13,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use tidegate::{
     auth::jwt::unix_now,
+    config::Config,
     outbox::Outbox,
     protocol::{
         error_code::ErrorCode,
@@ -27,6 +28,7 @@ use tokio_tungstenite::tungstenite::Message as Frame;
 
 use crate::support::{
     client::{Client, caller, client_key, encode, expected_by, matches, message_of},
+    private::{Private, Table},
     server::{DEADLINE, TestServer, config},
     token,
 };
@@ -193,24 +195,23 @@ fn the_table_of_errors_is_the_codes_own() {
 
 #[tokio::test]
 async fn every_transcript_plays_against_a_socket_in_memory() {
-    play_all(|| Wires::Memory(Services::new(config()).unwrap())).await;
-}
-
-#[tokio::test]
-async fn every_transcript_plays_over_a_real_websocket() {
+    let database = Private::start(Table::Plain).await;
     for (file, transcript) in transcripts() {
         for vsn in &transcript.given.vsn {
-            let server = TestServer::start();
-            play(&format!("{file} at {vsn}"), &transcript, vsn, &Wires::Network(&server)).await;
-            server.stop().await;
+            let services = Services::new(transcript.given.config(&database)).unwrap();
+            play(&format!("{file} at {vsn}"), &transcript, vsn, &Wires::Memory(services)).await;
         }
     }
 }
 
-async fn play_all(wires: impl Fn() -> Wires<'static>) {
+#[tokio::test]
+async fn every_transcript_plays_over_a_real_websocket() {
+    let database = Private::start(Table::Plain).await;
     for (file, transcript) in transcripts() {
         for vsn in &transcript.given.vsn {
-            play(&format!("{file} at {vsn}"), &transcript, vsn, &wires()).await;
+            let server = TestServer::start_with(transcript.given.config(&database));
+            play(&format!("{file} at {vsn}"), &transcript, vsn, &Wires::Network(&server)).await;
+            server.stop().await;
         }
     }
 }
@@ -245,6 +246,15 @@ struct Given {
     vsn: Vec<String>,
     #[serde(default)]
     claims: Option<Value>,
+    /// Whether there is a database, with the example's policies.
+    #[serde(default)]
+    policies: bool,
+}
+
+impl Given {
+    fn config(&self, database: &Private) -> Config {
+        if self.policies { database.config() } else { config() }
+    }
 }
 
 async fn play(name: &str, transcript: &Transcript, vsn: &str, wires: &Wires<'_>) {

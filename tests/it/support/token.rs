@@ -3,6 +3,8 @@
 use serde_json::{Value, json};
 use tidegate::auth::{jwt::unix_now, secret::Secret, sign::sign};
 
+use super::private::{MEMBER, READER};
+
 /// The project's secret in all tests.
 pub(crate) const SECRET: &str = "the-secret-of-the-tests-is-long-enough";
 
@@ -28,6 +30,8 @@ pub(crate) fn named(name: &str) -> String {
     let exp = unix_now() + 3600;
     match name {
         "anon" | "authenticated" | "service_role" => of_role(name),
+        "member" => with_claims(json!({ "role": "authenticated", "sub": MEMBER })),
+        "reader" => with_claims(json!({ "role": "authenticated", "sub": READER })),
         "expired" => with_claims(json!({ "role": "anon", "exp": 1_700_000_000 })),
         "no_role" => with_claims(json!({})),
         "no_exp" => sign(&Secret::from(SECRET), &json!({ "role": "anon" })).unwrap(),
