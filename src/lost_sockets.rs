@@ -21,7 +21,7 @@ pub(crate) const REMEMBERED: Duration = Duration::from_secs(24 * 3600);
 /// What a socket was sent so long before its last sign of life has arrived.
 const SLACK: Duration = Duration::from_secs(60);
 
-/// A client's address and `User-Agent`; tells neither.
+/// Stands for a client's address and `User-Agent`: who guesses both can tell, and nobody else.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct ClientKey(pub(crate) Uuid);
 

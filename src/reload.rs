@@ -11,6 +11,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use parking_lot::Mutex;
 use tokio::time::sleep;
 
 use crate::{
@@ -29,7 +30,10 @@ pub type Read = Box<dyn Fn() -> Result<Config, ConfigError> + Send + Sync>;
 
 /// Where the settings come from; nowhere in a server that was given its settings.
 #[derive(Default)]
-pub(crate) struct Reload(OnceLock<(Read, Option<Watched>)>);
+pub(crate) struct Reload {
+    source: OnceLock<(Read, Option<Watched>)>,
+    turn: Mutex<()>,
+}
 
 /// A file, and what it was when it was first looked at.
 struct Watched {
@@ -45,7 +49,7 @@ impl Reload {
     pub(crate) fn set(&self, read: Read, file: Option<PathBuf>) {
         let watched = file.map(|file| Watched { seen: look(&file), file });
         // Whoever comes second is not heard: a server has one source.
-        let _ = self.0.set((read, watched));
+        let _ = self.source.set((read, watched));
     }
 }
 
@@ -110,7 +114,9 @@ impl Services {
     }
 
     fn try_reload(&self) -> Result<(), ReloadError> {
-        let (read, _) = self.reload.0.get().ok_or(ReloadError::NoSource)?;
+        let (read, _) = self.reload.source.get().ok_or(ReloadError::NoSource)?;
+        // Of two at once the one that reads later takes over later.
+        let _one_at_a_time = self.reload.turn.lock();
         let config = read().map_err(ReloadError::Config)?;
         self.verifier.reload(&config, &self.metrics).map_err(ReloadError::Keys)?;
         self.replace_rules(TopicRules::new(config.topic, config.topics));
@@ -121,7 +127,7 @@ impl Services {
 
 /// Reads the settings again whenever their file changes.
 pub(crate) async fn watch(services: Arc<Services>) {
-    let Some((_, Some(Watched { file, seen }))) = services.reload.0.get() else { return };
+    let Some((_, Some(Watched { file, seen }))) = services.reload.source.get() else { return };
     let mut seen = *seen;
     let watch = async {
         loop {

@@ -1,7 +1,10 @@
 //! Every decision of `protocol/authorization.json`: by the function alone, by a server, and as
 //! `tidegate config --explain` says it.
 
-use std::collections::BTreeMap;
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
@@ -13,9 +16,12 @@ use tidegate::{
     topic_rules::TopicRules,
 };
 
+use tokio::time::Instant;
+
 use crate::support::{
     client::Client,
-    server::{TestServer, config},
+    page::{Page, browser},
+    server::{DEADLINE, TestServer, config},
     token,
 };
 
@@ -186,5 +192,37 @@ async fn a_public_join_of_an_ordinary_topic_is_refused_where_only_private_ones_a
     client.expect(json!(["1", "1", "realtime:room", "phx_reply", payload])).await;
     client.join("cache_invalidate_AB3028").await;
     client.close().await;
+    server.stop().await;
+}
+
+/// Probing tells nothing: what is forbidden, what only looks like a topic and what is not served
+/// are answered by the same text at the same moment, to the millisecond of a clock that stands.
+#[tokio::test(start_paused = true)]
+async fn unknown_and_forbidden_topics_are_answered_alike_in_text_and_time() {
+    let mut config = config();
+    config.protocol.error_delay = Duration::from_millis(700);
+    config.topics.allow_other = false;
+    let server = TestServer::start_with(config);
+    let mut answers = BTreeSet::new();
+    for sub_topic in [
+        "sms-+14165550100",
+        "sms-nobody",
+        "active-campaigns",
+        "active-campaigns-2",
+        "admin-settings",
+        "admin-no-such-thing",
+        "cache_invalidate_AB 3028",
+        "event_offers_x_y",
+        "room-1",
+    ] {
+        let mut page = Page::open(&server.services, browser(1));
+        let asked = Instant::now();
+        page.ask("1", sub_topic).await;
+        let answer = page.message_until(asked + DEADLINE).await.expect("an answer");
+        answers.insert((asked.elapsed(), answer.to_string().replace(sub_topic, "<sub>")));
+    }
+    let answers: Vec<_> = answers.into_iter().collect();
+    let [(after, _)] = answers.as_slice() else { panic!("{answers:#?}") };
+    assert_eq!(*after, Duration::from_millis(700));
     server.stop().await;
 }
