@@ -22,8 +22,9 @@
 //! | `reload` | settings and keys are read again | `result` |
 //!
 //! `result` and `because` are those of [`Decision`]; `fault` is what is wrong with the token that
-//! was offered. Where a join or a token is refused, `role` and `sub` are those that hold otherwise:
-//! of the connection's token, or the channel's.
+//! was offered, or why the policies of a private channel have not allowed it. Where a join or a
+//! token is refused, `role` and `sub` are those that hold otherwise: of the connection's token, or
+//! the channel's.
 //!
 //! A file may be rotated with `copytruncate`, or renamed and then [reopened](AuditLog::reopen),
 //! which SIGHUP does.
@@ -97,7 +98,7 @@ pub(crate) enum Audit<'a> {
     Leave { topic: &'a str, reason: &'static str },
     Token { topic: &'a str, decision: &'a Decision, fault: Option<&'static str> },
     RefuseBroadcast { topic: &'a str, rule: Option<&'a str>, count: usize },
-    Rest { topic: &'a str, decision: &'a Decision },
+    Rest { topic: &'a str, decision: &'a Decision, fault: Option<&'static str> },
     RefuseRest { fault: &'static str },
     Close { reason: &'static str, code: &'static str },
     Admin { method: &'a str, route: &'static str, status: u16 },
@@ -148,10 +149,10 @@ impl Audit<'_> {
             Self::RefuseBroadcast { topic, rule, count } => {
                 line!("refuse_broadcast", topic = &*text(topic), rule, count);
             }
-            Self::Rest { topic, decision } => {
+            Self::Rest { topic, decision, fault } => {
                 let Decision { verdict, because, .. } = decision;
                 let (result, rule) = (verdict.kind(), decision.rule_name());
-                line!("rest", topic = &*text(topic), result, rule, because = %because);
+                line!("rest", topic = &*text(topic), result, rule, because = %because, fault);
             }
             Self::RefuseRest { fault } => line!("rest", result = "refused", fault),
             Self::Close { reason, code } => line!("close", reason, code),

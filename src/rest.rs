@@ -194,6 +194,17 @@ enum Unsent {
     TooFast,
 }
 
+impl Unsent {
+    /// The reason on record.
+    fn kind(&self) -> &'static str {
+        match self {
+            Self::Denied => "denied",
+            Self::Unanswered(error) => error.kind(),
+            Self::TooFast => "too_fast",
+        }
+    }
+}
+
 /// What a sender is told without whose policies' answer nothing was sent.
 ///
 /// Source: supabase/realtime `broadcast_controller.ex` @833cf36.
@@ -239,12 +250,18 @@ impl<'a> Sender<'a> {
     ) -> Result<(), Unsent> {
         let services = self.services;
         let decision = decide(services, &self.token, sub_topic, privacy);
-        Audit::Rest { topic: sub_topic, decision: &decision }.note(self.caller, Some(&self.token));
+        let answer = match decision.verdict {
+            Verdict::Policies => self.ask(sub_topic).await,
+            Verdict::Allowed | Verdict::Withheld | Verdict::Refused => Ok(()),
+        };
+        let fault = answer.as_ref().err().map(Unsent::kind);
+        Audit::Rest { topic: sub_topic, decision: &decision, fault }
+            .note(self.caller, Some(&self.token));
         match decision.verdict {
             Verdict::Allowed => {}
             // Who may not write costs nobody else's broadcasts, so that it is counted afterwards.
             Verdict::Policies => {
-                self.ask(sub_topic).await?;
+                answer?;
                 services.limits.broadcast(1).map_err(|_too_fast| {
                     services.metrics.count_dropped(Dropped::Rate);
                     Unsent::TooFast

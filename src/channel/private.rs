@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use super::{Channel, Context, Fate};
 use crate::{
+    audit::Audit,
     auth::policies::{Allowed, Asking, AuthorizeError},
     metrics::Dropped,
     protocol::{
@@ -146,6 +147,8 @@ impl Channel {
 
     /// Has the client join again: what is wrong is nothing that its token could change.
     pub(crate) fn fail(self, context: Context<'_>) {
+        Audit::Leave { topic: &self.topic, reason: "unanswered" }
+            .note(context.caller, Some(&self.token));
         let join_ref = self.join_ref.as_ref();
         context.push(&Push {
             join_ref,

@@ -193,13 +193,15 @@ async fn refused_upgrades_requests_and_operators_calls_are_on_record() {
         raw::answer(&mut stream).await;
     }
     let user = token::with_claims(json!({ "role": "authenticated", "sub": SUB }));
-    for (token, sub_topic) in [
-        (&*token::of_role("service_role"), "cache_invalidate_AB3028"),
-        (&user, "cache_invalidate_AB3028"),
-        ("x", "room"),
+    for (token, sub_topic, private) in [
+        (&*token::of_role("service_role"), "cache_invalidate_AB3028", false),
+        (&user, "cache_invalidate_AB3028", false),
+        (&user, "room", true),
+        ("x", "room", false),
     ] {
         let head = format!("POST /api/broadcast HTTP/1.1\r\napikey: {token}");
-        let message = json!({ "topic": sub_topic, "event": "e", "payload": {} });
+        let message =
+            json!({ "topic": sub_topic, "event": "e", "payload": {}, "private": private });
         let body = json!({ "messages": [message] }).to_string();
         TestServer::request(serving.public, &head, &body).await;
     }
@@ -230,6 +232,14 @@ async fn refused_upgrades_requests_and_operators_calls_are_on_record() {
                 "rest",
                 &json!({
                     "topic": topic, "result": "refused", "rule": "cache", "because": "no grant"
+                }),
+            ),
+            // There is no database that could be asked.
+            by_user(
+                "rest",
+                &json!({
+                    "topic": "room", "result": "policies", "because": "private",
+                    "fault": "not_set_up"
                 }),
             ),
             json!({ "event": "rest", "result": "refused", "fault": "malformed" }),
