@@ -256,6 +256,9 @@ impl Socket {
         let context = Context { services, outbox, apikey, caller: *caller };
         if let Some(Slot::Joined(channel)) = channels.get_mut(&topic) {
             let fate = channel.review(context);
+            // While it waited, a tick has not looked at it.
+            let ends_at = channel.expires_at(services.config.auth.grace);
+            self.expires_at = self.expires_at.min(ends_at);
             self.settle(&topic, fate);
         }
         self.handle(backlog).await;

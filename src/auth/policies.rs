@@ -526,9 +526,10 @@ fn of_server(error: sqlx::Error) -> Result<AuthorizeError, sqlx::Error> {
         "23514" if database.table() == Some("messages") && database.constraint().is_none() => {
             Ok(AuthorizeError::MissingPartition)
         }
-        // Connection, resources, an operator's doing, the system, a read-only server.
-        _ if ["08", "53", "57", "58"].contains(&code.get(..2).unwrap_or_default())
-            || code == "25006" =>
+        // None of a policy's doing: the connection, the transaction, a statement that a pooler in
+        // between has lost, a deadlock, resources, an operator, the system.
+        _ if ["08", "25", "26", "40", "53", "55", "57", "58", "XX"]
+            .contains(&code.get(..2).unwrap_or_default()) =>
         {
             Ok(AuthorizeError::Unavailable(Some(error)))
         }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use futures_util::future::join_all;
 use serde_json::{Value, json};
 use sqlx::{Connection as _, PgConnection};
-use tidegate::protocol::serializer::Serializer;
+use tidegate::{auth::jwt::unix_now, protocol::serializer::Serializer};
 
 use crate::support::{
     client::Client,
@@ -328,6 +328,45 @@ async fn a_join_that_replaces_a_channel_is_answered_before_the_old_one_is_closed
     }
     client.ends().await;
     other.ends().await;
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn a_channel_whose_question_outlasts_another_ones_token_still_ends_with_its_own() {
+    let database = Private::start(Table::Plain).await;
+    let mut gate = Gate::close(&database).await;
+    gate.open().await;
+    let mut settings = database.config();
+    settings.auth.grace = Duration::ZERO;
+    let server = TestServer::start_with(settings);
+    let mut client = Client::with_token(&server, Serializer::V2, &user(STRANGER)).await;
+    let until = |seconds: i64| {
+        let exp = unix_now() + seconds;
+        token::with_claims(json!({ "role": "authenticated", "sub": STRANGER, "exp": exp }))
+    };
+    let mut short = join("1", "public", &json!({}));
+    short[4]["access_token"] = until(5).into();
+    client.send(short).await;
+    client.expect(reply("1", "1", "public", &joined())).await;
+    let mut longer = join("2", "gate:a", &private());
+    longer[4]["access_token"] = until(8).into();
+    client.send(longer).await;
+    client.expect(reply("2", "2", "gate:a", &joined())).await;
+    gate.close_again().await;
+    client.send(send("3", "gate:a", &json!({}))).await;
+    gate.has_visitor().await;
+    let expired = |join_ref: &str, sub_topic: &str| {
+        let mut message = system(join_ref, sub_topic, "");
+        message[4]["message"] = "$any".into();
+        message
+    };
+    client.expect(expired("1", "public")).await;
+    client.expect(close("1", "public")).await;
+    gate.open().await;
+    client.expect(reply("2", "3", "gate:a", &ok(&json!({})))).await;
+    client.expect(expired("2", "gate:a")).await;
+    client.expect(close("2", "gate:a")).await;
+    client.ends().await;
     server.stop().await;
 }
 
