@@ -154,6 +154,26 @@ impl Channel {
         })
     }
 
+    /// Decides once more about a join that has waited: keys, rules or revocations may have changed.
+    ///
+    /// # Errors
+    /// [`Refusal`] if the join would be refused by now.
+    pub(crate) fn confirm(&mut self, context: Context<'_>) -> Result<(), Refusal> {
+        let (sub_topic, services) = (self.sub_topic(), context.services);
+        let leeway = services.config.auth.leeway;
+        let verified = services.verifier.recheck(&self.token, unix_now(), leeway);
+        let (decision, token) = authorize(context, &sub_topic, self.key.privacy, verified);
+        let Some(token) = token.filter(|_| decision.verdict != Verdict::Refused) else {
+            return Err(decision.refusal(&sub_topic));
+        };
+        self.token = token;
+        if decision.verdict != Verdict::Policies {
+            // What it may hear since, the review that follows its opening brings.
+            self.may_read &= decision.is_allowed();
+        }
+        Ok(())
+    }
+
     /// Holds the NOTIFY channel of the topic, if there is one.
     ///
     /// Gives what to wait for if it is not active yet.

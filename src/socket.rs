@@ -274,6 +274,10 @@ impl Socket {
             (Ok(channel), Answer::Reads(reads)) => channel.admit_by(reads),
             (decided, Answer::Nothing | Answer::Reads(_) | Answer::Writes(_)) => decided,
         };
+        let decided = decided.and_then(|mut channel| {
+            channel.confirm(self.context())?;
+            Ok(channel)
+        });
         match decided {
             Ok(channel) => self.open(channel, reference.as_ref(), known, replaced),
             Err(refusal) => {

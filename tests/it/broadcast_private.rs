@@ -371,6 +371,26 @@ async fn a_channel_whose_question_outlasts_another_ones_token_still_ends_with_it
 }
 
 #[tokio::test]
+async fn a_token_that_is_revoked_while_the_policies_are_asked_joins_nothing() {
+    let database = Private::start(Table::Plain).await;
+    let mut gate = Gate::close(&database).await;
+    let server = TestServer::start_with(database.config());
+    server.link_is_up().await;
+    let mut client = Client::with_token(&server, Serializer::V2, &user(STRANGER)).await;
+    client.send(join("1", "gate:a", &private())).await;
+    gate.has_visitor().await;
+    let body = json!({ "sub": STRANGER }).to_string();
+    let (status, answer) = TestServer::request(server.admin, "POST /revoke HTTP/1.1", &body).await;
+    assert_eq!(status, 202, "{answer}");
+    server.metric_reaches("tidegate_revocations", 1.0).await;
+    gate.open().await;
+    let revoked = error("InvalidJWTToken: Token has been revoked");
+    client.expect(reply("1", "1", "gate:a", &revoked)).await;
+    client.ends().await;
+    server.stop().await;
+}
+
+#[tokio::test]
 async fn a_socket_or_a_server_that_ends_while_a_question_is_asked_leaves_nothing() {
     let database = Private::start(Table::Plain).await;
     let mut gate = Gate::close(&database).await;
