@@ -5,12 +5,12 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 use tidegate::{config::Config, protocol::serializer::Serializer};
-use tokio::{io::AsyncWriteExt, net::TcpStream};
+use tokio::{io::AsyncWriteExt, net::TcpStream, time::timeout};
 
 use crate::support::{
     client::Client,
     raw::{Answer, answer, ask, frame, post, send, upgrade},
-    server::{TestServer, config},
+    server::{DEADLINE, TestServer, config},
     token,
 };
 
@@ -36,6 +36,19 @@ async fn knock(server: &TestServer, headers: &[&str]) -> (Answer, TcpStream) {
 async fn knock_with(server: &TestServer, key: &str, headers: &[&str]) -> (Answer, TcpStream) {
     let mut stream = send(server, upgrade(&socket_path(key), headers)).await;
     (answer(&mut stream).await, stream)
+}
+
+/// Knocks with a wrong key until that is refused unread: how many were read, and the refusal. One
+/// a second more than ten are, on a slow machine.
+async fn until_unread(server: &TestServer, header: &str) -> (f64, Answer) {
+    for read in 0..1000 {
+        let (answer, _) = knock_with(server, "garbage", &[header]).await;
+        if answer.status != 401 {
+            assert_eq!(answer.status, 429);
+            return (f64::from(read), answer);
+        }
+    }
+    panic!("all are read");
 }
 
 async fn broadcast(server: &TestServer, key: &str, topics: &[&str]) -> Answer {
@@ -139,18 +152,10 @@ async fn handshakes_beyond_ten_seconds_worth_are_refused_at_once_and_unread() {
     let server = server(|config| {
         trust_all(config);
         config.limits.handshakes_per_address_max = 1;
-        config.protocol.error_delay = Duration::from_millis(1500);
     });
-    let mut held = Vec::new();
-    for _ in 0..10 {
-        let (answer, stream) = knock(&server, &["x-forwarded-for: 192.0.2.1"]).await;
-        assert_eq!(answer.status, 101);
-        held.push(stream);
-    }
-    let (refused, _) = knock_with(&server, "garbage", &["x-forwarded-for: 192.0.2.1"]).await;
-    assert_eq!(refused.status, 429);
+    let (read, refused) = until_unread(&server, "x-forwarded-for: 192.0.2.1").await;
     assert_eq!(refused.json(), json!({ "error": "Too many joins per second" }));
-    assert_eq!(server.metric("tidegate_tokens_total{result=\"malformed\"}").await, 0.0);
+    assert_eq!(server.metric("tidegate_tokens_total{result=\"malformed\"}").await, read);
     assert_eq!(
         server.metric("tidegate_connections_refused_total{reason=\"handshakes\"}").await,
         1.0
@@ -159,7 +164,7 @@ async fn handshakes_beyond_ten_seconds_worth_are_refused_at_once_and_unread() {
     // A neighbour of another address is served.
     let (other, stream) = knock(&server, &["x-forwarded-for: 192.0.2.2"]).await;
     assert_eq!(other.status, 101);
-    drop((held, stream));
+    drop(stream);
     server.stop().await;
 }
 
@@ -175,15 +180,19 @@ async fn one_bad_neighbour_does_not_lock_out_who_has_a_key_that_is_known() {
     let anon = token::of_role("anon");
     let (first, held) = knock_with(&server, &anon, &[venue]).await;
     assert_eq!(first.status, 101);
-    for _ in 0..10 {
-        assert_eq!(knock_with(&server, "garbage", &[venue]).await.0.status, 401);
+    let (read, unread) = until_unread(&server, venue).await;
+    assert_eq!(unread.json(), json!({ "error": "Too many requests" }));
+    assert_eq!(server.metric("tidegate_tokens_total{result=\"malformed\"}").await, read);
+    // Nobody looks at this one either, though it is right.
+    for n in 0.. {
+        let unknown = token::with_claims(json!({ "role": "anon", "n": n }));
+        if knock_with(&server, &unknown, &[venue]).await.0.status == 429 {
+            break;
+        }
+        // A second has passed.
+        until_unread(&server, venue).await;
+        assert!(n < 20, "it is looked at");
     }
-    let (unread, _) = knock_with(&server, "garbage", &[venue]).await;
-    assert_eq!((unread.status, unread.json()), (429, json!({ "error": "Too many requests" })));
-    // Nobody has looked at this one either, though it is right.
-    let unknown = token::of_role("authenticated");
-    assert_eq!(knock_with(&server, &unknown, &[venue]).await.0.status, 429);
-    assert_eq!(server.metric("tidegate_tokens_total{result=\"malformed\"}").await, 10.0);
     let (known, stream) = knock_with(&server, &anon, &[venue]).await;
     assert_eq!(known.status, 101);
     let rest = async |key: &str, address: &str| {
@@ -191,13 +200,17 @@ async fn one_bad_neighbour_does_not_lock_out_who_has_a_key_that_is_known() {
         let body = json!({ "messages": [{ "topic": "t", "event": "e", "payload": {} }] });
         ask(&server, post(BATCH, &[&apikey, address], body.to_string())).await
     };
-    let unread = rest("garbage", venue).await;
+    let mut unread = rest("garbage", venue).await;
+    while unread.status == 401 {
+        unread = rest("garbage", venue).await;
+    }
     assert_eq!((unread.status, unread.json()), (429, json!({ "message": "Too many requests" })));
     assert_eq!(rest(&anon, venue).await.status, 202);
     // Elsewhere nothing has happened.
     assert_eq!(rest("garbage", "x-forwarded-for: 192.0.2.2").await.status, 401);
-    assert_eq!(server.metric(&limited("address_failures", "refused")).await, 3.0);
-    assert_eq!(server.metric("tidegate_connections_refused_total{reason=\"failures\"}").await, 2.0);
+    assert!(server.metric(&limited("address_failures", "refused")).await >= 3.0);
+    let refused = "tidegate_connections_refused_total{reason=\"failures\"}";
+    assert!(server.metric(refused).await >= 2.0);
     drop((held, stream));
     server.stop().await;
 }
@@ -205,11 +218,13 @@ async fn one_bad_neighbour_does_not_lock_out_who_has_a_key_that_is_known() {
 #[tokio::test]
 async fn wrong_tokens_of_rest_are_counted_with_those_of_upgrades() {
     let server = server(|config| config.limits.failures_per_address_max = 1);
-    for _ in 0..10 {
-        assert_eq!(broadcast(&server, "garbage", &["t"]).await.status, 401);
+    let mut read = 0;
+    while broadcast(&server, "garbage", &["t"]).await.status == 401 {
+        read += 1;
     }
-    let (refused, _) = knock_with(&server, "garbage", &[]).await;
-    assert_eq!(refused.status, 429);
+    assert!(read >= 10, "{read}");
+    let (read, _) = until_unread(&server, "accept: */*").await;
+    assert!(read < 10.0, "ten more are looked at: {read}");
     // Whoever brings none has nothing that could be read.
     let answer = ask(&server, upgrade("/socket/websocket", &[])).await;
     assert_eq!(answer.status, 401);
@@ -220,14 +235,19 @@ async fn wrong_tokens_of_rest_are_counted_with_those_of_upgrades() {
 async fn joins_beyond_the_projects_rate_are_refused_where_no_rule_binds_and_nobody_is_closed() {
     let server = server(|config| config.limits.joins_per_second_max = 1);
     let mut client = Client::connect(&server, Serializer::V2).await;
-    for n in 0..60 {
-        client.join(&format!("t{n}")).await;
-    }
-    let join = |topic: &str| json!(["1", "1", format!("realtime:{topic}"), "phx_join", {}]);
-    client.send(join("one-more")).await;
+    let mut joined = 0;
+    let refused = loop {
+        let topic = format!("realtime:t{joined}");
+        client.send(json!(["1", "1", topic, "phx_join", { "config": {} }])).await;
+        let reply = client.message().await;
+        if reply[4]["status"] != "ok" {
+            break reply[4].clone();
+        }
+        joined += 1;
+    };
+    assert!((60..500).contains(&joined), "{joined}");
     let reason = "ClientJoinRateLimitReached: Too many joins per second";
-    let refused = json!({ "status": "error", "response": { "reason": reason } });
-    client.expect(json!(["1", "1", "realtime:one-more", "phx_reply", refused])).await;
+    assert_eq!(refused, json!({ "status": "error", "response": { "reason": reason } }));
     assert_eq!(server.metric(&limited("joins", "refused")).await, 1.0);
     // The topics of rules are joined at any rate, also those that are withheld.
     client.join(CACHE).await;
@@ -246,17 +266,20 @@ async fn a_broadcast_beyond_the_projects_rate_ends_its_channel_as_upstream() {
     let mut client = Client::connect(&server, Serializer::V2).await;
     let joined = client.join_with("room", json!({ "broadcast": { "ack": true } })).await;
     let envelope = json!({ "type": "broadcast", "event": "e", "payload": { "n": 1 } });
-    let push = |n: u32| json!([joined, n.to_string(), "realtime:room", "broadcast", envelope]);
-    for n in 0..60 {
-        client.send(push(n)).await;
-        let ok = json!({ "status": "ok", "response": {} });
-        client.expect(json!([joined, n.to_string(), "realtime:room", "phx_reply", ok])).await;
+    let mut sent = 0;
+    let shutdown = loop {
+        client.send(json!([joined, "1", "realtime:room", "broadcast", envelope])).await;
+        let answer = client.message().await;
+        if answer[3] != "phx_reply" {
+            break answer;
+        }
         viewer.hears("room", json!({ "n": 1 })).await;
-    }
-    client.send(push(60)).await;
+        sent += 1;
+    };
+    assert!((60..1000).contains(&sent), "{sent}");
     let payload = json!({ "extension": "system", "status": "error", "channel": "room",
         "message": "Too many messages per second" });
-    client.expect(json!([joined, null, "realtime:room", "system", payload])).await;
+    assert_eq!(shutdown, json!([joined, null, "realtime:room", "system", payload]));
     client.expect(json!([joined, joined, "realtime:room", "phx_close", {}])).await;
     client.expect_nothing().await;
     // Those who only listen keep what they have.
@@ -274,11 +297,17 @@ async fn on_a_rules_topic_a_broadcast_beyond_the_rate_is_dropped_and_the_channel
     let service = token::of_role("service_role");
     let mut sender = Client::with_token(&server, Serializer::V2, &service).await;
     sender.join_with(WINNER, json!({ "broadcast": { "self": true } })).await;
-    for _ in 0..60 {
+    let mut heard = 0;
+    loop {
         sender.publish(WINNER, json!({ "n": 1 })).await;
-        sender.hears(WINNER, json!({ "n": 1 })).await;
+        sender.send(json!([null, "beat", "phoenix", "heartbeat", {}])).await;
+        if sender.message().await[3] == "phx_reply" {
+            break;
+        }
+        assert_eq!(sender.message().await[3], "phx_reply");
+        heard += 1;
     }
-    sender.publish(WINNER, json!({ "n": 2 })).await;
+    assert!((60..1000).contains(&heard), "{heard}");
     sender.expect_nothing().await;
     assert_eq!(server.metric("tidegate_dropped_total{reason=\"rate\"}").await, 1.0);
     assert_eq!(server.metric(&limited("broadcasts", "dropped")).await, 1.0);
@@ -336,17 +365,19 @@ async fn a_batch_that_does_not_fit_is_refused_whole_with_429() {
     assert_eq!(broadcast(&server, &anon, &["room", "room"]).await.status, 202);
     viewer.hears("room", json!({ "n": 1 })).await;
     viewer.hears("room", json!({ "n": 1 })).await;
-    // So quickly that nothing has come back; what has was taken by an earlier turn.
+    // What comes back in a second is taken by an earlier turn.
     let text = "You have exceeded your rate limit";
-    let over = loop {
-        let answer = broadcast(&server, &service, &["elsewhere"]).await;
-        if answer.status != 202 {
-            break answer;
-        }
-    };
+    let mut over = broadcast(&server, &service, &["elsewhere"]).await;
+    while over.status == 202 {
+        over = broadcast(&server, &service, &["elsewhere"]).await;
+    }
     assert_eq!((over.status, over.json()), (429, json!({ "message": text })));
-    let single = post(&format!("{BATCH}/room/events/e"), &[&format!("apikey: {anon}")], "{}");
-    let over = ask(&server, single).await;
+    let path = format!("{BATCH}/elsewhere/events/e");
+    let single = post(&path, &[&format!("apikey: {anon}")], "{}");
+    let mut over = ask(&server, &single).await;
+    while over.status == 202 {
+        over = ask(&server, &single).await;
+    }
     assert_eq!((over.status, over.json()), (429, json!({ "message": text })));
     assert_eq!(server.metric(&limited("broadcasts", "refused")).await, 3.0);
     expect_a_viewer_is_served(&server).await;
@@ -368,11 +399,14 @@ async fn expect_a_flood_to_be_slowed(flood: Vec<u8>) {
     let mut sent = 0;
     let flood = flood.repeat(1_000_000 / flood.len());
     let delayed = limited("socket_messages", "delayed");
-    while server.metric(&delayed).await < 1.0 {
-        if let Ok(length) = flooder.try_write(flood.get(sent..).unwrap_or_default()) {
-            sent += length;
+    let until_delayed = async {
+        while server.metric(&delayed).await < 1.0 {
+            if let Ok(length) = flooder.try_write(flood.get(sent..).unwrap_or_default()) {
+                sent += length;
+            }
         }
-    }
+    };
+    assert!(timeout(DEADLINE, until_delayed).await.is_ok(), "it is read as fast as it comes");
     // Others are served meanwhile, and of the flood little more has been handled than is allowed.
     for _ in 0..20 {
         other.expect_nothing().await;
@@ -437,7 +471,9 @@ async fn a_viewer_over_every_limit_of_its_socket_is_served_all_the_same() {
     });
     let mut viewer = Client::connect(&server, Serializer::V1).await;
     // Leaves and joins on and on, as one production page does.
-    for n in 0..27 {
+    let mut n = 0;
+    while n < 27 || server.metric(&limited("socket_messages", "delayed")).await < 1.0 {
+        n += 1;
         viewer.join(CACHE).await;
         let leave = json!([null, n.to_string(), format!("realtime:{CACHE}"), "phx_leave", {}]);
         viewer.send(leave).await;
@@ -445,7 +481,6 @@ async fn a_viewer_over_every_limit_of_its_socket_is_served_all_the_same() {
         assert_eq!(viewer.message().await[3], "phx_close");
     }
     viewer.ends().await;
-    assert!(server.metric(&limited("socket_messages", "delayed")).await > 0.0);
     server.stop().await;
 }
 
@@ -464,10 +499,13 @@ async fn a_message_that_is_not_finished_in_time_closes_with_1008() {
         let mut slow = Client::connect(&server, Serializer::V2).await;
         slow.stream().write_all(&part).await.unwrap();
         // Who sends nothing but pings has begun none.
-        while server.metric(closed).await < count {
-            drop(slow.stream().write_all(&between).await);
-            pinging.stream().write_all(&frame(0x89, b"p")).await.unwrap();
-        }
+        let until_closed = async {
+            while server.metric(closed).await < count {
+                drop(slow.stream().write_all(&between).await);
+                pinging.stream().write_all(&frame(0x89, b"p")).await.unwrap();
+            }
+        };
+        assert!(timeout(DEADLINE, until_closed).await.is_ok(), "it is closed in time");
         drop(slow);
     }
     pinging.ends().await;
