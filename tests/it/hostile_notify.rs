@@ -125,7 +125,9 @@ async fn what_a_role_without_rights_floods_an_event_with_leaves_as_one_message_p
     }
     let mut viewer = viewer;
     let offered = "tidegate_notifications_total{outcome=\"offered\",source=\"event\"}";
-    stage.server.metric_reaches(offered, 3000.0).await;
+    stage.server.metric_reaches(offered, 3300.0).await;
+    let first = "tidegate_invalidations_sent_total{reason=\"leading\"}";
+    stage.server.metric_reaches(first, 1.0).await;
     viewer.send(json!([null, "marker", "phoenix", "heartbeat", {}])).await;
     let (mut messages, mut longest) = (0, 0);
     while let Some((_, envelope)) = broadcast_before_marker(&mut viewer).await {
