@@ -3,7 +3,11 @@
 //! Invariants: this task alone touches the WebSocket; a batch is fed frame by frame and flushed
 //! once, under the write deadline; every way out is a [`CloseReason`].
 
-use std::{pin::pin, sync::Arc, time::Duration};
+use std::{
+    pin::{Pin, pin},
+    sync::Arc,
+    time::Duration,
+};
 
 use futures_util::{FutureExt, SinkExt, StreamExt};
 use tokio::{
@@ -168,7 +172,7 @@ pub(crate) struct Connection {
     outbox: Arc<Outbox>,
     socket: Socket,
     last_data: Instant,
-    _counted: Counted,
+    counted: Counted,
 }
 
 impl Connection {
@@ -199,21 +203,32 @@ impl Connection {
         let stream = Metered::new(Arc::clone(&services), stream, &read);
         let websocket =
             WebSocketStream::from_partially_read(stream, read, Role::Server, Some(config)).await;
-        Self { services, websocket, outbox, socket, last_data: Instant::now(), _counted: counted }
+        Self { services, websocket, outbox, socket, last_data: Instant::now(), counted }
     }
 
     /// Runs the connection to its end.
-    pub(crate) async fn run(mut self) {
-        let reason = self.serve().await;
+    #[expect(clippy::manual_async_fn, reason = "an `async fn` has room for its argument twice")]
+    pub(crate) fn run(mut self) -> impl Future<Output = ()> + Send {
+        async move {
+            let reason = self.serve().await;
+            self.end(reason).await;
+        }
+    }
+
+    /// Says goodbye, in a place of its own: an open socket's task need not have room for its end.
+    fn end(self, reason: CloseReason) -> Pin<Box<dyn Future<Output = ()> + Send>> {
         let labels = [reason.kind(), reason.code_label()];
         self.services.metrics.connections_closed.with_label_values(&labels).inc();
         tracing::debug!(reason = reason.kind(), "connection closed");
         Audit::Close { reason: reason.kind(), code: reason.code_label() }
             .note(self.socket.caller(), None);
-        let Self { websocket, socket, .. } = self;
-        // Its channels leave before the peer is waited for.
+        let Self { websocket, socket, counted, .. } = self;
+        // Its channels leave before the peer is waited for; it counts until the peer has gone.
         drop(socket);
-        close(websocket, reason).await;
+        Box::pin(async move {
+            close(websocket, reason).await;
+            drop(counted);
+        })
     }
 
     async fn serve(&mut self) -> CloseReason {
@@ -252,7 +267,7 @@ impl Connection {
                 Event::Drained(Err(ended)) => Err(ended.into()),
                 Event::Received(received) => self.receive(received).await,
                 Event::Due(due) => {
-                    self.socket.answer(due).await;
+                    Box::pin(self.socket.answer(due)).await;
                     Ok(())
                 }
                 Event::Tick => self.tick(),

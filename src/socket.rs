@@ -220,7 +220,8 @@ impl Socket {
                     while let Some(next) = messages.next_if(is_next) {
                         pushes.push(next);
                     }
-                    self.broadcast(&topic, pushes).await;
+                    // In a place of its own: few sockets ever broadcast, and none need have room.
+                    Box::pin(self.broadcast(&topic, pushes)).await;
                 }
                 (_, _) => self.route(&message),
             }
