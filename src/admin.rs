@@ -12,7 +12,6 @@ use std::{borrow::Cow, net::IpAddr, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use http_body_util::{BodyExt, LengthLimitError, Limited};
-
 use hyper::{
     Method, StatusCode,
     header::{self, HeaderValue},
@@ -26,7 +25,7 @@ use tokio::{net::TcpStream, time::timeout};
 
 use crate::{
     audit::{Audit, Caller},
-    auth::secret::Secret,
+    auth::{jwt::unix_now, secret::Secret},
     config::ConfigError,
     http::{Answer, Ask, content, empty, object, text},
     relay::ingest::unix_seconds,
@@ -137,6 +136,10 @@ fn route_whole(services: &Services, ask: &Ask) -> Answer {
             services.metrics.topics.set(topics);
             let addresses = services.limits.addresses.count();
             services.metrics.addresses.set(i64::try_from(addresses).unwrap_or(i64::MAX));
+            let revocations = &services.verifier.revocations;
+            revocations.sweep(unix_now());
+            let revocations = i64::try_from(revocations.count()).unwrap_or(i64::MAX);
+            services.metrics.revocations.set(revocations);
             let body = services.metrics.render();
             content(StatusCode::OK, "text/plain; version=0.0.4; charset=utf-8", body)
         }

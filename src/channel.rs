@@ -361,8 +361,7 @@ impl Channel {
             }
         }
         if fate == Fate::Closed {
-            let payload = system_error("system", TOO_MANY_MESSAGES, &self.key.sub_topic);
-            self.push(context, "system", &payload);
+            self.complain(context, TOO_MANY_MESSAGES);
         }
         fate
     }
@@ -542,10 +541,10 @@ impl Channel {
             self.rule = Some((Arc::clone(new), captures.clone()));
         }
         let Some(token) = token else {
-            return self.shut(context, &decision);
+            return self.end_with(context, &decision.refusal(&sub_topic));
         };
         if decision.verdict == Verdict::Refused && decision.rule.is_none() {
-            return self.shut(context, &decision);
+            return self.end_with(context, &decision.refusal(&sub_topic));
         }
         if is_private {
             let is_other = self.token.claims != token.claims;
@@ -561,7 +560,7 @@ impl Channel {
         self.because = decision.because.clone();
         if had_read && decision.verdict == Verdict::Refused {
             // Told, and not closed: a close is for good, and the next token may be a better one.
-            self.complain(context, &decision);
+            self.complain(context, decision.refusal(&sub_topic).text());
         }
         // What was withheld may begin, what was delivered may end.
         let was_silent = self.subscription.is_none();
@@ -574,15 +573,13 @@ impl Channel {
     }
 
     /// Says why, and ends the channel.
-    fn shut(&self, context: Context<'_>, decision: &Decision) -> Fate {
-        self.complain(context, decision);
+    fn end_with(&self, context: Context<'_>, refusal: &Refusal) -> Fate {
+        self.complain(context, refusal.text());
         Fate::Closed
     }
 
-    fn complain(&self, context: Context<'_>, decision: &Decision) {
-        let refusal = decision.refusal(&self.key.sub_topic);
-        let payload = system_error("system", refusal.text(), &self.key.sub_topic);
-        self.push(context, "system", &payload);
+    fn complain(&self, context: Context<'_>, text: &str) {
+        self.push(context, "system", &system_error("system", text, &self.key.sub_topic));
     }
 
     /// Subscribes or unsubscribes, as was decided.

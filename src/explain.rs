@@ -16,7 +16,7 @@ use crate::{
 /// What a token may do with a topic, line by line, for `tidegate config --explain`.
 ///
 /// ```text
-/// token: verified, role authenticated, subject 5d0c…
+/// token: verified, role authenticated
 /// topic: admin-auction-AB3028 (rule admin; eid = AB3028)
 /// read: allowed: grant 1 { claim = "admin_events.{eid}", any_of = ["super", …] }
 /// write: refused: no grant

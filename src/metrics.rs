@@ -166,7 +166,7 @@ pub struct Metrics {
     pub accept_errors: IntCounter,
     /// Settings read again, by result.
     pub reloads: IntCounterVec,
-    /// Revocations that hold.
+    /// Revocations that hold, at the time of the scrape.
     pub revocations: IntGauge,
     /// By [`Limited`]: limiter and effect.
     pub limited: IntCounterVec,

@@ -70,7 +70,6 @@ pub(super) async fn revoke(
     if let Some(Ok(())) = stored {
         list.revoke(revocation, Stored::Yes, now).map_err(full)?;
     }
-    services.metrics.revocations.set(i64::try_from(list.count()).unwrap_or(i64::MAX));
     let (via, error) = match stored {
         Some(Ok(())) => ("database", None),
         Some(Err(error)) => ("gateway", Some(error)),

@@ -13,7 +13,7 @@ use crate::{
     metrics::Dropped,
     protocol::{
         error_code::{ErrorCode, Refusal},
-        payload::{Privacy, system_error},
+        payload::Privacy,
         serializer::Push,
     },
 };
@@ -115,7 +115,7 @@ impl Channel {
                 return self.end_with(context, &error.refuse(&self.key.sub_topic));
             }
             Err(error) => {
-                let _ = self.end_with(context, &error.refuse(&self.key.sub_topic));
+                self.complain(context, error.refuse(&self.key.sub_topic).text());
                 return Fate::Failed;
             }
         };
@@ -157,11 +157,5 @@ impl Channel {
             event: "phx_error",
             payload: "{}",
         });
-    }
-
-    fn end_with(&self, context: Context<'_>, refusal: &Refusal) -> Fate {
-        let payload = system_error("system", refusal.text(), &self.key.sub_topic);
-        self.push(context, "system", &payload);
-        Fate::Closed
     }
 }
