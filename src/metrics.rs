@@ -30,9 +30,27 @@ use crate::{
     reload::ReloadError,
 };
 
-/// From a quarter of a millisecond to ten seconds, about two buckets per factor of three.
-const LATENCY_BUCKETS: [f64; 14] =
-    [0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0];
+/// From a quarter of a millisecond to ten seconds: three buckets a decade, so that a quantile is
+/// off by a factor of 2.5 at most.
+const LATENCY_BUCKETS: [f64; 15] = [
+    0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0,
+    10.0,
+];
+/// What is computed and waits for nobody: from 5 µs to 10 ms.
+const COMPUTING_BUCKETS: [f64; 11] = [
+    0.000_005, 0.000_01, 0.000_025, 0.000_05, 0.000_1, 0.000_25, 0.000_5, 0.001, 0.002_5, 0.005,
+    0.01,
+];
+/// Lives of connections: from a second to a day.
+const LIFETIME_BUCKETS: [f64; 9] =
+    [1.0, 10.0, 60.0, 300.0, 900.0, 3_600.0, 14_400.0, 43_200.0, 86_400.0];
+/// Waits for a window, three seconds unless set: finer around that.
+const WINDOW_BUCKETS: [f64; 12] = [0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 5.0, 10.0];
+/// Receivers of one fan-out.
+const RECEIVERS_BUCKETS: [f64; 11] =
+    [0.0, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1_000.0, 3_000.0, 10_000.0, 30_000.0];
+/// Payloads of notifications, of which Postgres takes less than 8,000 bytes.
+const PAYLOAD_BUCKETS: [f64; 8] = [64.0, 128.0, 256.0, 512.0, 1_024.0, 2_048.0, 4_096.0, 8_000.0];
 
 /// What a connection attempt or a message was refused or dropped for, where no wire code says it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -156,12 +174,24 @@ pub struct Metrics {
     registry: Registry,
     /// Open sockets.
     pub connections: IntGauge,
+    /// Sockets that may be open at once.
+    pub connections_max: IntGauge,
     /// Sockets opened.
     pub connections_accepted: IntCounter,
     /// By [`RefusedUpgrade`].
     pub connections_refused: IntCounterVec,
     /// By [`CloseReason`] and close code.
     pub connections_closed: IntCounterVec,
+    /// From a socket's upgrade to its end.
+    pub connection_seconds: Histogram,
+    /// From the accepted connection to the answer to its upgrade, by `ok` or `refused`.
+    pub handshake_seconds: HistogramVec,
+    /// Sockets by what their first frame tells of the client's library.
+    pub client_versions: IntCounterVec,
+    /// Heartbeats of clients, `on_time` or `late`.
+    pub heartbeats: IntCounterVec,
+    /// Requests over HTTP, upgrades among them, by route and status.
+    pub http_requests: IntCounterVec,
     /// `accept` failed: no file descriptor, no memory.
     pub accept_errors: IntCounter,
     /// Settings read again, by result.
@@ -180,6 +210,8 @@ pub struct Metrics {
     pub joins: IntCounterVec,
     /// From the join's frame to its reply.
     pub join_seconds: Histogram,
+    /// Channels ended, by reason.
+    pub channels_ended: IntCounterVec,
     /// Data frames in.
     pub frames_in: IntCounter,
     /// Data frames out.
@@ -196,6 +228,12 @@ pub struct Metrics {
     pub tokens: IntCounterVec,
     /// Verifications that were `ok`, by key and algorithm: [`VerifiedBy`].
     pub tokens_accepted: IntCounterVec,
+    /// One verification.
+    pub token_seconds: Histogram,
+    /// Tokens that expired on an open socket.
+    pub token_expiries: IntCounter,
+    /// `access_token` events, by `ok` or `refused`.
+    pub token_refreshes: IntCounterVec,
     /// When a key set was last read, by [`Origin`], seconds since 1970.
     pub jwks_read: GenericGaugeVec<AtomicF64>,
     /// Keys that can be used, by [`Origin`].
@@ -206,6 +244,12 @@ pub struct Metrics {
     pub jwks_failures: IntCounterVec,
     /// By source (`event`, `stats`, `other`) and [`Outcome`].
     pub notifications: IntCounterVec,
+    /// Payloads of notifications.
+    pub notification_bytes: Histogram,
+    /// From the stamp in a notification's payload, by the database's clock, to its arrival.
+    pub commit_to_received: Histogram,
+    /// From that stamp to the end of the write to a client, by `at_once` or `merged`.
+    pub commit_to_write: HistogramVec,
     /// Broadcasts of clients over their sockets.
     pub broadcasts_socket: IntCounter,
     /// Broadcasts of `POST /api/broadcast`.
@@ -218,6 +262,18 @@ pub struct Metrics {
     pub invalidations_sent: IntCounterVec,
     /// Invalidations that left as part of another.
     pub invalidations_merged: IntCounter,
+    /// Events with something that waits for its window.
+    pub invalidations_pending: IntGauge,
+    /// From the first of a union to its departure.
+    pub window_wait: Histogram,
+    /// Events that are live, at the time of the scrape.
+    pub events_live: IntGauge,
+    /// Events that are muted, at the time of the scrape.
+    pub events_muted: IntGauge,
+    /// Events with viewers that nothing was ever published for and the database does not know.
+    pub events_never_published: IntGauge,
+    /// Notifications that name an event without a viewer here.
+    pub published_without_viewer: IntCounter,
     /// Elements of lists that are no endpoints, by [`BadEndpoint`].
     pub endpoints_dropped: IntCounterVec,
     /// By [`Cause`] and [`Method`].
@@ -228,6 +284,8 @@ pub struct Metrics {
     pub heals_sent: IntCounter,
     /// Joins after one.
     pub healed: IntCounter,
+    /// Unions that took the place of what a slow client had not read.
+    pub conflations: IntCounter,
     /// From a canary's departure to its arrival.
     pub canary_seconds: Histogram,
     /// When a canary last arrived, seconds since 1970.
@@ -244,10 +302,20 @@ pub struct Metrics {
     pub deliveries: IntCounter,
     /// One fan-out, from its encoding to the last push.
     pub fanout_seconds: Histogram,
+    /// Subscribers of one fan-out.
+    pub fanout_receivers: Histogram,
+    /// The largest backlog of one socket within about a minute.
+    pub outbox_high_water: IntGauge,
+    /// The largest backlog that a socket may have.
+    pub outbox_max: IntGauge,
     /// 1 while the listening session is up.
     pub relay_link_up: IntGauge,
     /// By what ended the session, or the attempt: [`LinkError`].
     pub relay_reconnects: IntCounterVec,
+    /// Times at which something may have been missed, by [`Cause`].
+    pub relay_gaps: IntCounterVec,
+    /// 1 from a gap's beginning until its catch-up has been handed over.
+    pub relay_gap_open: IntGauge,
     /// When the last notification arrived, seconds since 1970.
     pub relay_last_notification: GenericGauge<AtomicF64>,
     /// When the session last answered a heartbeat, seconds since 1970.
@@ -256,6 +324,32 @@ pub struct Metrics {
     pub relay_listens: IntGauge,
     /// Joined events that cannot be listened to, by reason (`full`, `too_long`).
     pub relay_listens_refused: IntCounterVec,
+    /// Whether the trigger of a table sees an operation, 1 or 0, of tables that exist.
+    pub database_triggers: IntGaugeVec,
+    /// 1 where a function is missing or is not this version's.
+    pub database_drift: IntGaugeVec,
+    /// Migrations of this version that the database lacks.
+    pub database_migrations_pending: IntGauge,
+    /// Rows written, as Postgres counts them, since the gateway looks.
+    pub database_writes: IntCounterVec,
+    /// Rows of the history, by the table that caused them, since the gateway looks.
+    pub database_history_rows: IntCounterVec,
+    /// What triggers could not do, as they recorded it, since the gateway looks.
+    pub database_trigger_failures: IntCounter,
+    /// How full the queue of notifications is, from 0 to 1.
+    pub database_notify_queue: GenericGauge<AtomicF64>,
+    /// The database's clock less ours, as the last canary saw it.
+    pub database_clock_offset: GenericGauge<AtomicF64>,
+    /// When the oldest message of the history was written, seconds since 1970; 0 if there is none.
+    pub database_history_oldest: GenericGauge<AtomicF64>,
+    /// When the database was last looked at, seconds since 1970.
+    pub database_last_look: GenericGauge<AtomicF64>,
+    /// Looks that failed.
+    pub database_look_failures: IntCounter,
+    /// Sessions of the pool, `idle` or `used`, at the time of the scrape.
+    pub database_pool: IntGaugeVec,
+    /// Sessions that the pool may have.
+    pub database_pool_max: IntGauge,
 }
 
 impl Metrics {
@@ -276,6 +370,7 @@ impl Metrics {
         let broadcasts = new.counters("broadcasts_total", "Broadcasts, by source.", &["source"]);
         let metrics = Self {
             connections: new.gauge("connections", "Open sockets."),
+            connections_max: new.gauge("connections_max", "Sockets that may be open at once: limits.connections_max."),
             connections_accepted: new.counter("connections_accepted_total", "Sockets opened."),
             connections_refused: new.counters(
                 "connections_refused_total",
@@ -286,6 +381,31 @@ impl Metrics {
                 "connections_closed_total",
                 "Sockets closed, by reason and close code.",
                 &["reason", "code"],
+            ),
+            connection_seconds: new.histogram_of(
+                "connection_seconds",
+                "From a socket's upgrade to its end.",
+                &LIFETIME_BUCKETS,
+            ),
+            handshake_seconds: new.histograms(
+                "handshake_seconds",
+                "From an accepted connection to the answer to its upgrade, by result.",
+                &["result"],
+            ),
+            client_versions: new.counters(
+                "client_versions_total",
+                "Sockets, by what their first frame tells of the client's library.",
+                &["version"],
+            ),
+            heartbeats: new.counters(
+                "heartbeats_total",
+                "Heartbeats of clients, by whether they came in time.",
+                &["timing"],
+            ),
+            http_requests: new.counters(
+                "http_requests_total",
+                "Requests answered on the public port, by route and status.",
+                &["route", "status"],
             ),
             accept_errors: new.counter("accept_errors_total", "Failed accepts; each backs off."),
             reloads: new.counters(
@@ -308,6 +428,11 @@ impl Metrics {
                 &["result", "code"],
             ),
             join_seconds: new.histogram("join_seconds", "From a join's frame to its reply."),
+            channels_ended: new.counters(
+                "channels_ended_total",
+                "Joined channels that ended, by reason.",
+                &["reason"],
+            ),
             frames_in: frames.with_label_values(&["in"]),
             frames_out: frames.with_label_values(&["out"]),
             bytes_in: bytes.with_label_values(&["in"]),
@@ -327,6 +452,17 @@ impl Metrics {
                 "tokens_accepted_total",
                 "Tokens found genuine, by key and algorithm.",
                 &["key", "algorithm"],
+            ),
+            token_seconds: new.histogram_of(
+                "token_seconds",
+                "One verification of a token.",
+                &COMPUTING_BUCKETS,
+            ),
+            token_expiries: new.counter("token_expiries_total", "Tokens that expired on open channels."),
+            token_refreshes: new.counters(
+                "token_refreshes_total",
+                "Tokens sent for channels that are joined, by result.",
+                &["result"],
             ),
             jwks_read: new.times(
                 "jwks_last_success_timestamp_seconds",
@@ -349,6 +485,20 @@ impl Metrics {
                 "Notifications received from Postgres, by source and outcome.",
                 &["source", "outcome"],
             ),
+            notification_bytes: new.histogram_of(
+                "notification_bytes",
+                "Payload bytes of a notification.",
+                &PAYLOAD_BUCKETS,
+            ),
+            commit_to_received: new.histogram(
+                "commit_to_received_seconds",
+                "From the stamp in a notification's payload to its arrival here.",
+            ),
+            commit_to_write: new.histograms(
+                "commit_to_write_seconds",
+                "From a notification's stamp to the end of the write to a socket, by how it was sent.",
+                &["sent"],
+            ),
             broadcasts_socket: broadcasts.with_label_values(&["socket"]),
             broadcasts_rest: broadcasts.with_label_values(&["rest"]),
             broadcasts_database: broadcasts.with_label_values(&["database"]),
@@ -361,6 +511,22 @@ impl Metrics {
             invalidations_merged: new.counter(
                 "invalidations_merged_total",
                 "Invalidations that left as part of another.",
+            ),
+            invalidations_pending: new.gauge("invalidations_pending", "Invalidations that wait for their window."),
+            window_wait: new.histogram_of(
+                "window_wait_seconds",
+                "From the first invalidation of a union to the union's departure.",
+                &WINDOW_BUCKETS,
+            ),
+            events_live: new.gauge("events_live", "Events that somebody has joined, or that are listened to."),
+            events_muted: new.gauge("events_muted", "Events that are muted."),
+            events_never_published: new.gauge(
+                "events_never_published",
+                "Events with viewers that nothing was ever published for.",
+            ),
+            published_without_viewer: new.counter(
+                "published_without_viewer_total",
+                "Changes of events that nobody here has joined.",
             ),
             endpoints_dropped: new.counters(
                 "endpoints_dropped_total",
@@ -375,10 +541,14 @@ impl Metrics {
             deaf_suspects: new.gauge("deaf_suspects", "Open sockets that may be deaf."),
             heals_sent: new.counter("heals_sent_total", "Topics that suspects were told to join."),
             healed: new.counter("healed_total", "Topics that suspects joined after being told."),
+            conflations: new.counter(
+                "conflations_total",
+                "Backlogs of slow clients that one merged invalidation has replaced.",
+            ),
             canary_seconds: new
                 .histogram("canary_seconds", "From a canary's departure to its arrival."),
             canary_last: new
-                .time("canary_last_arrival_timestamp_seconds", "When a canary last arrived."),
+                .number("canary_last_arrival_timestamp_seconds", "When a canary last arrived."),
             canary_failures: new
                 .counter("canary_failures_total", "Canaries that could not be sent."),
             history_unreadable: new.counter(
@@ -398,17 +568,36 @@ impl Metrics {
             deliveries: new.counter("deliveries_total", "Frames put into outboxes by fan-outs."),
             fanout_seconds: new
                 .histogram("fanout_seconds", "One fan-out, from encoding to the last push."),
+            fanout_receivers: new.histogram_of(
+                "fanout_receivers",
+                "Sockets that one fan-out reaches.",
+                &RECEIVERS_BUCKETS,
+            ),
+            outbox_high_water: new.gauge(
+                "outbox_high_water_bytes",
+                "The largest backlog of one socket within about a minute.",
+            ),
+            outbox_max: new.gauge("outbox_max_bytes", "The largest backlog of a socket: limits.outbox_bytes_max."),
             relay_link_up: new.gauge("relay_link_up", "1 while the listening session is up."),
             relay_reconnects: new.counters(
                 "relay_reconnects_total",
                 "Ends of listening sessions and failed attempts, by cause.",
                 &["cause"],
             ),
-            relay_last_notification: new.time(
+            relay_gaps: new.counters(
+                "relay_gaps_total",
+                "Times at which notifications may have been missed, by cause.",
+                &["cause"],
+            ),
+            relay_gap_open: new.gauge(
+                "relay_gap_open",
+                "1 while notifications may have been missed and viewers are not caught up.",
+            ),
+            relay_last_notification: new.number(
                 "relay_last_notification_timestamp_seconds",
                 "When the last notification arrived.",
             ),
-            relay_last_heartbeat: new.time(
+            relay_last_heartbeat: new.number(
                 "relay_last_heartbeat_timestamp_seconds",
                 "When the listening session last answered a heartbeat.",
             ),
@@ -418,6 +607,57 @@ impl Metrics {
                 "Joined events that cannot be listened to, by reason.",
                 &["reason"],
             ),
+            database_triggers: new.gauges(
+                "database_trigger_present",
+                "1 where a trigger tells of the operation on the table, 0 where it is missing.",
+                &["table", "operation"],
+            ),
+            database_drift: new.gauges(
+                "database_function_drift",
+                "1 where the database's function is missing or not this version's.",
+                &["function"],
+            ),
+            database_migrations_pending: new.gauge(
+                "database_migrations_pending",
+                "Migrations of this version that the database lacks.",
+            ),
+            database_writes: new.counters(
+                "database_writes_total",
+                "Rows written to a table, as Postgres counts them.",
+                &["table"],
+            ),
+            database_history_rows: new.counters(
+                "database_history_rows_total",
+                "Messages in the history, by the table that caused them.",
+                &["table"],
+            ),
+            database_trigger_failures: new.counter(
+                "database_trigger_failures_total",
+                "Failures that triggers have recorded.",
+            ),
+            database_notify_queue: new.number(
+                "database_notify_queue_ratio",
+                "How full the server's queue of notifications is, from 0 to 1.",
+            ),
+            database_clock_offset: new.number(
+                "database_clock_offset_seconds",
+                "The database's clock less the gateway's, as the last canary saw it.",
+            ),
+            database_history_oldest: new.number(
+                "database_history_oldest_timestamp_seconds",
+                "When the oldest message in the history was written; 0 if there is none.",
+            ),
+            database_last_look: new.number(
+                "database_last_look_timestamp_seconds",
+                "When triggers, functions, tables and queue were last looked at; 0 if never.",
+            ),
+            database_look_failures: new.counter("database_look_failures_total", "Looks at the database that failed."),
+            database_pool: new.gauges(
+                "database_pool_connections",
+                "Sessions of the pool, by state.",
+                &["state"],
+            ),
+            database_pool_max: new.gauge("database_pool_max", "Sessions that the pool may have."),
             registry: {
                 new.build_info();
                 new.process();
@@ -470,6 +710,19 @@ impl Metrics {
     }
 
     fn start_at_zero(&self) {
+        for result in ["ok", "refused"] {
+            self.handshake_seconds.with_label_values(&[result]);
+            self.token_refreshes.with_label_values(&[result]);
+        }
+        for timing in ["on_time", "late"] {
+            self.heartbeats.with_label_values(&[timing]);
+        }
+        for sent in ["at_once", "merged"] {
+            self.commit_to_write.with_label_values(&[sent]);
+        }
+        for state in ["idle", "used"] {
+            self.database_pool.with_label_values(&[state]);
+        }
         for question in Question::ALL {
             self.policy_seconds.with_label_values(&[question.kind()]);
             for result in AuthorizeError::KINDS.into_iter().chain(["allowed", "denied"]) {
@@ -606,7 +859,7 @@ impl Maker {
         self.registry.register(Box::new(ProcessCollector::for_self())).expect("names are distinct");
     }
 
-    fn time(&self, name: &str, help: &str) -> GenericGauge<AtomicF64> {
+    fn number(&self, name: &str, help: &str) -> GenericGauge<AtomicF64> {
         self.register(GenericGauge::with_opts(Self::opts(name, help)).expect("names are valid"))
     }
 
@@ -618,6 +871,11 @@ impl Maker {
 
     fn histogram(&self, name: &str, help: &str) -> Histogram {
         self.register(Histogram::with_opts(latency(name, help)).expect("names are valid"))
+    }
+
+    fn histogram_of(&self, name: &str, help: &str, buckets: &[f64]) -> Histogram {
+        let opts = latency(name, help).buckets(buckets.to_vec());
+        self.register(Histogram::with_opts(opts).expect("names are valid"))
     }
 
     fn histograms(&self, name: &str, help: &str, labels: &[&str]) -> HistogramVec {
