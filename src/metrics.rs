@@ -710,18 +710,18 @@ impl Metrics {
     }
 
     fn start_at_zero(&self) {
+        self.start_clients_at_zero();
+        self.start_database_at_zero();
+    }
+
+    /// What clients do and are told.
+    fn start_clients_at_zero(&self) {
         for result in ["ok", "refused"] {
             self.handshake_seconds.with_label_values(&[result]);
             self.token_refreshes.with_label_values(&[result]);
         }
         for timing in ["on_time", "late"] {
             self.heartbeats.with_label_values(&[timing]);
-        }
-        for sent in ["at_once", "merged"] {
-            self.commit_to_write.with_label_values(&[sent]);
-        }
-        for state in ["idle", "used"] {
-            self.database_pool.with_label_values(&[state]);
         }
         for question in Question::ALL {
             self.policy_seconds.with_label_values(&[question.kind()]);
@@ -768,6 +768,16 @@ impl Metrics {
         }
         for reason in Unusable::ALL {
             self.jwks_keys_unusable.with_label_values(&[reason.kind()]);
+        }
+    }
+
+    /// What the database sends, and what becomes of it.
+    fn start_database_at_zero(&self) {
+        for sent in ["at_once", "merged"] {
+            self.commit_to_write.with_label_values(&[sent]);
+        }
+        for state in ["idle", "used"] {
+            self.database_pool.with_label_values(&[state]);
         }
         for outcome in Outcome::ALL {
             for source in outcome.sources() {
