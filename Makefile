@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 export CARGO_INCREMENTAL ?= 1
 
-.PHONY: help demo test check bench chaos fmt lint deny docs rust doctests client bench-short system node
+.PHONY: help demo test check bench chaos fmt lint deny docs rust doctests client bench-short system node neighbours
 
 help:
 	@echo 'make demo    everything on one screen: database, gateway, simulated event, page'
@@ -19,7 +19,7 @@ demo: system node
 	cargo build --release --locked
 	exec target/release/tidegate demo
 
-test: system node fmt lint deny docs doctests rust client bench-short
+test: system node neighbours fmt lint deny docs doctests rust client bench-short
 
 check: fmt lint
 	cargo test --locked --lib
@@ -68,7 +68,8 @@ bench-short:
 	cargo test --locked --bench reach -- --short
 
 # What the targets need and a fresh machine lacks. Debian and Ubuntu get it by apt; elsewhere it is
-# named. No database cluster is made: the tests and the demo make their own, and remove it.
+# named. No database cluster is made and no service is started: the tests and the demo start their
+# own, and end them.
 system:
 	@missing=(); \
 	command -v cargo >/dev/null || { echo 'missing: a Rust toolchain (https://rustup.rs)'; exit 1; }; \
@@ -84,6 +85,12 @@ node:
 	command -v npm >/dev/null || missing+=(npm); \
 	$(install)
 
+# What stands in front of a gateway and beside it, for the tests.
+neighbours:
+	@missing=(); \
+	[ -x /usr/sbin/nginx ] || command -v nginx >/dev/null || missing+=(nginx-light); \
+	$(install)
+
 define install
 if [ $${#missing[@]} -gt 0 ]; then \
 	command -v apt-get >/dev/null || { echo "missing: $${missing[*]}"; exit 1; }; \
@@ -93,6 +100,11 @@ if [ $${#missing[@]} -gt 0 ]; then \
 	if [ ! -e /etc/postgresql-common/createcluster.conf ]; then \
 		$$sudo mkdir -p /etc/postgresql-common; \
 		echo 'create_main_cluster = false' | $$sudo tee /etc/postgresql-common/createcluster.conf >/dev/null; \
+	fi; \
+	if [ ! -e /usr/sbin/policy-rc.d ]; then \
+		trap "$$sudo rm -f /usr/sbin/policy-rc.d" EXIT; \
+		printf '#!/bin/sh\nexit 101\n' | $$sudo tee /usr/sbin/policy-rc.d >/dev/null; \
+		$$sudo chmod +x /usr/sbin/policy-rc.d; \
 	fi; \
 	$$sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
 		-o Dpkg::Options::=--force-confold "$${missing[@]}"; \
