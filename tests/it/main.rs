@@ -25,6 +25,7 @@ mod demo;
 mod drain;
 mod events;
 mod gaps;
+mod grafana;
 mod handshake;
 mod healing;
 mod hostile_notify;
