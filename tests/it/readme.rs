@@ -47,6 +47,27 @@ fn the_table_of_settings_is_the_codes_own() {
 }
 
 #[test]
+fn whatever_is_deployed_names_settings_that_exist() {
+    let known: Vec<_> = defaults().keys().map(|it| it.replace('.', "__").to_uppercase()).collect();
+    let mut found = 0;
+    for file in [
+        "docker-compose.yml",
+        "deploy/nginx.conf",
+        "deploy/Caddyfile",
+        "deploy/kong.yml",
+        "deploy/tidegate.service",
+    ] {
+        for named in read(file).split("TIDEGATE_").skip(1) {
+            let name: String =
+                named.chars().take_while(|it| it.is_ascii_uppercase() || *it == '_').collect();
+            assert!(known.contains(&name), "{file}: TIDEGATE_{name}");
+            found += 1;
+        }
+    }
+    assert!(found > 5, "{found}");
+}
+
+#[test]
 fn the_built_in_rules_of_the_readme_are_those_of_the_settings() {
     let readme = read("README.md");
     let topics = readme.split("## Topics").nth(1).unwrap().split("\n## ").next().unwrap();
