@@ -71,7 +71,7 @@ $$;
 comment on table tidegate.trigger_failures is
     'What went wrong in a cache invalidation trigger, newest last; never data of the row.';
 comment on table tidegate.broadcast_history is
-    'What the viewers of each event were told: the payload is what was notified, byte for byte.';
+    'What the viewers of each event were told: the payload is what was notified, byte for byte, until somebody is forgotten.';
 
 -- Functions by our names that an earlier system has left with another signature or result would
 -- stay callable beside ours, or forbid to replace them.
@@ -982,15 +982,18 @@ begin
         grant select, delete on tidegate.trigger_failures, tidegate.broadcast_history to tidegate;
         grant execute on function
             tidegate.event_endpoints(text), tidegate.forget_history(interval, integer) to tidegate;
-        -- As in migrations/schema/0003_gateways.sql, which may run before or after.
+        -- As in migrations/schema/, which may run before or after.
         for v_table in
             select c.oid::regclass
             from pg_catalog.pg_class c
             where c.relnamespace = 'tidegate'::regnamespace
-                and c.relname in ('gateways', 'lost_sockets', 'recent_topics')
+                and c.relname in ('gateways', 'lost_sockets', 'recent_topics', 'revocations')
         loop
             execute format('grant select, insert, update, delete on %s to tidegate', v_table);
         end loop;
+        if to_regclass('tidegate.migrations') is not null then
+            grant select on tidegate.migrations to tidegate;
+        end if;
     end if;
     -- As in migrations/schema/0004_private_channels.sql, which may run before or after.
     if to_regprocedure('tidegate.open_private_channels()') is not null then

@@ -1,5 +1,9 @@
 //! Pools, migrations, and every SQL statement of the gateway.
 
+mod deployed;
+
+pub(crate) use deployed::{FoundFunction, FoundTable, applied_migrations, functions, tables};
+
 use std::{str::FromStr, time::Duration};
 
 use sqlx::{
@@ -67,12 +71,13 @@ const FORGET_LOCK: i64 = 0x7469_6465_6761_7465;
 pub(crate) const FORGET_BATCH: i32 = 1_000;
 
 /// The gateway's own schema, one migration after the other.
-const SCHEMA: [(i64, &str, &str); 5] = [
+const SCHEMA: [(i64, &str, &str); 6] = [
     (1, "gateway schema", include_str!("../migrations/schema/0001_gateway_schema.sql")),
     (2, "broadcast history", include_str!("../migrations/schema/0002_broadcast_history.sql")),
     (3, "gateways", include_str!("../migrations/schema/0003_gateways.sql")),
     (4, "private channels", include_str!("../migrations/schema/0004_private_channels.sql")),
     (5, "revocations", include_str!("../migrations/schema/0005_revocations.sql")),
+    (6, "forget person", include_str!("../migrations/schema/0006_forget_person.sql")),
 ];
 
 /// Why `migrate` or `migrate --uninstall` could not do its work.
@@ -707,21 +712,29 @@ fn seconds(unix: i64) -> f64 {
     unix.clamp(0, 253_402_300_799) as f64
 }
 
+/// The text of each migration of the gateway's own schema, in order.
+pub(crate) fn schema_files() -> impl Iterator<Item = &'static str> {
+    SCHEMA.into_iter().map(|(_, _, sql)| sql)
+}
+
+/// The migrations of the gateway's own schema, in order.
+pub(crate) fn migrations() -> Vec<Migration> {
+    SCHEMA
+        .into_iter()
+        .map(|(version, description, sql)| {
+            let kind = MigrationType::Simple;
+            Migration::new(version, description.into(), kind, sql.into_sql_str(), false)
+        })
+        .collect()
+}
+
 /// Brings schema `tidegate` up to date, then runs the system file.
 ///
 /// # Errors
 /// [`MigrateError`]; what was done before stays, and running again goes on from there.
 pub async fn migrate(url: &Secret) -> Result<(), MigrateError> {
     let mut connection = connect(url).await?;
-    let mut migrator = Migrator::with_migrations(
-        SCHEMA
-            .into_iter()
-            .map(|(version, description, sql)| {
-                let kind = MigrationType::Simple;
-                Migration::new(version, description.into(), kind, sql.into_sql_str(), false)
-            })
-            .collect(),
-    );
+    let mut migrator = Migrator::with_migrations(migrations());
     // In a schema of our own: nothing is left in `public` but what the system file names.
     migrator.dangerous_set_table_name("tidegate.migrations");
     migrator.create_schema("tidegate");

@@ -28,6 +28,7 @@
 //! | [`connection`] | one WebSocket and its deadlines |
 //! | [`relay`] | NOTIFY → broadcast; gaps and what they have hidden |
 //! | [`db`] | every SQL statement |
+//! | [`deployed`] | what the migrations make, and whether the database has it |
 //! | [`http`], `rest`, [`admin`] | public and admin routes, REST broadcasts |
 //! | [`server`], [`reload`] | listen, accept, cap, drain; rules and keys read again |
 //! | [`metrics`], [`audit`], [`config`] | what is measured, what is on record, what can be set |
@@ -48,6 +49,7 @@ pub mod config;
 pub mod connection;
 pub mod db;
 pub mod demo;
+pub mod deployed;
 pub mod explain;
 mod healing;
 pub mod http;

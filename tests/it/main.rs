@@ -22,6 +22,7 @@ mod database_link;
 mod database_notify;
 mod database_objects;
 mod demo;
+mod deployed;
 mod drain;
 mod events;
 mod gaps;

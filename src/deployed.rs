@@ -1,0 +1,351 @@
+//! What this version's migrations make, and whether the database has it: a trigger for every
+//! operation on every table, the functions to the letter, the migrations.
+//!
+//! Invariants: the functions are read from the embedded SQL itself, so that there is no second list
+//! of them; a look reads catalogs, statistics and `tidegate.migrations`, for which the gateway's own
+//! role suffices, and waits for no lock on a table.
+
+use std::fmt;
+
+use sqlx::{PgConnection, postgres::types::Oid};
+
+use crate::db;
+
+/// What writes do to a row.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Operation {
+    /// INSERT.
+    Insert,
+    /// UPDATE.
+    Update,
+    /// DELETE.
+    Delete,
+}
+
+impl Operation {
+    /// The metric's label, and the word of SQL.
+    #[must_use]
+    pub fn kind(self) -> &'static str {
+        match self {
+            Self::Insert => "INSERT",
+            Self::Update => "UPDATE",
+            Self::Delete => "DELETE",
+        }
+    }
+
+    /// Its bit in `pg_trigger.tgtype`.
+    fn bit(self) -> i32 {
+        match self {
+            Self::Insert => 4,
+            Self::Delete => 8,
+            Self::Update => 16,
+        }
+    }
+}
+
+/// A trigger that the system file makes if its table exists.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Trigger {
+    /// In schema `public`.
+    pub table: &'static str,
+    /// What it is called.
+    pub name: &'static str,
+    /// Which writes it tells of.
+    pub operations: &'static [Operation],
+}
+
+const WRITTEN: &[Operation] = &[Operation::Insert, Operation::Update];
+const ALL: &[Operation] = &[Operation::Insert, Operation::Update, Operation::Delete];
+const UPDATED: &[Operation] = &[Operation::Update];
+
+/// Every trigger of the system file.
+pub const TRIGGERS: [Trigger; 9] = [
+    trigger("art", "cache_invalidate_art_trigger", WRITTEN),
+    trigger("votes", "cache_invalidate_votes_trigger", ALL),
+    trigger("bids", "cache_invalidate_bids_trigger", WRITTEN),
+    trigger("art_media", "cache_invalidate_media_trigger", ALL),
+    trigger("event_artists", "cache_invalidate_event_artists_trigger", ALL),
+    trigger("round_contestants", "cache_invalidate_round_contestants_trigger", ALL),
+    trigger("artwork_offers", "cache_invalidate_artwork_offers_trigger", ALL),
+    trigger("payment_processing", "cache_invalidate_payment_processing_trigger", UPDATED),
+    trigger("events", "cache_invalidate_events_trigger", UPDATED),
+];
+
+const fn trigger(
+    table: &'static str,
+    name: &'static str,
+    operations: &'static [Operation],
+) -> Trigger {
+    Trigger { table, name, operations }
+}
+
+/// A function as the migrations define it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Function {
+    /// With its schema: `tidegate.publish`.
+    pub name: &'static str,
+    /// The types of its arguments, as Postgres prints them: `text, text, jsonb`.
+    arguments: String,
+    /// As `pg_proc.prosrc` has it.
+    body: &'static str,
+    is_definer: bool,
+    /// As `pg_proc.proconfig` has it: `search_path=""`.
+    settings: Vec<String>,
+}
+
+impl Function {
+    /// Every function of the migrations and the system file; the last definition of one counts.
+    #[must_use]
+    pub fn all() -> Vec<Self> {
+        let mut all: Vec<Self> = Vec::new();
+        for sql in db::schema_files().chain([db::SYSTEM_SQL]) {
+            // What stands within another statement is made for others, under conditions.
+            for definition in sql.split("\ncreate or replace function ").skip(1) {
+                let Some(function) = Self::read(definition) else { continue };
+                all.retain(|it| it.name != function.name);
+                all.push(function);
+            }
+        }
+        all
+    }
+
+    /// `name(arguments) returns … as $$body$$;`
+    fn read(definition: &'static str) -> Option<Self> {
+        let (name, rest) = definition.split_once('(')?;
+        let (arguments, rest) = rest.split_once(')')?;
+        let (head, rest) = rest.split_once("as $$")?;
+        let (body, _) = rest.split_once("$$")?;
+        let types = arguments.split(',').filter_map(|argument| {
+            let (_name, kind) = argument.trim().split_once(' ')?;
+            Some(kind.split(" default ").next().unwrap_or(kind))
+        });
+        let settings = head.lines().filter_map(|line| {
+            let (name, value) = line.strip_prefix("set ")?.split_once(" = ")?;
+            let value = value.trim_matches('\'');
+            // A list of names, of which the empty one is quoted.
+            Some(format!("{name}={}", if value.is_empty() { "\"\"" } else { value }))
+        });
+        Some(Self {
+            name,
+            arguments: types.collect::<Vec<_>>().join(", "),
+            body,
+            is_definer: head.lines().any(|line| line == "security definer"),
+            settings: settings.collect(),
+        })
+    }
+
+    /// In what the database's function differs, of the functions of this name.
+    fn drift(&self, found: &[db::FoundFunction]) -> Option<Drift> {
+        let same = found.iter().find(|it| it.name == self.name && it.arguments == self.arguments);
+        let Some(found) = same else { return Some(Drift::Missing) };
+        // A file may have been run from where lines end otherwise.
+        if found.body.replace('\r', "") != self.body {
+            Some(Drift::Body)
+        } else if found.is_definer != self.is_definer {
+            Some(Drift::Security)
+        } else if found.settings != self.settings {
+            Some(Drift::Settings)
+        } else {
+            None
+        }
+    }
+}
+
+/// In what a function is not this version's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Drift {
+    /// There is none of the name and the arguments.
+    Missing,
+    /// Its text.
+    Body,
+    /// Whether it runs as its owner: SECURITY DEFINER.
+    Security,
+    /// Its settings: a pinned `search_path`, a `lock_timeout`.
+    Settings,
+}
+
+impl fmt::Display for Drift {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Missing => "missing",
+            Self::Body => "another text",
+            Self::Security => "not SECURITY DEFINER as it should be, or the other way round",
+            Self::Settings => "its search_path is not pinned, or another setting differs",
+        })
+    }
+}
+
+/// A table of [`TRIGGERS`] that exists.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Table {
+    /// In schema `public`.
+    pub name: &'static str,
+    /// The operations that no trigger tells of, on the table or on one of its partitions. A trigger
+    /// that is disabled, or for replicas alone, or for some columns or rows alone, or calls another
+    /// function, tells of nothing.
+    pub missing: Vec<Operation>,
+    /// Rows written by the operations that a trigger should tell of, as Postgres' statistics count
+    /// them; also by transactions that were rolled back.
+    pub(crate) writes: u64,
+    /// Tells it from a table of its name that is made later.
+    pub(crate) oid: Oid,
+}
+
+/// What the database has of the migrations of schema `tidegate`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Migrations {
+    /// They can be read.
+    Known {
+        /// The numbers of this version's that are not there, or are there with another text.
+        pending: Vec<i64>,
+        /// Whether there are later ones: the gateway is older than its database.
+        is_newer: bool,
+    },
+    /// The role may not read them: before migration 6, or where the role was made later.
+    Unreadable,
+}
+
+impl Migrations {
+    /// How many are pending; one at least where that cannot be read, because running `tidegate
+    /// migrate` is the remedy then, too.
+    #[must_use]
+    pub fn pending_count(&self) -> usize {
+        match self {
+            Self::Known { pending, .. } => pending.len(),
+            Self::Unreadable => 1,
+        }
+    }
+}
+
+/// What the database has of what this version's migrations make.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Deployed {
+    /// In the order of [`TRIGGERS`].
+    pub tables: Vec<Table>,
+    /// Every function, and in what it is not this version's.
+    pub functions: Vec<(&'static str, Option<Drift>)>,
+    /// The gateway's own schema.
+    pub migrations: Migrations,
+}
+
+impl Deployed {
+    /// Looks.
+    ///
+    /// # Errors
+    /// The session is lost, or a statement was cut off.
+    pub async fn look(session: &mut PgConnection) -> Result<Self, sqlx::Error> {
+        let names = TRIGGERS.map(|it| it.table);
+        let found = db::tables(session, &names).await?;
+        let tables = TRIGGERS.iter().filter_map(|trigger| {
+            let table = found.iter().find(|it| it.name == trigger.table)?;
+            let is_missing = |it: &&Operation| table.told & it.bit() == 0;
+            Some(Table {
+                name: trigger.table,
+                missing: trigger.operations.iter().filter(is_missing).copied().collect(),
+                writes: trigger.operations.iter().map(|it| table.written(*it)).sum(),
+                oid: table.oid,
+            })
+        });
+        let tables = tables.collect();
+        let expected = Function::all();
+        let names: Vec<_> = expected.iter().map(|it| it.name).collect();
+        let found = db::functions(session, &names).await?;
+        let functions = expected.iter().map(|it| (it.name, it.drift(&found))).collect();
+        Ok(Self { tables, functions, migrations: migrations(session).await? })
+    }
+
+    /// The operations that no trigger tells of: table and operation.
+    pub fn missing_triggers(&self) -> impl Iterator<Item = (&'static str, Operation)> {
+        self.tables.iter().flat_map(|it| it.missing.iter().map(|operation| (it.name, *operation)))
+    }
+
+    /// The functions that are not this version's.
+    pub fn drifted(&self) -> impl Iterator<Item = (&'static str, Drift)> {
+        self.functions.iter().filter_map(|(name, drift)| Some((*name, (*drift)?)))
+    }
+}
+
+async fn migrations(session: &mut PgConnection) -> Result<Migrations, sqlx::Error> {
+    let Some(applied) = db::applied_migrations(session).await? else {
+        return Ok(Migrations::Unreadable);
+    };
+    let expected = db::migrations();
+    let is_pending = |it: &&sqlx::migrate::Migration| {
+        let is_it = |(version, checksum): &(i64, Vec<u8>)| {
+            *version == it.version && **checksum == *it.checksum
+        };
+        !applied.iter().any(is_it)
+    };
+    let newest = expected.iter().map(|it| it.version).max();
+    Ok(Migrations::Known {
+        pending: expected.iter().filter(is_pending).map(|it| it.version).collect(),
+        is_newer: applied.iter().map(|(version, _)| *version).max() > newest,
+    })
+}
+
+impl db::FoundTable {
+    fn written(&self, operation: Operation) -> u64 {
+        let count = match operation {
+            Operation::Insert => self.inserted,
+            Operation::Update => self.updated,
+            Operation::Delete => self.deleted,
+        };
+        u64::try_from(count).unwrap_or(0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_triggers_are_those_that_the_system_file_makes() {
+        let made: Vec<_> = db::SYSTEM_SQL
+            .lines()
+            .filter(|line| line.contains("_trigger', '"))
+            .map(|line| line.trim().trim_end_matches(','))
+            .collect();
+        let expected: Vec<_> = TRIGGERS
+            .iter()
+            .map(|it| {
+                // In the order in which Postgres prints them.
+                let mut operations = it.operations.to_vec();
+                operations.sort_by_key(|it| it.bit());
+                let operations: Vec<_> = operations.iter().map(|it| it.kind()).collect();
+                format!("('{}', '{}', '{}')", it.table, it.name, operations.join(" OR "))
+            })
+            .collect();
+        assert_eq!(made, expected);
+    }
+
+    #[test]
+    fn every_function_of_the_files_is_read() {
+        let all = Function::all();
+        let definitions: usize = db::schema_files()
+            .chain([db::SYSTEM_SQL])
+            .map(|sql| sql.matches("\ncreate or replace function ").count())
+            .sum();
+        assert_eq!(all.len(), definitions, "a function is defined twice, or not read");
+        for function in &all {
+            let (schema, _) = function.name.split_once('.').unwrap();
+            assert!(["tidegate", "public"].contains(&schema), "{}", function.name);
+            assert!(function.body.starts_with('\n') && function.body.ends_with('\n'));
+            assert_eq!(function.settings[0], "search_path=\"\"", "{}", function.name);
+        }
+        let named = |name| all.iter().find(|it| it.name == name).unwrap();
+        let trigger = named("tidegate.cache_invalidation");
+        assert!(trigger.is_definer && trigger.arguments.is_empty());
+        assert_eq!(trigger.settings, ["search_path=\"\"", "lock_timeout=50ms"]);
+        let manual = named("public.manual_cache_invalidation");
+        assert_eq!(manual.arguments, "text, text");
+        assert!(!named("tidegate.publish").is_definer);
+        assert_eq!(named("tidegate.insert_probes").arguments, "text, text[]");
+    }
+
+    #[test]
+    fn migrations_that_cannot_be_read_are_to_be_run() {
+        assert_eq!(Migrations::Unreadable.pending_count(), 1);
+        let none = Migrations::Known { pending: Vec::new(), is_newer: false };
+        assert_eq!(none.pending_count(), 0);
+    }
+}
