@@ -340,11 +340,11 @@ impl Channel {
                 Some(subscription) if !self.config.to_self => {
                     subscription.publish_to_others(&broadcasts).await
                 }
-                Some(_) | None => services.hub.publish(&self.key, &broadcasts).await,
+                Some(_) | None => services.hub.publish(&self.key, &broadcasts, None).await,
             };
             if let Some((rule, captures)) = &self.rule {
                 for spelling in rule.topics(&self.key.sub_topic, captures).iter().skip(1) {
-                    fanned_out += services.hub.publish(spelling, &broadcasts).await;
+                    fanned_out += services.hub.publish(spelling, &broadcasts, None).await;
                 }
             }
             let metrics = &services.metrics;

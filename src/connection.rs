@@ -28,7 +28,7 @@ use crate::{
     audit::Audit,
     limits::{Metered, is_unfinished},
     metrics::Counted,
-    outbox::{Ended, Outbox},
+    outbox::{Committed, Departure, Ended, Outbox},
     protocol::message::Message,
     server::Services,
     socket::{Due, Socket},
@@ -160,7 +160,7 @@ type Received = Option<Result<Frame, WsError>>;
 /// What the loop can be woken by.
 enum Event {
     Received(Received),
-    Drained(Result<(), Ended>),
+    Drained(Result<Option<Committed>, Ended>),
     Due(Due),
     Tick,
 }
@@ -245,12 +245,12 @@ impl Connection {
                 () = &mut tick => Event::Tick,
             };
             let step = match event {
-                Event::Drained(Ok(())) if batch.is_empty() => {
+                Event::Drained(Ok(_)) if batch.is_empty() => {
                     self.socket.review();
                     Ok(())
                 }
-                Event::Drained(Ok(())) => {
-                    if let Err(reason) = self.write(&mut batch).await {
+                Event::Drained(Ok(committed)) => {
+                    if let Err(reason) = self.write(&mut batch, committed).await {
                         return reason;
                     }
                     writes = writes.wrapping_add(1);
@@ -336,7 +336,12 @@ impl Connection {
         Ok(())
     }
 
-    async fn write(&mut self, batch: &mut Vec<Frame>) -> Result<(), CloseReason> {
+    /// Writes a batch, the oldest of which was committed then.
+    async fn write(
+        &mut self,
+        batch: &mut Vec<Frame>,
+        committed: Option<Committed>,
+    ) -> Result<(), CloseReason> {
         let metrics = &self.services.metrics;
         metrics.frames_out.inc_by(batch.len() as u64);
         metrics.bytes_out.inc_by(batch.iter().map(Frame::len).sum::<usize>() as u64);
@@ -366,7 +371,17 @@ impl Connection {
             *batch = Vec::new();
         }
         match written {
-            Ok(Ok(())) => Ok(()),
+            Ok(Ok(())) => {
+                if let Some(Committed { at, departure }) = committed {
+                    let metrics = &self.services.metrics;
+                    let took = match departure {
+                        Departure::AtOnce => &metrics.commit_to_write_at_once,
+                        Departure::Merged => &metrics.commit_to_write_merged,
+                    };
+                    took.observe(at.elapsed().as_secs_f64());
+                }
+                Ok(())
+            }
             Ok(Err(error)) => Err(broken(&error)),
             Err(_elapsed) => {
                 Err(self.outbox.ended().map_or(CloseReason::WriteTimeout, CloseReason::from))

@@ -143,9 +143,11 @@ pub(crate) async fn is_in_recovery(options: &PgConnectOptions) -> Result<bool, s
     answer
 }
 
-/// Asks the session for a sign of life.
-pub(crate) async fn heartbeat(listener: &mut PgListener) -> Result<(), sqlx::Error> {
-    listener.execute("SELECT 1").await.map(drop)
+/// Asks the session for a sign of life: the server's clock, in seconds since 1970.
+pub(crate) async fn heartbeat(listener: &mut PgListener) -> Result<f64, sqlx::Error> {
+    sqlx::query_scalar("SELECT extract(epoch FROM clock_timestamp())::float8")
+        .fetch_one(listener)
+        .await
 }
 
 /// A pool for what the listening session is not for.

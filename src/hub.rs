@@ -16,7 +16,7 @@ use slab::Slab;
 use tokio_tungstenite::tungstenite::Message as Frame;
 
 use crate::{
-    outbox::Outbox,
+    outbox::{Committed, Outbox},
     protocol::{
         message::TOPIC_PREFIX,
         payload::Privacy,
@@ -90,9 +90,14 @@ impl Hub {
     }
 
     /// Pushes `broadcasts` to every subscriber of the topic: to each all of them at once, so that
-    /// they leave in one write.
-    pub async fn publish(&self, key: &TopicKey, broadcasts: &[Broadcast]) -> FannedOut {
-        self.fan_out(key, broadcasts, None).await
+    /// they leave in one write, with when the first of them was committed if that is known.
+    pub async fn publish(
+        &self,
+        key: &TopicKey,
+        broadcasts: &[Broadcast],
+        committed: Option<Committed>,
+    ) -> FannedOut {
+        self.fan_out(key, broadcasts, committed, None).await
     }
 
     /// Subscribers of the topic.
@@ -113,6 +118,7 @@ impl Hub {
         &self,
         key: &TopicKey,
         broadcasts: &[Broadcast],
+        committed: Option<Committed>,
         except: Option<usize>,
     ) -> FannedOut {
         let Some(subscribers) = self.shard(key).lock().get(key).map(Arc::clone) else {
@@ -133,7 +139,7 @@ impl Hub {
             let frames = frames.get(outbox.serializer());
             pushed += frames.len();
             // A full outbox closes its own connection; the others must not notice.
-            result.deliveries += outbox.push_all(frames.iter().cloned()).unwrap_or(0);
+            result.deliveries += outbox.push_all(frames.iter().cloned(), committed).unwrap_or(0);
         }
         result
     }
@@ -148,7 +154,7 @@ impl Hub {
 impl Subscription {
     /// Pushes `broadcasts` to the topic's other subscribers.
     pub async fn publish_to_others(&self, broadcasts: &[Broadcast]) -> FannedOut {
-        self.hub.fan_out(&self.key, broadcasts, Some(self.slot)).await
+        self.hub.fan_out(&self.key, broadcasts, None, Some(self.slot)).await
     }
 
     /// What it is subscribed to.
@@ -218,7 +224,7 @@ mod tests {
         let _to = hub.subscribe(key("room"), Arc::clone(&b));
         let fanned_out = from.publish_to_others(&broadcast).await;
         assert_eq!(fanned_out, FannedOut { subscribers: 1, deliveries: 1 });
-        assert_eq!(hub.publish(&key("other"), &broadcast).await, FannedOut::default());
+        assert_eq!(hub.publish(&key("other"), &broadcast, None).await, FannedOut::default());
         let mut batch = Vec::new();
         b.drain(&mut batch).await.unwrap();
         assert_eq!(
@@ -234,7 +240,7 @@ mod tests {
         let hub = Arc::new(Hub::default());
         let _public = hub.subscribe(key("room"), outbox());
         let private = TopicKey { privacy: Privacy::Private, ..key("room") };
-        let fanned_out = hub.publish(&private, &[Broadcast::Envelope(Json::EMPTY)]).await;
+        let fanned_out = hub.publish(&private, &[Broadcast::Envelope(Json::EMPTY)], None).await;
         assert_eq!(fanned_out.subscribers, 0);
     }
 
@@ -248,7 +254,7 @@ mod tests {
                 let broadcast = [Broadcast::Envelope(Json::EMPTY)];
                 for _ in 0..2_000 {
                     let joined = hub.subscribe(key("race"), outbox());
-                    assert!(hub.publish(&key("race"), &broadcast).await.deliveries >= 1);
+                    assert!(hub.publish(&key("race"), &broadcast, None).await.deliveries >= 1);
                     drop(joined);
                 }
             });

@@ -23,7 +23,7 @@ use tokio::{
 use self::event::{Due, Outgoing};
 pub use self::invalidation::BadEndpoint;
 pub(crate) use self::{
-    event::{CatchUp, Event, Heard, Known, Sent, Summary},
+    event::{CatchUp, Event, Heard, Known, Notified, Sent, Summary},
     invalidation::{ENDPOINT_BYTES_MAX, Endpoints},
     told::{Count, MINUTE, Told},
 };
@@ -85,6 +85,14 @@ impl Cause {
         ]
         .into_iter()
         .chain(links)
+    }
+
+    /// Those for which something may have been missed of every event: the gaps of the relay.
+    pub fn gaps() -> impl Iterator<Item = Self> {
+        let links = LinkError::KINDS.into_iter().map(Self::Link);
+        [Self::Start, Self::Restored, Self::QueueFull, Self::TriggerFailure]
+            .into_iter()
+            .chain(links)
     }
 
     /// The label of the metric, and the payload's `cause`.
@@ -293,24 +301,24 @@ impl Events {
 }
 
 /// Takes what is an invalidation out of `broadcasts`, which were sent to a topic of `event` by the
-/// database session `pid` or by somebody else, and gives the rest.
+/// database or by somebody else, and gives the rest.
 pub(crate) fn offer(
     services: &Services,
     event: &Arc<Event>,
     broadcasts: Vec<Broadcast>,
-    pid: Option<u32>,
+    notified: Option<Notified>,
 ) -> Vec<Broadcast> {
     let (mut rest, mut is_first) = (Vec::new(), false);
     for broadcast in broadcasts {
         match event.read(broadcast) {
             Ok(invalidation) => {
-                if pid.is_some() {
+                if notified.is_some() {
                     event.hear(invalidation.id.is_some());
                 }
                 for bad in &invalidation.bad {
                     services.metrics.endpoints_dropped.with_label_values(&[bad.kind()]).inc();
                 }
-                is_first |= event.offer(invalidation, pid);
+                is_first |= event.offer(invalidation, notified);
             }
             Err(other) => rest.push(other),
         }
@@ -372,7 +380,7 @@ async fn send(services: &Services, event: &Event, outgoing: Outgoing) {
     let mut fanned_out = FannedOut::default();
     for topic in event.topics() {
         let broadcasts = std::slice::from_ref(&outgoing.broadcast);
-        fanned_out += services.hub.publish(topic, broadcasts).await;
+        fanned_out += services.hub.publish(topic, broadcasts, outgoing.committed).await;
     }
     let mut repeats = 0;
     let repeated = &metrics.invalidations_sent.with_label_values(&[Why::Repeat.kind()]);
@@ -388,6 +396,9 @@ async fn send(services: &Services, event: &Event, outgoing: Outgoing) {
     }
     let mut sent = outgoing.sent;
     metrics.invalidations_sent.with_label_values(&[sent.why.kind()]).inc();
+    if let Some(waited) = outgoing.waited {
+        metrics.window_wait.observe(waited.as_secs_f64());
+    }
     metrics.invalidations_merged.inc_by(sent.merged.saturating_sub(1) as u64);
     metrics.count_fan_out(&metrics.broadcasts_merged, 1, fanned_out, started);
     (sent.deliveries, sent.repeats) = (fanned_out.deliveries, repeats);

@@ -248,8 +248,10 @@ pub struct Metrics {
     pub notification_bytes: Histogram,
     /// From the stamp in a notification's payload, by the database's clock, to its arrival.
     pub commit_to_received: Histogram,
-    /// From that stamp to the end of the write to a client, by `at_once` or `merged`.
-    pub commit_to_write: HistogramVec,
+    /// From that stamp to the end of the write to a client, of what left at once.
+    pub commit_to_write_at_once: Histogram,
+    /// The same of what had to wait for its event's window.
+    pub commit_to_write_merged: Histogram,
     /// Broadcasts of clients over their sockets.
     pub broadcasts_socket: IntCounter,
     /// Broadcasts of `POST /api/broadcast`.
@@ -262,9 +264,9 @@ pub struct Metrics {
     pub invalidations_sent: IntCounterVec,
     /// Invalidations that left as part of another.
     pub invalidations_merged: IntCounter,
-    /// Events with something that waits for its window.
+    /// Invalidations that wait for their window, at the time of the scrape.
     pub invalidations_pending: IntGauge,
-    /// From the first of a union to its departure.
+    /// From the first of a union that has waited for its window to its departure.
     pub window_wait: Histogram,
     /// Events that are live, at the time of the scrape.
     pub events_live: IntGauge,
@@ -338,7 +340,7 @@ pub struct Metrics {
     pub database_trigger_failures: IntCounter,
     /// How full the queue of notifications is, from 0 to 1.
     pub database_notify_queue: GenericGauge<AtomicF64>,
-    /// The database's clock less ours, as the last canary saw it.
+    /// The database's clock less ours, as the session's heartbeats see it.
     pub database_clock_offset: GenericGauge<AtomicF64>,
     /// When the oldest message of the history was written, seconds since 1970; 0 if there is none.
     pub database_history_oldest: GenericGauge<AtomicF64>,
@@ -368,6 +370,11 @@ impl Metrics {
             &["direction"],
         );
         let broadcasts = new.counters("broadcasts_total", "Broadcasts, by source.", &["source"]);
+        let commit_to_write = new.histograms(
+            "commit_to_write_seconds",
+            "From a notification's stamp to the end of the write to a socket, by how it was sent.",
+            &["sent"],
+        );
         let metrics = Self {
             connections: new.gauge("connections", "Open sockets."),
             connections_max: new.gauge("connections_max", "Sockets that may be open at once: limits.connections_max."),
@@ -494,11 +501,8 @@ impl Metrics {
                 "commit_to_received_seconds",
                 "From the stamp in a notification's payload to its arrival here.",
             ),
-            commit_to_write: new.histograms(
-                "commit_to_write_seconds",
-                "From a notification's stamp to the end of the write to a socket, by how it was sent.",
-                &["sent"],
-            ),
+            commit_to_write_at_once: commit_to_write.with_label_values(&["at_once"]),
+            commit_to_write_merged: commit_to_write.with_label_values(&["merged"]),
             broadcasts_socket: broadcasts.with_label_values(&["socket"]),
             broadcasts_rest: broadcasts.with_label_values(&["rest"]),
             broadcasts_database: broadcasts.with_label_values(&["database"]),
@@ -515,7 +519,7 @@ impl Metrics {
             invalidations_pending: new.gauge("invalidations_pending", "Invalidations that wait for their window."),
             window_wait: new.histogram_of(
                 "window_wait_seconds",
-                "From the first invalidation of a union to the union's departure.",
+                "How long a window has made a union wait, from its first invalidation to its departure.",
                 &WINDOW_BUCKETS,
             ),
             events_live: new.gauge("events_live", "Events that somebody has joined, or that are listened to."),
@@ -641,7 +645,7 @@ impl Metrics {
             ),
             database_clock_offset: new.number(
                 "database_clock_offset_seconds",
-                "The database's clock less the gateway's, as the last canary saw it.",
+                "The database's clock less the gateway's, as heartbeats see it.",
             ),
             database_history_oldest: new.number(
                 "database_history_oldest_timestamp_seconds",
@@ -773,9 +777,6 @@ impl Metrics {
 
     /// What the database sends, and what becomes of it.
     fn start_database_at_zero(&self) {
-        for sent in ["at_once", "merged"] {
-            self.commit_to_write.with_label_values(&[sent]);
-        }
         for state in ["idle", "used"] {
             self.database_pool.with_label_values(&[state]);
         }
@@ -794,6 +795,9 @@ impl Metrics {
             for method in Method::ALL {
                 self.catch_ups.with_label_values(&[cause.kind(), method.kind()]);
             }
+        }
+        for cause in Cause::gaps() {
+            self.relay_gaps.with_label_values(&[cause.kind()]);
         }
         for cause in LinkError::KINDS {
             self.relay_reconnects.with_label_values(&[cause]);

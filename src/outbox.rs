@@ -11,6 +11,7 @@ use std::{
 };
 
 use parking_lot::Mutex;
+use tokio::time::Instant;
 use tokio_tungstenite::tungstenite::Message as Frame;
 
 use crate::protocol::serializer::Serializer;
@@ -29,10 +30,30 @@ pub struct Outbox {
 struct State {
     frames: Vec<Frame>,
     bytes: usize,
+    /// The oldest of what waits.
+    committed: Option<Committed>,
     ended: Option<Ended>,
     /// The connection is to look at what it has decided.
     nudged: bool,
     waker: Option<Waker>,
+}
+
+/// When the database committed what is sent, by this machine's clock. The older one is the lesser.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Committed {
+    /// The moment.
+    pub at: Instant,
+    /// What has become of it since.
+    pub departure: Departure,
+}
+
+/// Whether a message had to wait for its event's window.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Departure {
+    /// It left as soon as it could.
+    AtOnce,
+    /// It left with others, or later than it could.
+    Merged,
 }
 
 /// Why an outbox takes nothing more; its connection must be closed.
@@ -64,14 +85,19 @@ impl Outbox {
     /// queue is then emptied at once, so that a stuck peer costs no memory while its connection
     /// closes.
     pub fn push(&self, frame: Frame) -> Result<(), Ended> {
-        self.push_all(std::iter::once(frame)).map(drop)
+        self.push_all(std::iter::once(frame), None).map(drop)
     }
 
-    /// Queues `frames` together, so that they can leave together. Gives how many there were.
+    /// Queues `frames` together, so that they can leave together, with the moment at which the
+    /// first of them was committed if that is known. Gives how many there were.
     ///
     /// # Errors
     /// As [`Self::push`], as soon as one of them does not fit.
-    pub fn push_all(&self, frames: impl Iterator<Item = Frame>) -> Result<usize, Ended> {
+    pub fn push_all(
+        &self,
+        frames: impl Iterator<Item = Frame>,
+        committed: Option<Committed>,
+    ) -> Result<usize, Ended> {
         let (waker, pushed) = {
             let mut state = self.state.lock();
             let mut count = 0;
@@ -90,6 +116,9 @@ impl Outbox {
                 state.bytes = bytes;
                 state.frames.push(frame);
                 count += 1;
+            }
+            if count > 0 && state.ended.is_none() {
+                state.committed = [state.committed, committed].into_iter().flatten().min();
             }
             (state.waker.take(), state.ended.map_or(Ok(count), Err))
         };
@@ -132,14 +161,14 @@ impl Outbox {
     }
 
     /// Waits for frames, then swaps all of them into `batch`, which must be empty. It stays empty
-    /// after a [`Self::nudge`].
+    /// after a [`Self::nudge`]. Gives when the oldest of them was committed that has a moment.
     ///
     /// # Errors
     /// [`Ended`] once the outbox has ended.
     ///
     /// # Cancel safety
     /// Frames leave the queue only when this returns.
-    pub async fn drain(&self, batch: &mut Vec<Frame>) -> Result<(), Ended> {
+    pub async fn drain(&self, batch: &mut Vec<Frame>) -> Result<Option<Committed>, Ended> {
         debug_assert!(batch.is_empty());
         poll_fn(|cx| {
             let mut state = self.state.lock();
@@ -150,7 +179,7 @@ impl Outbox {
             }
             if state.frames.is_empty() {
                 if mem::take(&mut state.nudged) {
-                    return Poll::Ready(Ok(()));
+                    return Poll::Ready(Ok(None));
                 }
                 if !state.waker.as_ref().is_some_and(|waker| waker.will_wake(cx.waker())) {
                     state.waker = Some(cx.waker().clone());
@@ -159,7 +188,7 @@ impl Outbox {
             }
             mem::swap(&mut state.frames, batch);
             state.bytes = 0;
-            Poll::Ready(Ok(()))
+            Poll::Ready(Ok(state.committed.take()))
         })
         .await
     }
@@ -181,6 +210,28 @@ mod tests {
         let mut batch = Vec::new();
         outbox.drain(&mut batch).await.unwrap();
         assert_eq!(batch, [Frame::text("a"), Frame::text("b")]);
+    }
+
+    fn committed(departure: Departure, ago: u64) -> Option<Committed> {
+        let at = Instant::now() - std::time::Duration::from_secs(ago);
+        Some(Committed { at, departure })
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_batch_has_the_moment_of_the_oldest_of_it_that_has_one() {
+        let outbox = outbox(16);
+        let (mut batch, a) = (Vec::new(), || std::iter::once(Frame::text("a")));
+        outbox.push_all(a(), committed(Departure::AtOnce, 1)).unwrap();
+        outbox.push_all(a(), committed(Departure::Merged, 3)).unwrap();
+        outbox.push_all(a(), committed(Departure::AtOnce, 2)).unwrap();
+        outbox.push(Frame::text("a")).unwrap();
+        let drained = outbox.drain(&mut batch).await;
+        assert_eq!((drained, batch.len()), (Ok(committed(Departure::Merged, 3)), 4));
+        // It has left with them; and what sends nothing has none.
+        outbox.push_all(std::iter::empty(), committed(Departure::AtOnce, 1)).unwrap();
+        outbox.push(Frame::text("a")).unwrap();
+        batch.clear();
+        assert_eq!(outbox.drain(&mut batch).await, Ok(None));
     }
 
     #[test]

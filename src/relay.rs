@@ -2,6 +2,7 @@
 //! a notification, and of one that may have been missed.
 
 mod canary;
+mod clock;
 mod history;
 pub mod ingest;
 pub mod listener;

@@ -287,7 +287,7 @@ impl<'a> Sender<'a> {
         }
         let mut fanned_out = FannedOut::default();
         for topic in &topics {
-            fanned_out += services.hub.publish(topic, &broadcasts).await;
+            fanned_out += services.hub.publish(topic, &broadcasts, None).await;
         }
         let metrics = &services.metrics;
         metrics.count_fan_out(&metrics.broadcasts_rest, broadcasts.len(), fanned_out, started);

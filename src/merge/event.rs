@@ -24,7 +24,7 @@ use super::{
 use crate::{
     hub::{Subscription, TopicKey},
     limits::{Limiter, TokioClock},
-    outbox::Outbox,
+    outbox::{Committed, Departure, Outbox},
     protocol::{payload::Privacy, serializer::Broadcast},
     topic_rules::{Captures, EID, Merge, Rule},
 };
@@ -108,6 +108,8 @@ struct Pending {
     sources: Vec<Source>,
     gap: Option<Cause>,
     first: Instant,
+    /// When the oldest of them was committed of which that is known.
+    committed: Option<Instant>,
     pid: Option<u32>,
     due: Instant,
     /// The window has made it wait.
@@ -123,6 +125,15 @@ struct CaughtUp {
     life: Weak<()>,
     sub_topic: Arc<str>,
     endpoints: Arc<Endpoints>,
+}
+
+/// How the database has notified an invalidation.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Notified {
+    /// The session.
+    pub(crate) pid: u32,
+    /// By our clock, if it is known.
+    pub(crate) committed: Option<Instant>,
 }
 
 /// One message that became part of another.
@@ -179,6 +190,10 @@ pub(crate) struct Outgoing {
     /// What it is made of, if not of gaps alone.
     newest: Option<Invalidation>,
     pub(crate) sent: Sent,
+    /// The oldest of what it is made of.
+    pub(crate) committed: Option<Committed>,
+    /// How long its window has made it wait, if it has.
+    pub(crate) waited: Option<Duration>,
 }
 
 /// A message to one client: the event's, with the endpoints of its catch-up, which it would else
@@ -265,7 +280,7 @@ impl Event {
     /// Takes an invalidation, and says whether nothing was waiting before. It leaves when
     /// [`Self::due`] says so.
     #[must_use]
-    pub(crate) fn offer(&self, invalidation: Invalidation, pid: Option<u32>) -> bool {
+    pub(crate) fn offer(&self, invalidation: Invalidation, notified: Option<Notified>) -> bool {
         let now = Instant::now();
         let mut state = self.state.lock();
         let is_first = state.pending.is_none();
@@ -275,10 +290,13 @@ impl Event {
             state.note_all(&self.resync, now);
         }
         let pending = state.pending(now, now + SETTLE);
+        let pid = notified.map(|it| it.pid);
         if !pending.has_waited && pid == pending.pid {
             pending.due = (now + SETTLE).min(pending.first + SETTLE_MAX).max(pending.due);
         }
         pending.pid = pid;
+        let committed = notified.and_then(|it| it.committed);
+        pending.committed = [pending.committed, committed].into_iter().flatten().min();
         pending.messages += 1;
         pending.is_complete |= invalidation.is_pointer;
         pending.is_clean &= invalidation.bad.is_empty();
@@ -560,11 +578,18 @@ impl Event {
             deliveries: 0,
             repeats: 0,
         };
+        // What a gap tells of leaves with it, however late.
+        let departure = match why {
+            Why::Leading => Departure::AtOnce,
+            Why::Window | Why::Gap | Why::CatchUp | Why::Repeat => Departure::Merged,
+        };
+        let committed = pending.committed.map(|at| Committed { at, departure });
+        let waited = pending.has_waited.then(|| now.duration_since(pending.first));
         let broadcast = match &pending.newest {
             Some(newest) if is_as_it_came => newest.broadcast.clone(),
             newest => self.write(newest.as_ref(), &sent, &sent.endpoints, state.next_stamp()),
         };
-        Outgoing { broadcast, newest: pending.newest, sent }
+        Outgoing { broadcast, newest: pending.newest, sent, committed, waited }
     }
 
     /// The newest message, or a catch-up where there is none, with these endpoints.
@@ -627,6 +652,7 @@ impl State {
             sources: Vec::new(),
             gap: None,
             first: now,
+            committed: None,
             pid: None,
             due,
             has_waited: false,
@@ -730,7 +756,8 @@ mod tests {
 
     impl Event {
         fn take(&self, payload: &str, pid: u32) {
-            let _ = self.offer(self.read(user(payload)).unwrap(), Some(pid));
+            let notified = Notified { pid, committed: None };
+            let _ = self.offer(self.read(user(payload)).unwrap(), Some(notified));
         }
 
         /// Offers a message of a database session of its own.
@@ -1279,6 +1306,40 @@ mod tests {
         event.tell(&["/1"]);
         assert_eq!(join(start), Method::Complete);
         assert_eq!(join(forgotten), Method::Exact);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_message_has_the_moment_of_the_oldest_that_it_stands_for() {
+        let event = event();
+        let start = Instant::now();
+        let tell = |committed| {
+            let payload = json!({ "endpoints": ["/a"] }).to_string();
+            let notified = Notified { pid: 1, committed };
+            let _ = event.offer(event.read(user(&payload)).unwrap(), Some(notified));
+        };
+        let ago = |millis| Some(start - Duration::from_millis(millis));
+        for committed in [None, ago(20), ago(30), None, ago(10)] {
+            tell(committed);
+        }
+        let out = event.sends().await.outgoing;
+        let moment = |at: Option<Instant>, departure| at.map(|at| Committed { at, departure });
+        assert_eq!(out.committed, moment(ago(30), Departure::AtOnce));
+        assert_eq!(out.waited, None);
+        // The window's end, with what has come meanwhile.
+        advance(Duration::from_secs(1)).await;
+        tell(ago(5));
+        advance(Duration::from_millis(500)).await;
+        tell(Some(start));
+        let out = event.sends().await.outgoing;
+        assert_eq!(out.committed, moment(ago(5), Departure::Merged));
+        assert_eq!(out.waited, Some(WINDOW - Duration::from_secs(1)));
+        // Nobody knows when what a gap has hidden was committed.
+        event.offer_gap(Cause::Start, None, Instant::now());
+        assert_eq!(event.sends().await.outgoing.committed, None);
+        event.offer_gap(Cause::Start, None, Instant::now() + WINDOW);
+        tell(Some(start));
+        let out = event.sends().await.outgoing;
+        assert_eq!(out.committed, moment(Some(start), Departure::Merged));
     }
 
     fn repeated(out: &Out) -> Vec<(Arc<Outbox>, Vec<String>)> {

@@ -10,6 +10,7 @@ use tokio::time::Instant;
 
 use super::{
     canary::{Good, Look},
+    listener::gap_begins,
     listens::Source,
 };
 use crate::{
@@ -45,7 +46,10 @@ pub(super) async fn catch_up(
     let is_same =
         |good: &&Good| good.identity == now.identity && good.snapshot.xmax() <= now.snapshot.xmax();
     let cause = match good {
-        Some(good) if !is_same(&good) => Cause::Restored,
+        Some(good) if !is_same(&good) => {
+            gap_begins(&services.metrics, Cause::Restored);
+            Cause::Restored
+        }
         Some(_) | None => cause,
     };
     let missed = match good.filter(is_same) {
@@ -68,6 +72,12 @@ pub(super) async fn catch_up_failures(
 ) -> Result<(), sqlx::Error> {
     let failures = look.failures.as_ref().map(|(_, failures)| &**failures).unwrap_or_default();
     let (kept, lost): (Vec<_>, Vec<_>) = failures.iter().partition(|it| it.is_in_history);
+    if !lost.is_empty() {
+        gap_begins(&services.metrics, Cause::TriggerFailure);
+    }
+    if !kept.is_empty() {
+        gap_begins(&services.metrics, Cause::QueueFull);
+    }
     // What has come to exist meanwhile belongs to the complete list, too.
     learn(services, listener, services.listens.covered()).await?;
     let covered = events(services.listens.covered());

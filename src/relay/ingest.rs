@@ -11,11 +11,14 @@ use std::{
 
 use tokio::{sync::mpsc, time::Instant};
 
+use super::clock;
 use crate::{
     db::REVOCATIONS_CHANNEL,
     healing,
     hub::FannedOut,
-    merge,
+    merge::{self, Notified},
+    metrics::Metrics,
+    outbox::{Committed, Departure},
     protocol::{
         message::{Json, UserBroadcast, UserPayload},
         serializer::Broadcast,
@@ -40,6 +43,8 @@ pub(crate) struct Notification {
     pub(crate) payload: String,
     /// Of the session that notified; what it sent in one transaction arrives together.
     pub(crate) pid: u32,
+    /// When it was read from the connection.
+    pub(crate) received: Instant,
 }
 
 /// What became of a notification.
@@ -110,18 +115,21 @@ pub(crate) async fn run(services: Arc<Services>, mut queue: mpsc::Receiver<Notif
         // Neighbours of one channel and session leave together; the order of all stays.
         let mut rest = batch.drain(..).peekable();
         while let Some(first) = rest.next() {
-            let (channel, pid) = (first.channel, first.pid);
-            let mut payloads = vec![first.payload];
+            let Notification { channel, pid, payload, received } = first;
+            let mut payloads = vec![(payload, received)];
             while let Some(next) = rest.next_if(|it| it.channel == channel && it.pid == pid) {
-                payloads.push(next.payload);
+                payloads.push((next.payload, next.received));
             }
             ingest(&services, &channel, payloads, pid).await;
         }
     }
 }
 
-async fn ingest(services: &Services, channel: &str, payloads: Vec<String>, pid: u32) {
+async fn ingest(services: &Services, channel: &str, payloads: Vec<(String, Instant)>, pid: u32) {
     let metrics = &services.metrics;
+    for (payload, _) in &payloads {
+        metrics.notification_bytes.observe(payload.len() as f64);
+    }
     let count = |source, outcome: Outcome, count: usize| {
         tracing::trace!(channel, outcome = outcome.kind(), count, "notifications");
         metrics.notifications.with_label_values(&[source, outcome.kind()]).inc_by(count as u64);
@@ -131,11 +139,14 @@ async fn ingest(services: &Services, channel: &str, payloads: Vec<String>, pid: 
         return count("revocations", Outcome::Noted, payloads.len());
     }
     if channel == STATS_CHANNEL {
-        for payload in payloads {
+        for (payload, _) in payloads {
             let outcome = match check(services, payload) {
                 Ok(stats) => {
                     if let Some(eid) = named_event(&stats) {
                         healing::name_event(services, &eid);
+                        if !has_viewers(services, &eid) {
+                            metrics.published_without_viewer.inc();
+                        }
                     }
                     Outcome::Noted
                 }
@@ -148,22 +159,27 @@ async fn ingest(services: &Services, channel: &str, payloads: Vec<String>, pid: 
     let Some(source) = services.listens.source(channel) else {
         return count("other", Outcome::UnknownChannel, payloads.len());
     };
-    let mut broadcasts = Vec::with_capacity(payloads.len());
-    for payload in payloads {
+    let (mut broadcasts, mut oldest) = (Vec::with_capacity(payloads.len()), None);
+    for (payload, received) in payloads {
         match check(services, payload) {
-            Ok(payload) => broadcasts.push(Broadcast::User {
-                message: UserBroadcast {
-                    user_event: source.user_event.clone(),
-                    payload: UserPayload::Json(payload),
-                },
-                metadata: None,
-            }),
+            Ok(payload) => {
+                let committed = committed(metrics, payload.as_str(), received);
+                oldest = [oldest, committed].into_iter().flatten().min();
+                broadcasts.push(Broadcast::User {
+                    message: UserBroadcast {
+                        user_event: source.user_event.clone(),
+                        payload: UserPayload::Json(payload),
+                    },
+                    metadata: None,
+                });
+            }
             Err(outcome) => count("event", outcome, 1),
         }
     }
     if let Some(event) = &source.event {
         let offered = broadcasts.len();
-        broadcasts = merge::offer(services, event, broadcasts, Some(pid));
+        let notified = Notified { pid, committed: oldest };
+        broadcasts = merge::offer(services, event, broadcasts, Some(notified));
         count("event", Outcome::Offered, offered - broadcasts.len());
         healing::name_event(services, event.eid());
     }
@@ -171,12 +187,30 @@ async fn ingest(services: &Services, channel: &str, payloads: Vec<String>, pid: 
         return;
     }
     let (started, mut fanned_out) = (Instant::now(), FannedOut::default());
+    let committed = oldest.map(|at| Committed { at, departure: Departure::AtOnce });
     for topic in &source.topics {
-        fanned_out += services.hub.publish(topic, &broadcasts).await;
+        fanned_out += services.hub.publish(topic, &broadcasts, committed).await;
     }
     metrics.count_fan_out(&metrics.broadcasts_database, broadcasts.len(), fanned_out, started);
     let outcome = if fanned_out.deliveries > 0 { Outcome::Delivered } else { Outcome::NoViewer };
     count("event", outcome, broadcasts.len());
+}
+
+/// When a payload was committed, by our clock, if its stamp tells; measures what it took to come.
+fn committed(metrics: &Metrics, payload: &str, received: Instant) -> Option<Instant> {
+    let received_at = unix_seconds() - received.elapsed().as_secs_f64();
+    let age = clock::age(payload, received_at, metrics.database_clock_offset.get())?;
+    metrics.commit_to_received.observe(age.as_secs_f64());
+    received.checked_sub(age)
+}
+
+/// Whether somebody here has joined the event, under any spelling of any rule that merges.
+fn has_viewers(services: &Services, eid: &str) -> bool {
+    services.rules().merged(eid).any(|(rule, captures)| {
+        let first = rule.pattern.first().map(|pattern| pattern.fill(&captures));
+        let topics = first.map(|first| rule.topics(&first, &captures)).unwrap_or_default();
+        topics.iter().any(|topic| services.hub.subscriber_count(topic) > 0)
+    })
 }
 
 /// `{"event_eid":"AB3028",…}`

@@ -21,6 +21,7 @@ use tokio::{
 
 use super::{
     canary::{self, Canary, Good, Look},
+    clock::Clocks,
     history,
     ingest::{self, Notification, STATS_CHANNEL},
 };
@@ -28,6 +29,7 @@ use crate::{
     auth::secret::Secret,
     db::{self, REVOCATIONS_CHANNEL},
     merge::{self, Cause},
+    metrics::Metrics,
     server::Services,
 };
 
@@ -103,6 +105,7 @@ pub(crate) async fn run(services: Arc<Services>) {
     services.tracker.spawn(ingest::run(Arc::clone(&services), notifications));
     let mut backoff = BACKOFF_MIN;
     let mut link = Link { cause: Cause::Start, good: None };
+    gap_begins(&services.metrics, link.cause);
     loop {
         let mut was_up = false;
         let ended = tokio::select! {
@@ -113,6 +116,7 @@ pub(crate) async fn run(services: Arc<Services>) {
         // attempts that fail.
         if was_up {
             link.cause = Cause::Link(ended.kind());
+            gap_begins(&services.metrics, link.cause);
         }
         services.metrics.relay_link_up.set(0);
         services.metrics.relay_listens.set(0);
@@ -131,6 +135,12 @@ pub(crate) async fn run(services: Arc<Services>) {
         backoff = (backoff * 2).min(services.config.relay.backoff_max);
     }
     services.metrics.relay_link_up.set(0);
+}
+
+/// From here on something may be missed, until viewers have been told what.
+pub(super) fn gap_begins(metrics: &Metrics, cause: Cause) {
+    metrics.relay_gaps.with_label_values(&[cause.kind()]).inc();
+    metrics.relay_gap_open.set(1);
 }
 
 /// One session, from its connection to the error that ends it.
@@ -181,6 +191,7 @@ async fn forward(queue: &mpsc::Sender<Notification>, notification: &PgNotificati
         channel: notification.channel().into(),
         payload: notification.payload().to_owned(),
         pid: notification.process_id(),
+        received: Instant::now(),
     };
     // The receiver lives as long as the sender, which `run` holds.
     let _ = queue.send(notification).await;
@@ -255,6 +266,7 @@ impl Session {
         for timer in [&mut heartbeat, &mut sweep, &mut canaries] {
             timer.set_missed_tick_behavior(MissedTickBehavior::Delay);
         }
+        let mut clocks = Clocks::default();
         let mut canary = Canary::new();
         // The canary's way to the database is not the session's: it must not be waited for.
         let mut looking: Option<Looking<'_>> = None;
@@ -285,8 +297,12 @@ impl Session {
                 () = services.listens.changed() => self.sync(services).await?,
                 _ = sweep.tick() => self.sync(services).await?,
                 _ = heartbeat.tick() => {
-                    self.run(|listener| Box::pin(db::heartbeat(listener))).await?;
-                    services.metrics.relay_last_heartbeat.set(ingest::unix_seconds());
+                    let asked = Instant::now();
+                    let theirs = self.run(|listener| Box::pin(db::heartbeat(listener))).await?;
+                    let (ours, metrics) = (ingest::unix_seconds(), &services.metrics);
+                    metrics.relay_last_heartbeat.set(ours);
+                    let offset = clocks.compare(theirs, ours, asked.elapsed());
+                    metrics.database_clock_offset.set(offset);
                 }
                 _ = canaries.tick(), if looking.is_none() && !canary.is_awaited() => {
                     canary = Canary::new();
@@ -331,6 +347,7 @@ impl Session {
         .await?;
         // What it sees has been heard, or was read just now.
         link.good = Some(now);
+        services.metrics.relay_gap_open.set(0);
         Ok(())
     }
 
@@ -350,7 +367,9 @@ impl Session {
         }
         let since = &good.snapshot;
         self.run(|listener| Box::pin(history::catch_up_failures(services, listener, since, look)))
-            .await
+            .await?;
+        services.metrics.relay_gap_open.set(0);
+        Ok(())
     }
 
     /// Runs statements on the session, under the deadline.

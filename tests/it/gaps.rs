@@ -58,6 +58,9 @@ const MEDIA: [&str; 1] = ["/live/event/AB3028/media"];
 /// The server's end of the session is seen as one or the other: `closed`, `broken`.
 const ENDED: &str = "ended";
 
+/// 1 while something may have been missed.
+const GAP_OPEN: &str = "tidegate_relay_gap_open";
+
 /// What clients are caught up for that join; all other causes concern whole events.
 const CAUSES_OF_JOINS: [&str; 4] = ["fresh", "held", "returned", "unknown"];
 
@@ -140,8 +143,10 @@ impl Scene {
     /// Lets a new session begin, once the gateway has given the last one up.
     async fn restore(&mut self) {
         self.proxy.has_held().await;
+        assert_eq!(self.server.metric(GAP_OPEN).await, 1.0);
         self.proxy.release();
         self.server.link_is_up().await;
+        assert_eq!(self.server.metric(GAP_OPEN).await, 0.0);
     }
 
     /// A gap in which this SQL is run.
@@ -170,6 +175,14 @@ impl Scene {
     /// by no other cause.
     async fn has_counted(&self, expected: &[(&str, &str, u64)]) {
         assert_eq!(catch_ups(&self.server).await, expected.iter().map(by_labels).collect());
+    }
+
+    /// Fails unless these gaps have begun since the start, each so often, and have been closed.
+    async fn has_had_gaps(&self, expected: &[(&str, u64)]) {
+        let gaps = counts(&self.server, "tidegate_relay_gaps_total").await;
+        let by_cause = |(cause, count): &(&str, u64)| (format!("cause=\"{cause}\""), *count);
+        assert_eq!(gaps, expected.iter().map(by_cause).collect());
+        self.server.metric_falls_to(GAP_OPEN, 0.0).await;
     }
 
     async fn end(self, viewers: impl IntoIterator<Item = Client>) {
@@ -689,6 +702,7 @@ async fn a_trigger_that_fails_makes_everybody_get_the_complete_list_at_the_next_
     is_caught_up(&mut viewer, TOPIC, ENDED, &BID).await;
     scene.tells_nothing([(&mut other, OTHER_TOPIC)]).await;
     scene.has_counted(&[(ENDED, "exact", 1), ("trigger_failure", "complete", 2)]).await;
+    scene.has_had_gaps(&[("start", 1), ("trigger_failure", 1), (ENDED, 1)]).await;
     scene.end([viewer, other]).await;
 }
 
@@ -791,6 +805,7 @@ async fn what_a_full_queue_kept_from_viewers_is_read_from_the_history() {
     is_good(&scene.server).await;
     scene.tells_nothing([(&mut viewer, TOPIC), (&mut other, OTHER_TOPIC)]).await;
     scene.has_counted(&[("queue_full", "exact", 1)]).await;
+    scene.has_had_gaps(&[("start", 1), ("queue_full", 1)]).await;
     scene.end([viewer, other]).await;
 }
 
@@ -886,6 +901,8 @@ async fn a_server_on_another_timeline_costs_everybody_the_complete_list() {
     is_caught_up(&mut other, OTHER_TOPIC, "restored", &OTHER_ALL).await;
     scene.tells_nothing([(&mut viewer, TOPIC), (&mut other, OTHER_TOPIC)]).await;
     scene.has_counted(&[("restored", "complete", 2)]).await;
+    // The end of the session, and what the next one has found.
+    scene.has_had_gaps(&[("start", 1), (ENDED, 1), ("restored", 1)]).await;
     scene.end([viewer, other]).await;
 }
 

@@ -95,7 +95,7 @@ async fn the_reply_precedes_every_broadcast_however_many_are_sent() {
         let broadcast = [Broadcast::Envelope(Json::EMPTY)];
         let mut deliveries = 0;
         while !over.load(Ordering::Relaxed) {
-            deliveries += hub.publish(&key, &broadcast).await.deliveries;
+            deliveries += hub.publish(&key, &broadcast, None).await.deliveries;
         }
         deliveries
     });

@@ -36,6 +36,7 @@ mod jwks;
 mod jws;
 mod leave;
 mod limits;
+mod metrics;
 mod policies;
 mod readme;
 mod reload;

@@ -1,0 +1,181 @@
+//! What is measured, as `/metrics` shows it.
+
+use std::time::Duration;
+
+use serde_json::json;
+use tidegate::{
+    auth::{jwt::unix_now, secret::Secret},
+    config::Config,
+    protocol::serializer::Serializer::{V1, V2},
+};
+use tokio::time::timeout;
+
+use crate::support::{
+    client::Client,
+    postgres::Database,
+    proxy::Proxy,
+    server::{DEADLINE, TestServer, config, plain_rule},
+};
+
+/// Relayed as it comes.
+const PLAIN: &str = "plain_AB3028";
+/// Merged.
+const CACHE: &str = "cache_invalidate_AB3028";
+const RECEIVED: &str = "tidegate_commit_to_received_seconds";
+const WRITTEN_AT_ONCE: &str = "tidegate_commit_to_write_seconds_count{sent=\"at_once\"}";
+const WRITTEN_MERGED: &str = "tidegate_commit_to_write_seconds_count{sent=\"merged\"}";
+
+fn settings(url: &str) -> Config {
+    let mut config = config();
+    config.database_url = Secret::from(url);
+    config.topic.push(plain_rule());
+    config
+}
+
+#[tokio::test]
+async fn a_gap_is_open_until_the_first_session_has_caught_up() {
+    let database = Database::create().await;
+    let mut proxy = Proxy::start("127.0.0.1", database.port()).await;
+    proxy.hold_at("pg_is_in_recovery");
+    let mut config = settings(database.url());
+    config.notify_database_url = Secret::from(&*database.url_at(proxy.address));
+    config.relay.connect_timeout = DEADLINE;
+    let server = TestServer::start_with(config);
+    proxy.has_held().await;
+    assert_eq!(server.metric("tidegate_relay_gap_open").await, 1.0);
+    assert_eq!(server.metric("tidegate_relay_gaps_total{cause=\"start\"}").await, 1.0);
+    proxy.release();
+    server.link_is_up().await;
+    assert_eq!(server.metric("tidegate_relay_gap_open").await, 0.0);
+    assert_eq!(server.metric("tidegate_relay_gaps_total{cause=\"start\"}").await, 1.0);
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn without_a_database_there_is_no_gap() {
+    let server = TestServer::start();
+    assert_eq!(server.metric("tidegate_relay_gap_open").await, 0.0);
+    assert_eq!(server.metric("tidegate_relay_gaps_total{cause=\"start\"}").await, 0.0);
+    server.stop().await;
+}
+
+/// The session sees a clock that is far ahead of ours; without the difference nobody would believe
+/// the stamps that are made by it.
+#[tokio::test]
+async fn stamps_are_read_by_the_databases_clock() {
+    const AHEAD: i64 = 100_000;
+    let mut database = Database::create().await;
+    let role = format!("clock_{:08x}", fastrand::u32(..));
+    let skew = format!(
+        "create schema skewed;
+        create function skewed.clock_timestamp() returns timestamptz language sql as
+            $$ select pg_catalog.clock_timestamp() + interval '{AHEAD} seconds' $$;
+        grant usage on schema skewed to public;
+        create role {role} login;
+        alter role {role} set search_path = skewed, pg_catalog"
+    );
+    database.run(&skew).await;
+    let mut config = settings(database.url());
+    let url = database.url().replace("postgres@", &format!("{role}@"));
+    config.notify_database_url = Secret::from(&*url);
+    config.relay.heartbeat_interval = Duration::from_millis(50);
+    let server = TestServer::start_with(config);
+    let offset = "tidegate_database_clock_offset_seconds";
+    server.metric_reaches(offset, 99_000.0).await;
+    assert!(server.metric(offset).await < 101_000.0);
+
+    let mut viewer = Client::connect(&server, V1).await;
+    viewer.join(PLAIN).await;
+    let stamp = unix_now() + AHEAD;
+    database.notify(PLAIN, &json!({ "timestamp": stamp }).to_string()).await;
+    viewer.broadcast().await;
+    assert_eq!(server.metric(&format!("{RECEIVED}_count")).await, 1.0);
+    // One of our own clock is a day old.
+    database.notify(PLAIN, &json!({ "timestamp": unix_now() }).to_string()).await;
+    viewer.broadcast().await;
+    assert_eq!(server.metric(&format!("{RECEIVED}_count")).await, 1.0);
+    viewer.ends().await;
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn a_notification_is_measured_to_its_arrival_and_to_each_write() {
+    let mut database = Database::create().await;
+    let server = TestServer::start_with(settings(database.url()));
+    server.link_is_up().await;
+    let mut viewers = [Client::connect(&server, V1).await, Client::connect(&server, V2).await];
+    for viewer in &mut viewers {
+        viewer.join(PLAIN).await;
+    }
+    // From the future, by less than clocks differ.
+    for payload in [json!({ "timestamp": unix_now() }), json!({ "timestamp": unix_now() + 20 })] {
+        database.notify(PLAIN, &payload.to_string()).await;
+        for viewer in &mut viewers {
+            viewer.broadcast().await;
+        }
+    }
+    server.metric_reaches(WRITTEN_AT_ONCE, 4.0).await;
+    assert_eq!(server.metric(&format!("{RECEIVED}_count")).await, 2.0);
+    let below_zero = server.metric(&format!("{RECEIVED}_sum")).await < 0.0;
+    assert!(!below_zero, "what is ahead of our clock counts as no time");
+    // What has no stamp is relayed all the same.
+    for payload in ["{}", r#"{"timestamp":"soon"}"#, r#"{"timestamp":1692374522000}"#] {
+        database.notify(PLAIN, payload).await;
+        for viewer in &mut viewers {
+            viewer.broadcast().await;
+        }
+    }
+    assert_eq!(server.metric(&format!("{RECEIVED}_count")).await, 2.0);
+    assert_eq!(server.metric(WRITTEN_AT_ONCE).await, 4.0);
+    assert_eq!(server.metric(WRITTEN_MERGED).await, 0.0);
+    assert_eq!(server.metric("tidegate_notification_bytes_count").await, 5.0);
+    for viewer in viewers {
+        viewer.ends().await;
+    }
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn what_has_waited_for_its_window_is_measured_apart() {
+    let mut database = Database::create().await;
+    let mut config = settings(database.url());
+    config.topic[0].merge.as_mut().unwrap().window = Duration::from_millis(100);
+    let server = TestServer::start_with(config);
+    server.link_is_up().await;
+    let mut viewer = Client::connect(&server, V2).await;
+    viewer.join(CACHE).await;
+    // On a slow machine each of them may find its window over.
+    let waits = async {
+        while server.metric(WRITTEN_MERGED).await < 1.0 {
+            let payload = json!({ "timestamp": unix_now(), "endpoints": ["/a"] });
+            database.notify(CACHE, &payload.to_string()).await;
+        }
+    };
+    timeout(DEADLINE, waits).await.expect("one waits for its window");
+    assert!(server.metric(WRITTEN_AT_ONCE).await >= 1.0, "the first has not");
+    assert!(server.metric("tidegate_window_wait_seconds_count").await >= 1.0);
+    drop(viewer);
+    server.metric_falls_to("tidegate_connections", 0.0).await;
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn a_change_of_an_event_that_nobody_has_joined_is_counted() {
+    let mut database = Database::create().await;
+    let server = TestServer::start_with(settings(database.url()));
+    server.link_is_up().await;
+    let mut viewer = Client::connect(&server, V2).await;
+    viewer.join("cache_invalidate:AB3028").await;
+    let without = "tidegate_published_without_viewer_total";
+    let noted = "tidegate_notifications_total{outcome=\"noted\",source=\"stats\"}";
+    for (count, (eid, expected)) in
+        [("AB3028", 0.0), ("AB3029", 1.0), ("AB3028", 1.0), ("no event", 2.0)].iter().enumerate()
+    {
+        let stats = json!({ "event_eid": eid, "table": "votes", "operation": "INSERT" });
+        database.notify("global_cache_stats", &stats.to_string()).await;
+        server.metric_reaches(noted, count as f64 + 1.0).await;
+        assert_eq!(server.metric(without).await, *expected, "{eid}");
+    }
+    viewer.ends().await;
+    server.stop().await;
+}
