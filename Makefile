@@ -77,6 +77,7 @@ system:
 	compgen -G '/usr/lib/postgresql/*/bin/postgres' >/dev/null || command -v postgres >/dev/null \
 		|| missing+=(postgresql); \
 	command -v openssl >/dev/null || missing+=(openssl); \
+	command -v promtool >/dev/null || missing+=(prometheus); \
 	$(install)
 
 node:
