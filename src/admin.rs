@@ -132,14 +132,17 @@ fn name(path: &str) -> &'static str {
 fn route_whole(services: &Services, ask: &Ask) -> Answer {
     match (ask.method(), ask.uri().path()) {
         (&Method::GET, "/metrics") => {
-            let topics = i64::try_from(services.hub.topic_count()).unwrap_or(i64::MAX);
-            services.metrics.topics.set(topics);
-            let addresses = services.limits.addresses.count();
-            services.metrics.addresses.set(i64::try_from(addresses).unwrap_or(i64::MAX));
             let revocations = &services.verifier.revocations;
             revocations.sweep(unix_now());
-            let revocations = i64::try_from(revocations.count()).unwrap_or(i64::MAX);
-            services.metrics.revocations.set(revocations);
+            let metrics = &services.metrics;
+            for (gauge, value) in [
+                (&metrics.topics, services.hub.topic_count()),
+                (&metrics.addresses, services.limits.addresses.count()),
+                (&metrics.revocations, revocations.count()),
+                (&metrics.outbox_high_water, services.backlogs.highest()),
+            ] {
+                gauge.set(i64::try_from(value).unwrap_or(i64::MAX));
+            }
             let body = services.metrics.render();
             content(StatusCode::OK, "text/plain; version=0.0.4; charset=utf-8", body)
         }

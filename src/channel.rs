@@ -20,7 +20,7 @@ use crate::{
     hub::{Subscription, TopicKey},
     limits::Limited,
     merge::{self, CatchUp, Cause, Event, Known, Why},
-    metrics::{Counted, Dropped},
+    metrics::{Dropped, OpenChannel},
     outbox::Outbox,
     protocol::{
         error_code::{ErrorCode, Refusal, error_reply},
@@ -61,8 +61,49 @@ pub(crate) struct Channel {
     subscription: Option<Subscription>,
     listening: Option<Listening>,
     asked_at: Instant,
-    /// Counts the channel while it is open.
-    counted: Option<Counted>,
+    /// Counts the channel once it is open.
+    open: Option<OpenChannel>,
+}
+
+/// Why a joined channel ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum EndReason {
+    /// Its client has left.
+    Left,
+    /// Its client has joined the topic once more.
+    Replaced,
+    /// Its token does not hold or does not open the topic any more.
+    Token,
+    /// Its client broadcasts too fast.
+    TooFast,
+    /// The database's policies could not be asked.
+    Unanswered,
+    /// Its connection has ended.
+    Connection,
+}
+
+impl EndReason {
+    /// Every reason.
+    pub(crate) const ALL: [Self; 6] = [
+        Self::Left,
+        Self::Replaced,
+        Self::Token,
+        Self::TooFast,
+        Self::Unanswered,
+        Self::Connection,
+    ];
+
+    /// The metric's label, and the audit log's reason.
+    pub(crate) fn kind(self) -> &'static str {
+        match self {
+            Self::Left => "left",
+            Self::Replaced => "replaced",
+            Self::Token => "token",
+            Self::TooFast => "too_fast",
+            Self::Unanswered => "unanswered",
+            Self::Connection => "connection",
+        }
+    }
 }
 
 /// Whether the channel goes on after an event.
@@ -70,10 +111,8 @@ pub(crate) struct Channel {
 #[must_use]
 pub(crate) enum Fate {
     Open,
-    /// The client is told that it is over.
-    Closed,
-    /// The client is told to join again.
-    Failed,
+    /// It is over, as the client is told; after [`EndReason::Unanswered`] it is told to join again.
+    Ended(EndReason),
     /// What it may read must be asked of the policies.
     Asking,
 }
@@ -113,11 +152,7 @@ impl Channel {
         let presence_default = services.config.protocol.presence_default;
         let mut config = JoinConfig::parse(&payload, sub_topic, presence_default)?;
         let verified = match config.token.take() {
-            Some(text) if !context.apikey.is(&text) => {
-                let verified = services.verifier.verify(&text, unix_now());
-                services.metrics.count_token(&verified);
-                verified
-            }
+            Some(text) if !context.apikey.is(&text) => services.verify(&text),
             Some(_) | None => {
                 services.verifier.recheck(context.apikey, unix_now(), services.config.auth.leeway)
             }
@@ -150,7 +185,7 @@ impl Channel {
             subscription: None,
             listening: None,
             asked_at: Instant::now(),
-            counted: None,
+            open: None,
         })
     }
 
@@ -219,7 +254,7 @@ impl Channel {
         Audit::Join { topic, result, rule: self.rule_name(), because }
             .note(context.caller, Some(&self.token));
         metrics.join_seconds.observe(self.asked_at.elapsed().as_secs_f64());
-        self.counted = Some(Counted::new(&metrics.channels));
+        self.open = Some(OpenChannel::new(metrics));
         if !self.config.bindings.is_empty() {
             let payload =
                 system_error("postgres_changes", NO_POSTGRES_CHANGES, &self.key.sub_topic);
@@ -306,7 +341,7 @@ impl Channel {
             match self.admit_broadcast(services, push.payload) {
                 Err(Dropped::Rate) if self.rule.is_none() => {
                     services.metrics.count_limited(Limited::BroadcastsClosed);
-                    fate = Fate::Closed;
+                    fate = Fate::Ended(EndReason::TooFast);
                     break;
                 }
                 Ok(broadcast) => {
@@ -360,7 +395,7 @@ impl Channel {
                 self.reply(context, reference.as_ref(), payload);
             }
         }
-        if fate == Fate::Closed {
+        if fate != Fate::Open {
             self.complain(context, TOO_MANY_MESSAGES);
         }
         fate
@@ -400,16 +435,23 @@ impl Channel {
         services.limits.broadcast(1).map(|()| broadcast).map_err(|_too_fast| Dropped::Rate)
     }
 
-    /// Says goodbye: `phx_close` carries the join's ref, so that a newer channel of the same
-    /// topic, on the client's side, does not take it for its own.
-    pub(crate) fn close(self, context: Context<'_>, reason: &'static str) {
-        Audit::Leave { topic: &self.topic, reason }.note(context.caller, Some(&self.token));
+    /// Says goodbye. `phx_close` is for good, `phx_error` has the client join again. Both carry the
+    /// join's ref, so that a newer channel of the same topic, on the client's side, does not take
+    /// it for its own.
+    pub(crate) fn close(mut self, context: Context<'_>, reason: EndReason) {
+        let kind = reason.kind();
+        Audit::Leave { topic: &self.topic, reason: kind }.note(context.caller, Some(&self.token));
+        if let Some(open) = &mut self.open {
+            open.ends_for = reason;
+        }
+        // What is wrong is nothing that the client's token could change.
+        let is_for_good = reason != EndReason::Unanswered;
         let join_ref = self.join_ref.as_ref();
         context.push(&Push {
             join_ref,
             reference: join_ref,
             topic: &self.topic,
-            event: "phx_close",
+            event: if is_for_good { "phx_close" } else { "phx_error" },
             payload: "{}",
         });
     }
@@ -463,8 +505,16 @@ impl Channel {
         let grace = context.services.config.auth.grace;
         match self.token.check_expiry(unix_now(), grace) {
             Ok(()) => Fate::Open,
-            Err(error) => self.replace_token(context, Err(error)),
+            Err(error) => self.lose_token(context, error),
         }
+    }
+
+    /// Goes on without its token, if it may.
+    fn lose_token(&mut self, context: Context<'_>, error: TokenError) -> Fate {
+        if matches!(error, TokenError::Expired { .. }) {
+            context.services.metrics.token_expiries.inc();
+        }
+        self.replace_token(context, Err(error))
     }
 
     /// Answers a message of this channel.
@@ -505,8 +555,9 @@ impl Channel {
         if text.starts_with(OPAQUE_KEY_PREFIX) || self.token.is(text) {
             return Fate::Open;
         }
-        let verified = context.services.verifier.verify(text, unix_now());
-        context.services.metrics.count_token(&verified);
+        let verified = context.services.verify(text);
+        let result = if verified.is_ok() { "ok" } else { "refused" };
+        context.services.metrics.token_refreshes.with_label_values(&[result]).inc();
         self.replace_token(context, verified)
     }
 
@@ -515,8 +566,10 @@ impl Channel {
     pub(crate) fn review(&mut self, context: Context<'_>) -> Fate {
         let services = context.services;
         let grace = services.config.auth.grace;
-        let verified = services.verifier.recheck(&self.token, unix_now(), grace);
-        self.replace_token(context, verified)
+        match services.verifier.recheck(&self.token, unix_now(), grace) {
+            Ok(token) => self.replace_token(context, Ok(token)),
+            Err(error) => self.lose_token(context, error),
+        }
     }
 
     /// Decides anew, by another token or by none.
@@ -575,7 +628,7 @@ impl Channel {
     /// Says why, and ends the channel.
     fn end_with(&self, context: Context<'_>, refusal: &Refusal) -> Fate {
         self.complain(context, refusal.text());
-        Fate::Closed
+        Fate::Ended(EndReason::Token)
     }
 
     fn complain(&self, context: Context<'_>, text: &str) {

@@ -77,19 +77,24 @@ pub enum CloseReason {
 }
 
 impl CloseReason {
-    /// The reasons that are the server's.
-    pub const SERVER: [Self; 10] = [
-        Self::PeerGone,
-        Self::Silent,
-        Self::NoChannels,
-        Self::SlowConsumer,
-        Self::WriteTimeout,
-        Self::Unfinished,
-        Self::TooLarge,
-        Self::Protocol,
-        Self::InvalidUtf8,
-        Self::Draining,
-    ];
+    /// Every reason; of the peer's, one for each label of its code.
+    pub fn all() -> impl Iterator<Item = Self> {
+        // RFC 6455 reserves 4000 and above for what applications agree on: the label is `other`.
+        let codes = [1000, 1001, 1002, 1003, 1005, 1007, 1008, 1009, 1011, 1012, 1013, 4000];
+        let peers = codes.into_iter().map(Some).chain([None]).map(Self::Peer);
+        peers.chain([
+            Self::PeerGone,
+            Self::Silent,
+            Self::NoChannels,
+            Self::SlowConsumer,
+            Self::WriteTimeout,
+            Self::Unfinished,
+            Self::TooLarge,
+            Self::Protocol,
+            Self::InvalidUtf8,
+            Self::Draining,
+        ])
+    }
 
     /// The metric's label.
     #[must_use]
@@ -218,7 +223,9 @@ impl Connection {
     /// Says goodbye, in a place of its own: an open socket's task need not have room for its end.
     fn end(self, reason: CloseReason) -> Pin<Box<dyn Future<Output = ()> + Send>> {
         let labels = [reason.kind(), reason.code_label()];
-        self.services.metrics.connections_closed.with_label_values(&labels).inc();
+        let metrics = &self.services.metrics;
+        metrics.connections_closed.with_label_values(&labels).inc();
+        metrics.connection_seconds.observe(self.socket.opened().elapsed().as_secs_f64());
         tracing::debug!(reason = reason.kind(), "connection closed");
         Audit::Close { reason: reason.kind(), code: reason.code_label() }
             .note(self.socket.caller(), None);

@@ -22,11 +22,12 @@ use hyper::{
     upgrade::OnUpgrade,
 };
 use hyper_util::rt::{TokioIo, TokioTimer};
+use parking_lot::Mutex;
 use percent_encoding::percent_decode_str;
 use serde_json::{Value, json};
 use tokio::{
     net::TcpStream,
-    time::{sleep, timeout},
+    time::{Instant, sleep, timeout},
 };
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 use tracing::Instrument;
@@ -34,7 +35,7 @@ use tracing::Instrument;
 use crate::{
     audit::{Audit, Caller},
     auth::{
-        jwt::{Token, TokenError, unix_now},
+        jwt::{Token, TokenError},
         policies,
     },
     connection::Connection,
@@ -81,9 +82,14 @@ pub(crate) async fn serve(
 ) {
     let (head_timeout, stopped) =
         (services.config.limits.handshake_timeout, services.stopped.clone());
+    // Of the first request; those behind it are waited for, which is not our time.
+    let accepted = Mutex::new(Some(Instant::now()));
     let service = service_fn(|ask| {
         let (services, fallback) = (Arc::clone(&services), fallback.clone());
-        async move { Ok::<_, std::convert::Infallible>(route(services, ask, peer, fallback).await) }
+        let since = accepted.lock().take().unwrap_or_else(Instant::now);
+        async move {
+            Ok::<_, std::convert::Infallible>(answer(services, ask, peer, fallback, since).await)
+        }
     });
     let connection = hyper::server::conn::http1::Builder::new()
         .timer(TokioTimer::new())
@@ -105,12 +111,105 @@ pub(crate) async fn serve(
     }
 }
 
-async fn route(
+/// What a request is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Route {
+    /// A WebSocket.
+    Websocket,
+    /// Broadcasts by REST, a batch of them or a single one.
+    Broadcast,
+    /// A browser's question whether a page may broadcast.
+    Preflight,
+    /// A look whether the process lives.
+    Health,
+    /// Nothing that there is.
+    Unknown,
+    /// A page of the demo.
+    Page,
+}
+
+impl Route {
+    /// Every route.
+    pub const ALL: [Self; 6] = [
+        Self::Websocket,
+        Self::Broadcast,
+        Self::Preflight,
+        Self::Health,
+        Self::Unknown,
+        Self::Page,
+    ];
+
+    /// The metric's label.
+    #[must_use]
+    pub fn kind(self) -> &'static str {
+        match self {
+            Self::Websocket => "websocket",
+            Self::Broadcast => "broadcast",
+            Self::Preflight => "preflight",
+            Self::Health => "healthz",
+            Self::Unknown => "unknown",
+            Self::Page => "page",
+        }
+    }
+
+    /// What it can be answered with; pages aside, which production does not have.
+    #[must_use]
+    pub fn statuses(self) -> &'static [StatusCode] {
+        match self {
+            Self::Websocket => &[
+                StatusCode::SWITCHING_PROTOCOLS,
+                StatusCode::BAD_REQUEST,
+                StatusCode::UNAUTHORIZED,
+                StatusCode::FORBIDDEN,
+                StatusCode::TOO_MANY_REQUESTS,
+                StatusCode::SERVICE_UNAVAILABLE,
+            ],
+            Self::Broadcast => &[
+                StatusCode::ACCEPTED,
+                StatusCode::BAD_REQUEST,
+                StatusCode::UNAUTHORIZED,
+                StatusCode::FORBIDDEN,
+                StatusCode::REQUEST_TIMEOUT,
+                StatusCode::PAYLOAD_TOO_LARGE,
+                StatusCode::UNSUPPORTED_MEDIA_TYPE,
+                StatusCode::UNPROCESSABLE_ENTITY,
+                StatusCode::TOO_MANY_REQUESTS,
+            ],
+            Self::Preflight => &[StatusCode::NO_CONTENT],
+            Self::Health => &[StatusCode::OK],
+            Self::Unknown => &[StatusCode::NOT_FOUND],
+            Self::Page => &[],
+        }
+    }
+}
+
+/// Answers a request that began at `since`: the first of its connection when that was accepted.
+async fn answer(
     services: Arc<Services>,
     ask: Ask,
     peer: SocketAddr,
     fallback: Option<Fallback>,
+    since: Instant,
 ) -> Answer {
+    let (route, answer) = route(&services, ask, peer, fallback).await;
+    let (metrics, status) = (&services.metrics, answer.status());
+    debug_assert!(route == Route::Page || route.statuses().contains(&status), "{route:?} {status}");
+    metrics.http_requests.with_label_values(&[route.kind(), status.as_str()]).inc();
+    if route == Route::Websocket {
+        let is_ok = status == StatusCode::SWITCHING_PROTOCOLS;
+        let result = if is_ok { "ok" } else { "refused" };
+        let seconds = since.elapsed().as_secs_f64();
+        metrics.handshake_seconds.with_label_values(&[result]).observe(seconds);
+    }
+    answer
+}
+
+async fn route(
+    services: &Arc<Services>,
+    ask: Ask,
+    peer: SocketAddr,
+    fallback: Option<Fallback>,
+) -> (Route, Answer) {
     let path = ask.uri().path().to_owned();
     let trusted = &services.config.network.trusted_proxies;
     let caller = Caller::at(client_ip(peer.ip(), ask.headers(), trusted));
@@ -118,20 +217,25 @@ async fn route(
     let api = path.strip_prefix("/realtime/v1").unwrap_or(&path).strip_prefix("/api/broadcast");
     match (ask.method(), path.as_str(), api) {
         (_, "/realtime/v1/websocket" | "/socket/websocket", _) => {
-            upgrade(services, ask, caller).await
+            (Route::Websocket, upgrade(Arc::clone(services), ask, caller).await)
         }
-        (&Method::GET | &Method::HEAD, "/healthz", _) => text(StatusCode::OK, "ok"),
-        (&Method::OPTIONS, _, Some(_)) => rest::preflight(&services, &ask),
-        (&Method::POST, _, Some("")) => rest::broadcast_batch(&services, ask, caller).await,
+        (&Method::GET | &Method::HEAD, "/healthz", _) => {
+            (Route::Health, text(StatusCode::OK, "ok"))
+        }
+        (&Method::OPTIONS, _, Some(_)) => (Route::Preflight, rest::preflight(services, &ask)),
+        (&Method::POST, _, Some("")) => {
+            (Route::Broadcast, rest::broadcast_batch(services, ask, caller).await)
+        }
         (&Method::POST, _, Some(target)) => match rest::target(target) {
-            Some((topic, event)) => {
-                rest::broadcast_single(&services, ask, caller, &topic, &event).await
-            }
-            None => not_found(),
+            Some((topic, event)) => (
+                Route::Broadcast,
+                rest::broadcast_single(services, ask, caller, &topic, &event).await,
+            ),
+            None => (Route::Unknown, not_found()),
         },
         (_, _, _) => match fallback {
-            Some(fallback) => fallback.answer(ask).await,
-            None => not_found(),
+            Some(fallback) => (Route::Page, fallback.answer(ask).await),
+            None => (Route::Unknown, not_found()),
         },
     }
 }
@@ -172,7 +276,7 @@ async fn upgrade(services: Arc<Services>, mut ask: Ask, caller: Caller) -> Answe
             return refuse(&services, caller, RefusedUpgrade::Token, Some(error.kind()), answer);
         }
     };
-    let outbox = Arc::new(Outbox::new(serializer, services.config.limits.outbox_bytes_max));
+    let outbox = Arc::new(Outbox::new(serializer, &services.backlogs));
     let place = match Place::take(&services, &outbox, caller.address().into()) {
         Ok(place) => place,
         Err(RefusedUpgrade::Draining) => return draining(&services, caller),
@@ -313,8 +417,7 @@ pub(crate) fn verify(
         services.metrics.count_limited(Limited::AddressFailures);
         return Err(Unverified::Unread);
     }
-    let verified = services.verifier.verify(text, unix_now());
-    services.metrics.count_token(&verified);
+    let verified = services.verify(text);
     if !is_known && verified.is_err() {
         addresses.fail(address);
     }

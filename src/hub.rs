@@ -205,14 +205,14 @@ impl Frames<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::protocol::message::Json;
+    use crate::{outbox::Backlogs, protocol::message::Json};
 
     fn key(sub_topic: &str) -> TopicKey {
         TopicKey { sub_topic: sub_topic.into(), privacy: Privacy::Public }
     }
 
     fn outbox() -> Arc<Outbox> {
-        Arc::new(Outbox::new(Serializer::V1, 1 << 20))
+        Arc::new(Outbox::new(Serializer::V1, &Backlogs::of_at_most(1 << 20)))
     }
 
     #[tokio::test]

@@ -181,12 +181,13 @@ fn limiter(per_second: u32, burst_seconds: u32, burst_min: usize) -> Option<Limi
     Some(RateLimiter::direct_with_clock(quota, TokioClock))
 }
 
-/// Sweeps until the server stops.
+/// Forgets until the server stops: addresses, and how far behind a client was.
 pub(crate) async fn run(services: Arc<Services>) {
     let sweeping = async {
         loop {
             sleep(SWEEP_INTERVAL).await;
             services.limits.addresses.sweep();
+            services.backlogs.turn();
         }
     };
     services.stopped.run_until_cancelled(sweeping).await;

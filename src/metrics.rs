@@ -21,11 +21,13 @@ use crate::{
         keys::{Origin, Unusable, VerifiedBy},
         policies::{AuthorizeError, Question},
     },
+    channel::EndReason,
     connection::CloseReason,
+    http::Route,
     hub::FannedOut,
     limits::Limited,
     merge::{BadEndpoint, Cause, Method, Why},
-    protocol::{error_code::ErrorCode, message::Malformed},
+    protocol::{error_code::ErrorCode, message::Malformed, payload::Generation},
     relay::{LinkError, Outcome},
     reload::ReloadError,
 };
@@ -186,11 +188,11 @@ pub struct Metrics {
     pub connection_seconds: Histogram,
     /// From the accepted connection to the answer to its upgrade, by `ok` or `refused`.
     pub handshake_seconds: HistogramVec,
-    /// Sockets by what their first frame tells of the client's library.
+    /// Sockets that have joined something, by [`Generation`].
     pub client_versions: IntCounterVec,
     /// Heartbeats of clients, `on_time` or `late`.
     pub heartbeats: IntCounterVec,
-    /// Requests over HTTP, upgrades among them, by route and status.
+    /// Requests on the public port, upgrades among them, by [`Route`] and status.
     pub http_requests: IntCounterVec,
     /// `accept` failed: no file descriptor, no memory.
     pub accept_errors: IntCounter,
@@ -210,7 +212,7 @@ pub struct Metrics {
     pub joins: IntCounterVec,
     /// From the join's frame to its reply.
     pub join_seconds: Histogram,
-    /// Channels ended, by reason.
+    /// Joined channels that ended, by [`EndReason`].
     pub channels_ended: IntCounterVec,
     /// Data frames in.
     pub frames_in: IntCounter,
@@ -306,7 +308,7 @@ pub struct Metrics {
     pub fanout_seconds: Histogram,
     /// Subscribers of one fan-out.
     pub fanout_receivers: Histogram,
-    /// The largest backlog of one socket within about a minute.
+    /// The largest backlog of one socket within the last minute or two.
     pub outbox_high_water: IntGauge,
     /// The largest backlog that a socket may have.
     pub outbox_max: IntGauge,
@@ -401,7 +403,7 @@ impl Metrics {
             ),
             client_versions: new.counters(
                 "client_versions_total",
-                "Sockets, by what their first frame tells of the client's library.",
+                "Sockets that have joined something, by the supabase-js whose joins look like their first.",
                 &["version"],
             ),
             heartbeats: new.counters(
@@ -579,7 +581,7 @@ impl Metrics {
             ),
             outbox_high_water: new.gauge(
                 "outbox_high_water_bytes",
-                "The largest backlog of one socket within about a minute.",
+                "The largest backlog of one socket within the last minute or two.",
             ),
             outbox_max: new.gauge("outbox_max_bytes", "The largest backlog of a socket: limits.outbox_bytes_max."),
             relay_link_up: new.gauge("relay_link_up", "1 while the listening session is up."),
@@ -672,7 +674,7 @@ impl Metrics {
         metrics
     }
 
-    /// Counts a verification.
+    /// Counts a verification, which found out nothing if there was no token.
     pub(crate) fn count_token(&self, result: &Result<Arc<Token>, TokenError>) {
         let label = result.as_ref().map_or_else(TokenError::kind, |_| "ok");
         self.tokens.with_label_values(&[label]).inc();
@@ -692,6 +694,8 @@ impl Metrics {
         self.fanout_seconds.observe(started.elapsed().as_secs_f64());
         broadcasts.inc_by(count as u64);
         self.deliveries.inc_by(fanned_out.deliveries as u64);
+        #[expect(clippy::cast_precision_loss, reason = "far below 2^52 subscribers")]
+        self.fanout_receivers.observe(fanned_out.subscribers as f64);
     }
 
     /// Counts what has met a limit.
@@ -733,10 +737,21 @@ impl Metrics {
                 self.policy_questions.with_label_values(&[question.kind(), result]);
             }
         }
+        for generation in Generation::ALL {
+            self.client_versions.with_label_values(&[generation.kind()]);
+        }
+        for route in Route::ALL {
+            for status in route.statuses() {
+                self.http_requests.with_label_values(&[route.kind(), status.as_str()]);
+            }
+        }
+        for reason in EndReason::ALL {
+            self.channels_ended.with_label_values(&[reason.kind()]);
+        }
         for reason in RefusedUpgrade::ALL {
             self.connections_refused.with_label_values(&[reason.kind()]);
         }
-        for reason in CloseReason::SERVER {
+        for reason in CloseReason::all() {
             self.connections_closed.with_label_values(&[reason.kind(), reason.code_label()]);
         }
         for limited in Limited::ALL {
@@ -811,6 +826,31 @@ impl Metrics {
 impl Default for Metrics {
     fn default() -> Self {
         Self::new()
+    }
+}
+
+/// A joined channel, which is counted while it is open and when it ends.
+#[derive(Debug)]
+pub(crate) struct OpenChannel {
+    _open: Counted,
+    ended: IntCounterVec,
+    /// Why it ends, if that is not its connection's end.
+    pub(crate) ends_for: EndReason,
+}
+
+impl OpenChannel {
+    pub(crate) fn new(metrics: &Metrics) -> Self {
+        Self {
+            _open: Counted::new(&metrics.channels),
+            ended: metrics.channels_ended.clone(),
+            ends_for: EndReason::Connection,
+        }
+    }
+}
+
+impl Drop for OpenChannel {
+    fn drop(&mut self) {
+        self.ended.with_label_values(&[self.ends_for.kind()]).inc();
     }
 }
 

@@ -1,12 +1,16 @@
 //! The frames waiting to be written to one client.
 //!
 //! Invariants: `bytes` is the sum of the queued frames' lengths; a backlog of two frames or more
-//! is at most `bytes_max`; once ended, an outbox refuses everything, and it has overflowed only if
+//! is at most its bound; once ended, an outbox refuses everything, and it has overflowed only if
 //! it is empty.
 
 use std::{
     future::poll_fn,
     mem,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
     task::{Poll, Waker},
 };
 
@@ -20,10 +24,46 @@ use crate::protocol::serializer::Serializer;
 #[derive(Debug)]
 pub struct Outbox {
     state: Mutex<State>,
-    /// Most bytes that may wait behind another frame. A drained batch is no longer counted: a
-    /// connection holds at most twice `bytes_max` plus the largest frame.
-    bytes_max: usize,
+    backlogs: Arc<Backlogs>,
     serializer: Serializer,
+}
+
+/// The bound of all outboxes' backlogs, and how large one has been of late.
+#[derive(Debug)]
+pub struct Backlogs {
+    /// Most bytes that may wait behind another frame. A drained batch is no longer counted: a
+    /// connection holds at most twice so many plus the largest frame.
+    bytes_max: usize,
+    /// Since the last turn, and between that and the one before.
+    highest: [AtomicUsize; 2],
+}
+
+impl Backlogs {
+    /// Backlogs of at most so many bytes each.
+    #[must_use]
+    pub fn of_at_most(bytes_max: usize) -> Arc<Self> {
+        Arc::new(Self { bytes_max, highest: Default::default() })
+    }
+
+    /// The largest of one outbox since the turn before the last, in bytes.
+    #[must_use]
+    pub fn highest(&self) -> usize {
+        self.highest.iter().map(|it| it.load(Ordering::Relaxed)).max().unwrap_or(0)
+    }
+
+    /// Begins to forget. Whoever looks in between sees the same as anybody else.
+    pub fn turn(&self) {
+        let [now, before] = &self.highest;
+        before.store(now.swap(0, Ordering::Relaxed), Ordering::Relaxed);
+    }
+
+    fn note(&self, bytes: usize) {
+        let [now, _] = &self.highest;
+        // Nearly always it was higher; a line that nobody writes costs nobody anything.
+        if bytes > now.load(Ordering::Relaxed) {
+            now.fetch_max(bytes, Ordering::Relaxed);
+        }
+    }
 }
 
 #[derive(Debug, Default)]
@@ -59,17 +99,17 @@ pub enum Departure {
 /// Why an outbox takes nothing more; its connection must be closed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ended {
-    /// The consumer fell more than `bytes_max` behind.
+    /// The consumer fell further behind than it may.
     SlowConsumer,
     /// The server drains.
     Draining,
 }
 
 impl Outbox {
-    /// An empty outbox of a client that reads `serializer`, for a backlog of `bytes_max` bytes.
+    /// An empty outbox of a client that reads `serializer`.
     #[must_use]
-    pub fn new(serializer: Serializer, bytes_max: usize) -> Self {
-        Self { state: Mutex::default(), bytes_max, serializer }
+    pub fn new(serializer: Serializer, backlogs: &Arc<Backlogs>) -> Self {
+        Self { state: Mutex::default(), backlogs: Arc::clone(backlogs), serializer }
     }
 
     /// What the client reads.
@@ -81,7 +121,7 @@ impl Outbox {
     /// Queues `frame` and wakes the connection. Never waits.
     ///
     /// # Errors
-    /// [`Ended`] when the backlog would exceed `bytes_max`; an empty outbox takes any frame. The
+    /// [`Ended`] when the backlog would exceed its bound; an empty outbox takes any frame. The
     /// queue is then emptied at once, so that a stuck peer costs no memory while its connection
     /// closes.
     pub fn push(&self, frame: Frame) -> Result<(), Ended> {
@@ -103,7 +143,10 @@ impl Outbox {
             let mut count = 0;
             for frame in frames {
                 let bytes = state.bytes + frame.len();
-                if state.ended.is_none() && bytes > self.bytes_max && !state.frames.is_empty() {
+                if state.ended.is_none()
+                    && bytes > self.backlogs.bytes_max
+                    && !state.frames.is_empty()
+                {
                     *state = State {
                         ended: Some(Ended::SlowConsumer),
                         waker: state.waker.take(),
@@ -120,6 +163,7 @@ impl Outbox {
             if count > 0 && state.ended.is_none() {
                 state.committed = [state.committed, committed].into_iter().flatten().min();
             }
+            self.backlogs.note(state.bytes);
             (state.waker.take(), state.ended.map_or(Ok(count), Err))
         };
         // Outside the lock: waking may run the scheduler, which must not find it held.
@@ -199,7 +243,7 @@ mod tests {
     use super::*;
 
     fn outbox(bytes_max: usize) -> Outbox {
-        Outbox::new(Serializer::V1, bytes_max)
+        Outbox::new(Serializer::V1, &Backlogs::of_at_most(bytes_max))
     }
 
     #[tokio::test]
@@ -257,6 +301,24 @@ mod tests {
         outbox.drain(&mut batch).await.unwrap();
         assert_eq!(batch, [Frame::text("a")]);
         assert_eq!(outbox.drain(&mut Vec::new()).await, Err(Ended::Draining));
+    }
+
+    #[tokio::test]
+    async fn the_highest_backlog_of_all_is_remembered_for_two_turns() {
+        let backlogs = Backlogs::of_at_most(8);
+        let [low, high] = [(); 2].map(|()| Outbox::new(Serializer::V1, &backlogs));
+        high.push(Frame::text("abc")).unwrap();
+        high.push(Frame::text("de")).unwrap();
+        high.drain(&mut Vec::new()).await.unwrap();
+        low.push(Frame::text("f")).unwrap();
+        assert_eq!(backlogs.highest(), 5);
+        backlogs.turn();
+        low.push(Frame::text("g")).unwrap();
+        assert_eq!(backlogs.highest(), 5);
+        backlogs.turn();
+        assert_eq!(backlogs.highest(), 2);
+        backlogs.turn();
+        assert_eq!(backlogs.highest(), 0);
     }
 
     #[tokio::test]

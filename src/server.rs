@@ -28,6 +28,7 @@ use crate::{
     audit::{Audit, Caller},
     auth::{
         jwks::{self, JwksError},
+        jwt::{Token, TokenError, unix_now},
         policies::Policies,
         verifier::Verifier,
     },
@@ -40,7 +41,7 @@ use crate::{
     lost_sockets::LostSockets,
     merge::{self, Events},
     metrics::{Metrics, RefusedUpgrade},
-    outbox::{Ended, Outbox},
+    outbox::{Backlogs, Ended, Outbox},
     relay::{listener, listens::Listens, revocations, upkeep},
     reload::{self, Reload},
     topic_rules::TopicRules,
@@ -101,6 +102,8 @@ pub struct Services {
     pub(crate) pool: Option<PgPool>,
     /// Names this process among the gateways of its database.
     pub(crate) gateway: Uuid,
+    /// How much may wait for a client.
+    pub(crate) backlogs: Arc<Backlogs>,
     /// Open sockets, so that a drain finds them.
     pub(crate) sockets: Mutex<Slab<Arc<Outbox>>>,
     /// The sockets' tasks.
@@ -124,6 +127,9 @@ impl Services {
     /// [`JwksError`] if there is a key set's file and it cannot be used.
     pub fn new(config: Config) -> Result<Arc<Self>, JwksError> {
         let metrics = Metrics::new();
+        let gauge = |bound: usize| i64::try_from(bound).unwrap_or(i64::MAX);
+        metrics.connections_max.set(gauge(config.limits.connections_max));
+        metrics.outbox_max.set(gauge(config.limits.outbox_bytes_max));
         let verifier = Verifier::new(&config, &metrics)?;
         let rules = TopicRules::new(config.topic.clone(), config.topics);
         let tracker = TaskTracker::new();
@@ -143,6 +149,7 @@ impl Services {
             // The settings' check has read the URL.
             pool: db::pool(config.pool_url(), config.relay.connect_timeout).ok(),
             gateway: Uuid::new_v4(),
+            backlogs: Backlogs::of_at_most(config.limits.outbox_bytes_max),
             sockets: Mutex::default(),
             connections: TaskTracker::new(),
             connection_number: AtomicU64::new(1),
@@ -152,6 +159,18 @@ impl Services {
             stopped: CancellationToken::new(),
             config,
         }))
+    }
+
+    /// The token with its claims, if it holds now.
+    ///
+    /// # Errors
+    /// As [`Verifier::verify`].
+    pub(crate) fn verify(&self, text: &str) -> Result<Arc<Token>, TokenError> {
+        let started = Instant::now();
+        let verified = self.verifier.verify(text, unix_now());
+        self.metrics.token_seconds.observe(started.elapsed().as_secs_f64());
+        self.metrics.count_token(&verified);
+        verified
     }
 
     /// Who may what, by the settings as they were read last.

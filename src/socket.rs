@@ -18,7 +18,7 @@ use crate::{
         jwt::{Token, unix_now},
         policies::{Allowed, Asking, AuthorizeError},
     },
-    channel::{Channel, Context, Fate},
+    channel::{Channel, Context, EndReason, Fate},
     healing::{FIRST_ROUND, Healing, Suspicion},
     limits::Limited,
     lost_sockets::ClientKey,
@@ -27,8 +27,8 @@ use crate::{
     outbox::Outbox,
     protocol::{
         error_code::{ErrorCode, Refusal, error_reply},
-        message::{Message, Ref, TOPIC_PREFIX},
-        payload::OK,
+        message::{Message, Payload, Ref, TOPIC_PREFIX},
+        payload::{Generation, OK},
         serializer::Push,
     },
     server::Services,
@@ -40,6 +40,10 @@ const BACKLOG_MAX: usize = 100;
 
 /// Beyond so many topics, a socket's past ones are forgotten.
 const HELD_MAX: usize = 1_000;
+
+/// Clients beat every 25 or 30 s; a heartbeat after so long a silence is one of a hidden tab, which
+/// sends one a minute, or of a page that was frozen.
+const HEARTBEAT_LATE: Duration = Duration::from_secs(40);
 
 /// The state of one client's channels.
 #[derive(Debug)]
@@ -55,6 +59,8 @@ pub struct Socket {
     last_data: Instant,
     /// What its first message says of it.
     origin: Origin,
+    /// Whether it has asked to join anything.
+    has_asked: bool,
     /// Of the topics that the database tells of, without `realtime:`.
     held: HashMap<Box<str>, Hold>,
     /// While it may be deaf to some topic.
@@ -169,6 +175,7 @@ impl Socket {
             opened: now,
             last_data: now,
             origin: Origin::Unknown,
+            has_asked: false,
             held: HashMap::new(),
             suspicion: None,
             channels: HashMap::new(),
@@ -193,7 +200,8 @@ impl Socket {
     pub async fn handle(&mut self, messages: impl IntoIterator<Item = Message>) {
         let mut messages = messages.into_iter().peekable();
         while let Some(message) = messages.next() {
-            self.last_data = Instant::now();
+            let now = Instant::now();
+            let silence = now - std::mem::replace(&mut self.last_data, now);
             if self.origin == Origin::Unknown {
                 self.note_origin(&message);
             }
@@ -209,7 +217,11 @@ impl Socket {
                 continue;
             }
             match (&*message.topic, &*message.event) {
-                ("phoenix", "heartbeat") => self.reply_unjoined(&message, None, OK),
+                ("phoenix", "heartbeat") => {
+                    let timing = if silence > HEARTBEAT_LATE { "late" } else { "on_time" };
+                    self.services.metrics.heartbeats.with_label_values(&[timing]).inc();
+                    self.reply_unjoined(&message, None, OK);
+                }
                 (_, "phx_join") => self.join(message),
                 (_, "phx_leave") => self.leave(&message),
                 (_, "broadcast") => {
@@ -384,6 +396,11 @@ impl Socket {
         self.note_expiry();
     }
 
+    /// When the connection was upgraded.
+    pub(crate) fn opened(&self) -> Instant {
+        self.opened
+    }
+
     /// Who is at the other end.
     #[must_use]
     pub fn caller(&self) -> Caller {
@@ -502,6 +519,13 @@ impl Socket {
         let Some(sub_topic) = join.topic.strip_prefix(TOPIC_PREFIX) else {
             return self.reply_unmatched(&join);
         };
+        if !self.has_asked
+            && let Payload::Json(payload) = &join.payload
+        {
+            self.has_asked = true;
+            let generation = Generation::of(self.outbox.serializer(), payload);
+            self.services.metrics.client_versions.with_label_values(&[generation.kind()]).inc();
+        }
         let is_nameless = sub_topic.is_empty();
         let mut replaced = match self.channels.remove(&join.topic) {
             Some(Slot::Joined(channel)) => Some(channel),
@@ -598,7 +622,7 @@ impl Socket {
             Some(mut replaced) => {
                 channel.take_over(&mut replaced);
                 channel.open(context, reference, known);
-                replaced.close(context, "replaced");
+                replaced.close(context, EndReason::Replaced);
             }
             None => channel.open(context, reference, known),
         }
@@ -625,7 +649,7 @@ impl Socket {
                 self.hold(&leave.topic, Hold::Left);
             }
             channel.reply(self.context(), leave.reference.as_ref(), OK);
-            channel.close(self.context(), "left");
+            channel.close(self.context(), EndReason::Left);
             self.note_emptiness();
         }
     }
@@ -690,12 +714,8 @@ impl Socket {
         };
         match fate {
             Fate::Open => {}
-            Fate::Closed => {
-                channel.close(self.context(), "token");
-                self.note_emptiness();
-            }
-            Fate::Failed => {
-                channel.fail(self.context());
+            Fate::Ended(reason) => {
+                channel.close(self.context(), reason);
                 self.note_emptiness();
             }
             Fate::Asking => {
@@ -729,7 +749,7 @@ impl Socket {
         let payload = payload.as_str();
         self.context().push(&Push { join_ref, reference, topic, event: "phx_reply", payload });
         if let Some(replaced) = replaced {
-            replaced.close(self.context(), "replaced");
+            replaced.close(self.context(), EndReason::Replaced);
         }
     }
 

@@ -6,15 +6,13 @@
 
 use std::sync::Arc;
 
-use super::{Channel, Context, Fate};
+use super::{Channel, Context, EndReason, Fate};
 use crate::{
-    audit::Audit,
     auth::policies::{Allowed, Asking, AuthorizeError},
     metrics::Dropped,
     protocol::{
         error_code::{ErrorCode, Refusal},
         payload::Privacy,
-        serializer::Push,
     },
 };
 
@@ -116,7 +114,7 @@ impl Channel {
             }
             Err(error) => {
                 self.complain(context, error.refuse(&self.key.sub_topic).text());
-                return Fate::Failed;
+                return Fate::Ended(EndReason::Unanswered);
             }
         };
         if !reads.any() {
@@ -143,19 +141,5 @@ impl Channel {
     ) -> Result<(), Dropped> {
         self.policies.writes = Some(writes.map_err(|_counted| Dropped::WriteUnanswered)?);
         Ok(())
-    }
-
-    /// Has the client join again: what is wrong is nothing that its token could change.
-    pub(crate) fn fail(self, context: Context<'_>) {
-        Audit::Leave { topic: &self.topic, reason: "unanswered" }
-            .note(context.caller, Some(&self.token));
-        let join_ref = self.join_ref.as_ref();
-        context.push(&Push {
-            join_ref,
-            reference: join_ref,
-            topic: &self.topic,
-            event: "phx_error",
-            payload: "{}",
-        });
     }
 }

@@ -719,6 +719,7 @@ mod tests {
     use crate::{
         config::Config,
         hub::Hub,
+        outbox::Backlogs,
         protocol::{
             message::{Json, UserBroadcast, UserPayload},
             serializer::Serializer,
@@ -802,7 +803,7 @@ mod tests {
 
     impl Viewer {
         fn new(event: &Event) -> Self {
-            let outbox = Arc::new(Outbox::new(Serializer::V2, 1 << 20));
+            let outbox = Arc::new(Outbox::new(Serializer::V2, &Backlogs::of_at_most(1 << 20)));
             let hub = Arc::new(Hub::default());
             let subscription = hub.subscribe(event.topics()[0].clone(), Arc::clone(&outbox));
             Self { outbox, subscription }

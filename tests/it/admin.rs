@@ -241,7 +241,7 @@ async fn every_series_is_there_before_anything_has_happened() {
     for reason in RefusedUpgrade::ALL {
         wanted.push(format!("connections_refused_total{{reason=\"{}\"}}", reason.kind()));
     }
-    for reason in CloseReason::SERVER {
+    for reason in CloseReason::all() {
         let (code, reason) = (reason.code_label(), reason.kind());
         wanted.push(format!("connections_closed_total{{code=\"{code}\",reason=\"{reason}\"}}"));
     }

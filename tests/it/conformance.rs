@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use tidegate::{
     auth::jwt::unix_now,
     config::Config,
-    outbox::Outbox,
+    outbox::{Backlogs, Outbox},
     protocol::{
         error_code::ErrorCode,
         message::{Json, Malformed, Payload, Ref, UserBroadcast, UserPayload},
@@ -337,7 +337,7 @@ impl Wires<'_> {
     async fn open(&self, serializer: Serializer, apikey: &str) -> Peer {
         let wire = match self {
             Self::Memory(services) => {
-                let outbox = Arc::new(Outbox::new(serializer, 1 << 20));
+                let outbox = Arc::new(Outbox::new(serializer, &Backlogs::of_at_most(1 << 20)));
                 let token = services.verifier.verify(apikey, unix_now()).unwrap();
                 let socket = Socket::new(
                     Arc::clone(services),

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use tidegate::{
     auth::{jwt::unix_now, secret::Secret},
     hub::TopicKey,
-    outbox::Outbox,
+    outbox::{Backlogs, Outbox},
     protocol::{
         message::Json,
         payload::Privacy,
@@ -102,7 +102,7 @@ async fn the_reply_precedes_every_broadcast_however_many_are_sent() {
     let token = services.verifier.verify(&token::of_role("anon"), unix_now()).unwrap();
     let mut early = None;
     for _ in 0..20_000 {
-        let outbox = Arc::new(Outbox::new(Serializer::V2, 1 << 20));
+        let outbox = Arc::new(Outbox::new(Serializer::V2, &Backlogs::of_at_most(1 << 20)));
         let mut socket = Socket::new(
             Arc::clone(&services),
             Arc::clone(&outbox),
@@ -481,7 +481,7 @@ async fn a_refused_re_join_ends_the_channel_at_once() {
 async fn who_joins_during_a_drain_is_told_that_the_server_restarts() {
     let services = Services::new(config()).unwrap();
     services.draining.cancel();
-    let outbox = Arc::new(Outbox::new(Serializer::V2, 1 << 20));
+    let outbox = Arc::new(Outbox::new(Serializer::V2, &Backlogs::of_at_most(1 << 20)));
     let token = services.verifier.verify(&token::of_role("anon"), unix_now()).unwrap();
     let mut socket = Socket::new(services, Arc::clone(&outbox), token, client_key(), caller());
     let frame = Frame::text(join("1", "realtime:room").to_string());

@@ -1,5 +1,7 @@
 //! What is measured, as `/metrics` shows it.
 
+mod clients;
+
 use std::time::Duration;
 
 use serde_json::json;

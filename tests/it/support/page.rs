@@ -9,7 +9,7 @@ use tidegate::{
     config::Config,
     db,
     lost_sockets::ClientKey,
-    outbox::Outbox,
+    outbox::{Backlogs, Outbox},
     protocol::serializer::Serializer::V1,
     server::Services,
     socket::Socket,
@@ -60,7 +60,7 @@ impl Page {
     /// Opens a socket with this token.
     pub(crate) fn with_token(services: &Arc<Services>, client: ClientKey, token: &str) -> Self {
         let token = services.verifier.verify(token, unix_now()).unwrap();
-        let outbox = Arc::new(Outbox::new(V1, 1 << 20));
+        let outbox = Arc::new(Outbox::new(V1, &Backlogs::of_at_most(1 << 20)));
         let socket =
             Socket::new(Arc::clone(services), Arc::clone(&outbox), token, client, client::caller());
         Self { socket, outbox, arrived: VecDeque::new(), opened: Instant::now() }
