@@ -152,7 +152,7 @@ impl Route {
         }
     }
 
-    /// What it can be answered with; pages aside, which production does not have.
+    /// What it can be answered with.
     #[must_use]
     pub fn statuses(self) -> &'static [StatusCode] {
         match self {
@@ -178,7 +178,13 @@ impl Route {
             Self::Preflight => &[StatusCode::NO_CONTENT],
             Self::Health => &[StatusCode::OK],
             Self::Unknown => &[StatusCode::NOT_FOUND],
-            Self::Page => &[],
+            Self::Page => &[
+                StatusCode::OK,
+                StatusCode::TEMPORARY_REDIRECT,
+                StatusCode::NOT_FOUND,
+                StatusCode::METHOD_NOT_ALLOWED,
+                StatusCode::SERVICE_UNAVAILABLE,
+            ],
         }
     }
 }
@@ -193,7 +199,7 @@ async fn answer(
 ) -> Answer {
     let (route, answer) = route(&services, ask, peer, fallback).await;
     let (metrics, status) = (&services.metrics, answer.status());
-    debug_assert!(route == Route::Page || route.statuses().contains(&status), "{route:?} {status}");
+    debug_assert!(route.statuses().contains(&status), "{route:?} {status}");
     metrics.http_requests.with_label_values(&[route.kind(), status.as_str()]).inc();
     if route == Route::Websocket {
         let is_ok = status == StatusCode::SWITCHING_PROTOCOLS;

@@ -222,7 +222,10 @@ impl Socket {
                     self.services.metrics.heartbeats.with_label_values(&[timing]).inc();
                     self.reply_unjoined(&message, None, OK);
                 }
-                (_, "phx_join") => self.join(message),
+                (_, "phx_join") => {
+                    self.note_generation(&message);
+                    self.join(message);
+                }
                 (_, "phx_leave") => self.leave(&message),
                 (_, "broadcast") => {
                     // Neighbours on one topic are fanned out together.
@@ -456,6 +459,17 @@ impl Socket {
         }
     }
 
+    /// Counts the client by its first join, which of a deaf one comes late.
+    fn note_generation(&mut self, join: &Message) {
+        if !self.has_asked
+            && let Payload::Json(payload) = &join.payload
+        {
+            self.has_asked = true;
+            let generation = Generation::of(self.outbox.serializer(), payload);
+            self.services.metrics.client_versions.with_label_values(&[generation.kind()]).inc();
+        }
+    }
+
     /// What is known of the client and a topic that it joins.
     fn known(&self, sub_topic: &str, replaced: Option<&Channel>) -> Known {
         if replaced.is_some_and(Channel::is_subscribed) {
@@ -519,13 +533,6 @@ impl Socket {
         let Some(sub_topic) = join.topic.strip_prefix(TOPIC_PREFIX) else {
             return self.reply_unmatched(&join);
         };
-        if !self.has_asked
-            && let Payload::Json(payload) = &join.payload
-        {
-            self.has_asked = true;
-            let generation = Generation::of(self.outbox.serializer(), payload);
-            self.services.metrics.client_versions.with_label_values(&[generation.kind()]).inc();
-        }
         let is_nameless = sub_topic.is_empty();
         let mut replaced = match self.channels.remove(&join.topic) {
             Some(Slot::Joined(channel)) => Some(channel),

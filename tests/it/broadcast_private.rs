@@ -471,6 +471,8 @@ async fn without_a_database_private_channels_are_unavailable_and_public_ones_are
     let text = "Realtime was unable to connect to the project database";
     reader.expect(system("r1", "room:1", text)).await;
     reader.expect(json!(["r1", "r1", "realtime:room:1", "phx_error", {}])).await;
+    let ended = "tidegate_channels_ended_total{reason=\"unanswered\"}";
+    assert_eq!(server.metric(ended).await, 1.0);
     reader.send(join("5", "room:1", &private())).await;
     reader.expect(reply("5", "5", "room:1", &error(unavailable))).await;
     reader.join("public").await;
