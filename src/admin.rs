@@ -4,9 +4,11 @@
 //! are answered, which a browser is not: a web page could make it ask, or have its own name point
 //! here (CWE-346, CWE-350).
 
+pub(crate) mod busiest;
 pub mod command;
 mod events;
 mod revoke;
+mod scrape;
 
 use std::{borrow::Cow, net::IpAddr, sync::Arc, time::Duration};
 
@@ -25,9 +27,9 @@ use tokio::{net::TcpStream, time::timeout};
 
 use crate::{
     audit::{Audit, Caller},
-    auth::{jwt::unix_now, secret::Secret},
+    auth::secret::Secret,
     config::ConfigError,
-    http::{Answer, Ask, content, empty, object, text},
+    http::{Answer, Ask, empty, object, text},
     relay::ingest::unix_seconds,
     reload::ReloadError,
     server::Services,
@@ -100,6 +102,7 @@ async fn route(services: &Services, ask: Ask, caller: Caller) -> Answer {
             events::invalidate(services, ask, eid).await
         }
         (&Method::POST, _, Some((eid, "mute"))) => events::mute(services, &ask, eid),
+        (&Method::GET, "/metrics", _) => Ok(scrape::scrape(services).await),
         (&Method::POST, "/revoke", _) => revoke::revoke(services, ask, caller).await,
         (_, _, _) => Ok(route_whole(services, &ask)),
     };
@@ -131,21 +134,6 @@ fn name(path: &str) -> &'static str {
 /// The routes that are about the whole gateway.
 fn route_whole(services: &Services, ask: &Ask) -> Answer {
     match (ask.method(), ask.uri().path()) {
-        (&Method::GET, "/metrics") => {
-            let revocations = &services.verifier.revocations;
-            revocations.sweep(unix_now());
-            let metrics = &services.metrics;
-            for (gauge, value) in [
-                (&metrics.topics, services.hub.topic_count()),
-                (&metrics.addresses, services.limits.addresses.count()),
-                (&metrics.revocations, revocations.count()),
-                (&metrics.outbox_high_water, services.backlogs.highest()),
-            ] {
-                gauge.set(i64::try_from(value).unwrap_or(i64::MAX));
-            }
-            let body = services.metrics.render();
-            content(StatusCode::OK, "text/plain; version=0.0.4; charset=utf-8", body)
-        }
         (&Method::GET | &Method::HEAD, "/healthz") => text(StatusCode::OK, "ok"),
         (&Method::GET, "/readyz") => readiness(services, ask.uri().query() == Some("strict=1")),
         (&Method::POST, "/reload") => match services.reload() {

@@ -73,6 +73,8 @@ pub struct Config {
     pub relay: Relay,
     /// What the database remembers.
     pub history: History,
+    /// What is measured.
+    pub metrics: Metrics,
     /// The orderly end.
     pub drain: Drain,
     /// Topics that no rule matches.
@@ -264,6 +266,14 @@ pub struct History {
     pub keep: Duration,
 }
 
+/// What is measured.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Metrics {
+    /// Most events with series of their own, the busiest; the rest share `other`. At most 1,000.
+    pub events_max: usize,
+}
+
 /// The orderly end.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -411,6 +421,9 @@ impl Config {
                 "auth.grace: no shorter than auth.leeway, or who is let in is thrown out"
                     .to_owned(),
             );
+        }
+        if self.metrics.events_max > 1000 {
+            mistakes.push("metrics.events_max: at most 1000, each has five series".to_owned());
         }
         mistakes.extend(self.jwks.mistakes());
         mistakes.extend(self.zeros());

@@ -23,7 +23,7 @@ use tokio::{
 use self::event::{Due, Outgoing};
 pub use self::invalidation::BadEndpoint;
 pub(crate) use self::{
-    event::{CatchUp, Event, Heard, Known, Notified, Sent, Summary},
+    event::{CatchUp, Event, Heard, Known, Notified, Sent, Summary, Tally},
     invalidation::{ENDPOINT_BYTES_MAX, Endpoints},
     told::{Count, MINUTE, Told},
 };

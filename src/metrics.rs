@@ -3,10 +3,10 @@
 //! Invariants: label values come from closed sets, and all of them exist from the start, so that a
 //! rate over a counter sees its first increment; hot paths use handles resolved here, once.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use prometheus::{
-    Encoder, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge,
+    Counter, Encoder, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge,
     IntGaugeVec, Opts, Registry, TextEncoder,
     core::{AtomicF64, GenericGauge, GenericGaugeVec},
     process_collector::ProcessCollector,
@@ -26,7 +26,7 @@ use crate::{
     http::Route,
     hub::FannedOut,
     limits::Limited,
-    merge::{BadEndpoint, Cause, Method, Why},
+    merge::{BadEndpoint, Cause, Method, Tally, Why},
     protocol::{error_code::ErrorCode, message::Malformed, payload::Generation},
     relay::{LinkError, Outcome},
     reload::ReloadError,
@@ -53,6 +53,9 @@ const RECEIVERS_BUCKETS: [f64; 11] =
     [0.0, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1_000.0, 3_000.0, 10_000.0, 30_000.0];
 /// Payloads of notifications, of which Postgres takes less than 8,000 bytes.
 const PAYLOAD_BUCKETS: [f64; 8] = [64.0, 128.0, 256.0, 512.0, 1_024.0, 2_048.0, 4_096.0, 8_000.0];
+
+/// The label of the events that have no series of their own.
+pub(crate) const OTHER_EVENTS: &str = "other";
 
 /// What a connection attempt or a message was refused or dropped for, where no wire code says it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -278,6 +281,16 @@ pub struct Metrics {
     pub events_never_published: IntGauge,
     /// Notifications that name an event without a viewer here.
     pub published_without_viewer: IntCounter,
+    /// Viewers of each of the busiest events, and of all others.
+    pub event_viewers: IntGaugeVec,
+    /// Invalidations that came for each.
+    pub event_notifications: IntCounterVec,
+    /// Frames of invalidations to whole events.
+    pub event_deliveries: IntCounterVec,
+    /// Invalidations of each that left as part of another.
+    pub event_merged: IntCounterVec,
+    /// When one last came for each of the busiest, seconds since 1970.
+    pub event_last_notification: GenericGaugeVec<AtomicF64>,
     /// Elements of lists that are no endpoints, by [`BadEndpoint`].
     pub endpoints_dropped: IntCounterVec,
     /// By [`Cause`] and [`Method`].
@@ -354,6 +367,14 @@ pub struct Metrics {
     pub database_pool: IntGaugeVec,
     /// Sessions that the pool may have.
     pub database_pool_max: IntGauge,
+    /// Threads that run tasks.
+    pub tokio_workers: IntGauge,
+    /// Tasks that have not ended, at the time of the scrape.
+    pub tokio_tasks: IntGauge,
+    /// Tasks that no worker has taken yet, at the time of the scrape.
+    pub tokio_global_queue: IntGauge,
+    /// What all workers have been busy, at the time of the scrape.
+    pub tokio_busy: Counter,
 }
 
 impl Metrics {
@@ -534,6 +555,31 @@ impl Metrics {
                 "published_without_viewer_total",
                 "Changes of events that nobody here has joined.",
             ),
+            event_viewers: new.gauges(
+                "event_viewers",
+                "Channels of an event, of the busiest ones and of all others.",
+                &["eid"],
+            ),
+            event_notifications: new.counters(
+                "event_notifications_total",
+                "Invalidations that came for an event, from wherever.",
+                &["eid"],
+            ),
+            event_deliveries: new.counters(
+                "event_deliveries_total",
+                "Frames put into outboxes by invalidations of a whole event.",
+                &["eid"],
+            ),
+            event_merged: new.counters(
+                "event_merged_total",
+                "Invalidations of an event that left as part of another.",
+                &["eid"],
+            ),
+            event_last_notification: new.times(
+                "event_last_notification_timestamp_seconds",
+                "When an invalidation last came for one of the busiest events; 0 if never.",
+                &["eid"],
+            ),
             endpoints_dropped: new.counters(
                 "endpoints_dropped_total",
                 "Elements of invalidations' lists that are no endpoints, by reason.",
@@ -664,6 +710,13 @@ impl Metrics {
                 &["state"],
             ),
             database_pool_max: new.gauge("database_pool_max", "Sessions that the pool may have."),
+            tokio_workers: new.gauge("tokio_workers", "Threads that run tasks."),
+            tokio_tasks: new.gauge("tokio_tasks", "Tasks that have not ended."),
+            tokio_global_queue: new.gauge(
+                "tokio_global_queue_tasks",
+                "Tasks that are ready and that no worker has taken yet.",
+            ),
+            tokio_busy: new.seconds("tokio_busy_seconds_total", "Time that workers were busy, of all of them."),
             registry: {
                 new.build_info();
                 new.process();
@@ -696,6 +749,41 @@ impl Metrics {
         self.deliveries.inc_by(fanned_out.deliveries as u64);
         #[expect(clippy::cast_precision_loss, reason = "far below 2^52 subscribers")]
         self.fanout_receivers.observe(fanned_out.subscribers as f64);
+    }
+
+    /// Counts what has come for an event, or for [`OTHER_EVENTS`], and what has become of it.
+    pub(crate) fn count_event(&self, eid: &str, tally: Tally) {
+        self.event_notifications.with_label_values(&[eid]).inc_by(tally.notifications);
+        self.event_deliveries.with_label_values(&[eid]).inc_by(tally.deliveries);
+        self.event_merged.with_label_values(&[eid]).inc_by(tally.merged);
+    }
+
+    /// Shows one of the busiest events, if it was not shown before with counters at zero.
+    pub(crate) fn show_event(&self, eid: &str, viewers: usize, last_notification: f64) {
+        self.count_event(eid, Tally::default());
+        self.show_viewers(eid, viewers);
+        self.event_last_notification.with_label_values(&[eid]).set(last_notification);
+    }
+
+    /// Shows how many viewers an event, or [`OTHER_EVENTS`], has.
+    pub(crate) fn show_viewers(&self, eid: &str, viewers: usize) {
+        let viewers = i64::try_from(viewers).unwrap_or(i64::MAX);
+        self.event_viewers.with_label_values(&[eid]).set(viewers);
+    }
+
+    /// Shows an event no longer.
+    pub(crate) fn forget_event(&self, eid: &str) {
+        // It fails for what is not shown.
+        let _ = self.event_viewers.remove_label_values(&[eid]);
+        let _ = self.event_last_notification.remove_label_values(&[eid]);
+        for counter in [&self.event_notifications, &self.event_deliveries, &self.event_merged] {
+            let _ = counter.remove_label_values(&[eid]);
+        }
+    }
+
+    /// Counts up to what all workers have been busy since the runtime began.
+    pub(crate) fn show_busy(&self, busy: Duration) {
+        self.tokio_busy.inc_by((busy.as_secs_f64() - self.tokio_busy.get()).max(0.0));
     }
 
     /// Counts what has met a limit.
@@ -811,6 +899,8 @@ impl Metrics {
                 self.catch_ups.with_label_values(&[cause.kind(), method.kind()]);
             }
         }
+        self.count_event(OTHER_EVENTS, Tally::default());
+        self.show_viewers(OTHER_EVENTS, 0);
         for cause in Cause::gaps() {
             self.relay_gaps.with_label_values(&[cause.kind()]);
         }
@@ -893,6 +983,10 @@ impl Maker {
 
     fn counters(&self, name: &str, help: &str, labels: &[&str]) -> IntCounterVec {
         self.register(IntCounterVec::new(Self::opts(name, help), labels).expect("names are valid"))
+    }
+
+    fn seconds(&self, name: &str, help: &str) -> Counter {
+        self.register(Counter::with_opts(Self::opts(name, help)).expect("names are valid"))
     }
 
     fn gauge(&self, name: &str, help: &str) -> IntGauge {

@@ -24,7 +24,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use uuid::Uuid;
 
 use crate::{
-    admin,
+    admin::{self, busiest::Busiest},
     audit::{Audit, Caller},
     auth::{
         jwks::{self, JwksError},
@@ -94,6 +94,8 @@ pub struct Services {
     pub(crate) lost_sockets: LostSockets,
     /// Who may be deaf.
     pub(crate) healing: Healing,
+    /// Which events have series of their own.
+    pub(crate) busiest: Mutex<Busiest>,
     /// Somebody has told that the database's revocations have changed.
     pub(crate) revocations_changed: Notify,
     /// What reads the settings again.
@@ -146,6 +148,7 @@ impl Services {
             events: Events::new(config.relay.listens_max),
             lost_sockets: LostSockets::new(LOST_TOPICS_MAX, config.limits.silence_timeout),
             healing: Healing::default(),
+            busiest: Mutex::default(),
             // The settings' check has read the URL.
             pool: db::pool(config.pool_url(), config.relay.connect_timeout).ok(),
             gateway: Uuid::new_v4(),

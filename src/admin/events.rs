@@ -58,16 +58,11 @@ const ROWS_PER_YIELD: usize = 128;
 pub(super) async fn list(services: &Services, ask: &Ask) -> Result<Answer, Refused> {
     let mut parameters = parameters(ask, &["limit"])?;
     let limit = number(&mut parameters, "limit", EVENTS, 1..=EVENTS_MAX)?;
-    let mut live = Vec::new();
-    for (number, event) in services.events.all().into_iter().enumerate() {
-        live.extend(Live::of(services, event));
-        if number % ROWS_PER_YIELD == ROWS_PER_YIELD - 1 {
-            yield_now().await;
-        }
-    }
+    let mut live = look(services).await;
+    live.retain(|it| it.is_live(services));
     live.sort_by(|a, b| b.viewers.cmp(&a.viewers).then_with(|| a.event.eid().cmp(b.event.eid())));
     let count = live.len();
-    let rows = rows(live.iter().take(limit), |live| live.row(services)).await;
+    let rows = rows(live.iter().take(limit), |seen| seen.row(services)).await;
     Ok(json_text(format!("{{\"live\":{count},\"events\":{rows}}}")))
 }
 
@@ -187,21 +182,42 @@ pub(super) fn mute(services: &Services, ask: &Ask, eid: &str) -> Result<Answer, 
     Ok(object(StatusCode::OK, &answer))
 }
 
-/// An event with viewers, a LISTEN, something to send or a mute.
-struct Live {
-    event: Arc<Event>,
-    summary: Summary,
-    viewers: usize,
+/// An event, and what there is to see of it.
+pub(super) struct Seen {
+    pub(super) event: Arc<Event>,
+    pub(super) summary: Summary,
+    pub(super) viewers: usize,
 }
 
-impl Live {
-    fn of(services: &Services, event: Arc<Event>) -> Option<Self> {
+/// All events that are remembered.
+pub(super) async fn look(services: &Services) -> Vec<Seen> {
+    let events = services.events.all();
+    let mut seen = Vec::with_capacity(events.len());
+    for (number, event) in events.into_iter().enumerate() {
         let (summary, viewers) = (event.summary(), viewer_count(services, &event));
-        let is_live = viewers > 0
-            || summary.pending > 0
-            || summary.muted_for.is_some()
-            || services.listens.is_active(event.channel());
-        is_live.then_some(Self { event, summary, viewers })
+        seen.push(Seen { event, summary, viewers });
+        if number % ROWS_PER_YIELD == ROWS_PER_YIELD - 1 {
+            yield_now().await;
+        }
+    }
+    seen
+}
+
+impl Seen {
+    /// Whether it has viewers, a LISTEN, something to send or a mute.
+    pub(super) fn is_live(&self, services: &Services) -> bool {
+        self.viewers > 0
+            || self.summary.pending > 0
+            || self.summary.muted_for.is_some()
+            || services.listens.is_active(self.event.channel())
+    }
+
+    /// Whether nothing was ever published for it and the database, if there is one and it has been
+    /// asked, knows nothing of it: its viewers have joined a topic that nobody writes to.
+    pub(super) fn is_in_vain(&self, services: &Services) -> bool {
+        let is_asked = services.config.notify_url().is_empty()
+            || services.listens.is_active(self.event.channel());
+        is_asked && self.summary.last_notification.is_none() && !self.summary.is_known
     }
 
     fn row(&self, services: &Services) -> Value {

@@ -86,6 +86,28 @@ struct State {
     last_notification: Option<SystemTime>,
     last_delivery: Option<SystemTime>,
     merged: u64,
+    /// The database has said that there is more of it than every event has.
+    is_known: bool,
+    tally: Tally,
+}
+
+/// What has come for an event and what has become of it, since somebody has last taken note.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Tally {
+    /// Invalidations that have come, from wherever.
+    pub(crate) notifications: u64,
+    /// Frames of what the whole event was sent.
+    pub(crate) deliveries: u64,
+    /// Invalidations that have left as part of another.
+    pub(crate) merged: u64,
+}
+
+impl std::ops::AddAssign for Tally {
+    fn add_assign(&mut self, other: Self) {
+        self.notifications += other.notifications;
+        self.deliveries += other.deliveries;
+        self.merged += other.merged;
+    }
 }
 
 /// Whether the event's notifications name their rows of the history.
@@ -224,6 +246,8 @@ pub(crate) struct Summary {
     pub(crate) pending: usize,
     pub(crate) muted_for: Option<Duration>,
     pub(crate) heard: Heard,
+    /// The database knows it: an artwork of it, or a message within a day.
+    pub(crate) is_known: bool,
     /// How many are known.
     pub(crate) endpoints: usize,
     /// Of single clients.
@@ -286,6 +310,7 @@ impl Event {
         let is_first = state.pending.is_none();
         state.note(&invalidation.endpoints, Some(now));
         state.last_notification = Some(SystemTime::now());
+        state.tally.notifications += 1;
         if invalidation.is_pointer {
             state.note_all(&self.resync, now);
         }
@@ -347,7 +372,10 @@ impl Event {
 
     /// Notes endpoints that exist.
     pub(crate) fn learn(&self, endpoints: &Endpoints) {
-        self.state.lock().note(endpoints, None);
+        let mut state = self.state.lock();
+        state.note(endpoints, None);
+        // The others it says of any.
+        state.is_known |= endpoints.iter().any(|it| !self.resync.contains(it));
     }
 
     /// Notes that somebody has joined who could not be told what happens meanwhile.
@@ -437,6 +465,7 @@ impl Event {
             sent.endpoints = Arc::new(sent.endpoints.iter().take(LISTED_MAX).cloned().collect());
         }
         let mut state = self.state.lock();
+        state.tally.deliveries += sent.deliveries as u64;
         if sent.deliveries > 0 {
             state.last_delivery = Some(sent.at);
         }
@@ -522,10 +551,16 @@ impl Event {
             pending: state.pending.as_ref().map_or(0, |it| it.messages.max(1)),
             muted_for: state.muted_until.and_then(|until| until.checked_duration_since(now)),
             heard: state.heard,
+            is_known: state.is_known,
             endpoints: state.endpoints.len(),
             catch_ups: state.told.catch_ups,
             heals: state.told.heals,
         }
+    }
+
+    /// What has come and become of it since this was last asked.
+    pub(crate) fn take_tally(&self) -> Tally {
+        std::mem::take(&mut self.state.lock().tally)
     }
 
     /// What the whole event was sent, the newest first.
@@ -560,7 +595,9 @@ impl Event {
         if !own.is_empty() {
             state.carried.push_back((now, own));
         }
-        state.merged += (messages.max(1) - 1) as u64;
+        let merged = (messages.max(1) - 1) as u64;
+        state.merged += merged;
+        state.tally.merged += merged;
         state.messages += 1;
         let why = match (pending.gap, pending.has_waited) {
             (Some(_), _) => Why::Gap,

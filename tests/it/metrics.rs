@@ -4,10 +4,11 @@ mod clients;
 
 use std::time::Duration;
 
-use serde_json::json;
+use serde_json::{Value, json};
 use tidegate::{
     auth::{jwt::unix_now, secret::Secret},
     config::Config,
+    db,
     protocol::serializer::Serializer::{V1, V2},
 };
 use tokio::time::timeout;
@@ -17,6 +18,8 @@ use crate::support::{
     postgres::Database,
     proxy::Proxy,
     server::{DEADLINE, TestServer, config, plain_rule},
+    system::{self, Shape},
+    token,
 };
 
 /// Relayed as it comes.
@@ -32,6 +35,15 @@ fn settings(url: &str) -> Config {
     config.database_url = Secret::from(url);
     config.topic.push(plain_rule());
     config
+}
+
+/// Broadcasts an invalidation to the event's viewers, over HTTP.
+async fn invalidate(server: &TestServer, payload: Value) {
+    let head =
+        format!("POST /api/broadcast HTTP/1.1\r\napikey: {}", token::of_role("service_role"));
+    let message = json!({ "topic": CACHE, "event": "cache_invalidation", "payload": payload });
+    let body = json!({ "messages": [message] }).to_string();
+    assert_eq!(TestServer::request(server.public, &head, &body).await, (202, String::new()));
 }
 
 #[tokio::test]
@@ -179,5 +191,120 @@ async fn a_change_of_an_event_that_nobody_has_joined_is_counted() {
         assert_eq!(server.metric(without).await, *expected, "{eid}");
     }
     viewer.ends().await;
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn an_event_is_joined_in_vain_if_nothing_was_ever_published_and_the_database_knows_nothing() {
+    const UUID: &str = "cache_invalidate_00000000-0000-4000-8000-000000003028";
+    let database = system::Database::start(Shape::Production).await;
+    let url = database.cluster.url(database.shape.database());
+    db::migrate(&Secret::from(&*url)).await.unwrap();
+    let mut config = settings(&url.replace("postgres@", "tidegate@"));
+    config.relay.listen_wait = Duration::from_millis(1500);
+    let server = TestServer::start_with(config);
+    server.link_is_up().await;
+    let in_vain = "tidegate_events_never_published";
+    let mut viewer = Client::connect(&server, V2).await;
+    // It has artworks, and is quiet.
+    viewer.join_only(CACHE, json!({})).await;
+    viewer.broadcast().await;
+    server.metric_reaches("tidegate_relay_listens", 1.0).await;
+    assert_eq!(server.metric(in_vain).await, 0.0);
+    // The row's id in the place of the event's.
+    viewer.join_only(UUID, json!({})).await;
+    viewer.broadcast().await;
+    server.metric_reaches("tidegate_relay_listens", 2.0).await;
+    assert_eq!(server.metric(in_vain).await, 1.0);
+    assert_eq!(server.metric("tidegate_events_live").await, 2.0);
+    // Whatever anybody publishes is news.
+    database.run(&format!("select pg_notify('{UUID}', '{{\"endpoints\":[\"/a\"]}}')")).await;
+    viewer.broadcast().await;
+    assert_eq!(server.metric(in_vain).await, 0.0);
+    drop(viewer);
+    server.metric_falls_to("tidegate_connections", 0.0).await;
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn without_a_database_an_event_is_joined_in_vain_until_somebody_publishes() {
+    let server = TestServer::start();
+    let mut viewer = Client::connect(&server, V2).await;
+    viewer.join(CACHE).await;
+    let in_vain = "tidegate_events_never_published";
+    assert_eq!(server.metric(in_vain).await, 1.0);
+    invalidate(&server, json!({ "endpoints": ["/a"] })).await;
+    viewer.broadcast().await;
+    assert_eq!(server.metric(in_vain).await, 0.0);
+    drop(viewer);
+    server.metric_falls_to("tidegate_connections", 0.0).await;
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn an_event_has_series_of_its_own() {
+    let server = TestServer::start();
+    let mut viewers = [Client::connect(&server, V1).await, Client::connect(&server, V2).await];
+    for viewer in &mut viewers {
+        viewer.join(CACHE).await;
+    }
+    let metric = async |name: &str, eid: &str| {
+        server.metric(&format!("tidegate_event_{name}{{eid=\"{eid}\"}}")).await
+    };
+    assert_eq!(metric("viewers", "AB3028").await, 2.0);
+    assert_eq!(metric("viewers", "other").await, 0.0);
+    assert_eq!(metric("last_notification_timestamp_seconds", "AB3028").await, 0.0);
+    invalidate(&server, json!({ "endpoints": ["/a"] })).await;
+    for viewer in &mut viewers {
+        viewer.broadcast().await;
+        // And once more, with what it was caught up with.
+        viewer.broadcast().await;
+    }
+    let deliveries = "tidegate_event_deliveries_total{eid=\"AB3028\"}";
+    server.metric_reaches(deliveries, 2.0).await;
+    assert_eq!(metric("notifications_total", "AB3028").await, 1.0);
+    assert_eq!(metric("merged_total", "AB3028").await, 0.0);
+    assert_eq!(metric("notifications_total", "other").await, 0.0);
+    assert!(metric("last_notification_timestamp_seconds", "AB3028").await > 1e9);
+    for viewer in viewers {
+        viewer.ends().await;
+    }
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn what_a_mute_holds_back_is_pending() {
+    let server = TestServer::start();
+    let mut viewer = Client::connect(&server, V2).await;
+    viewer.join(CACHE).await;
+    let (muted, pending) = ("tidegate_events_muted", "tidegate_invalidations_pending");
+    let mute = async |length: &str| {
+        let head = format!("POST /events/AB3028/mute?for={length} HTTP/1.1");
+        assert_eq!(TestServer::request(server.admin, &head, "").await.0, 200);
+    };
+    mute("10m").await;
+    for endpoint in ["/a", "/b", "/c"] {
+        invalidate(&server, json!({ "endpoints": [endpoint] })).await;
+    }
+    assert_eq!((server.metric(muted).await, server.metric(pending).await), (1.0, 3.0));
+    mute("0s").await;
+    viewer.broadcast().await;
+    assert_eq!((server.metric(muted).await, server.metric(pending).await), (0.0, 0.0));
+    assert_eq!(server.metric("tidegate_event_merged_total{eid=\"AB3028\"}").await, 2.0);
+    drop(viewer);
+    server.metric_falls_to("tidegate_connections", 0.0).await;
+    server.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 3)]
+async fn the_runtime_tells_how_busy_it_is() {
+    let server = TestServer::start();
+    assert_eq!(server.metric("tidegate_tokio_workers").await, 3.0);
+    assert!(server.metric("tidegate_tokio_tasks").await >= 1.0);
+    let busy = server.metric("tidegate_tokio_busy_seconds_total").await;
+    // Each look keeps it busy.
+    let rises = async { while server.metric("tidegate_tokio_busy_seconds_total").await <= busy {} };
+    timeout(DEADLINE, rises).await.expect("it is busy");
+    server.metric("tidegate_tokio_global_queue_tasks").await;
     server.stop().await;
 }
