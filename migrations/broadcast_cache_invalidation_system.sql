@@ -608,6 +608,8 @@ set search_path = ''
 set lock_timeout = '50ms'
 as $$
 declare
+    v_table text;
+    v_root regclass;
     v_old jsonb;
     v_new jsonb;
     v_message jsonb;
@@ -615,7 +617,13 @@ declare
     v_sale jsonb;
     v_was_elsewhere boolean;
 begin
+    v_table := tg_table_name;
     begin
+        -- The rows of a partition are its table's.
+        v_root := pg_catalog.pg_partition_root(tg_relid);
+        if v_root <> tg_relid then
+            select c.relname into strict v_table from pg_catalog.pg_class c where c.oid = v_root;
+        end if;
         if tg_op <> 'INSERT' then
             v_old := to_jsonb(old);
         end if;
@@ -623,7 +631,7 @@ begin
             v_new := to_jsonb(new);
         end if;
         -- Viewers see how a payment ends, and nothing of its way there.
-        if tg_table_name = 'payment_processing' and (
+        if v_table = 'payment_processing' and (
             coalesce(v_new ->> 'status', v_new ->> 'payment_status', '') not in ('completed', 'failed')
             or not exists (
                 select
@@ -633,10 +641,10 @@ begin
         ) then
             return null;
         end if;
-        v_message := tidegate.describe_change(tg_table_name, tg_op, coalesce(v_new, v_old));
+        v_message := tidegate.describe_change(v_table, tg_op, coalesce(v_new, v_old));
 
         -- A row that moved concerns the viewers of the place that it left, too.
-        v_was_elsewhere := tg_table_name = 'art' and tg_op = 'UPDATE' and exists (
+        v_was_elsewhere := v_table = 'art' and tg_op = 'UPDATE' and exists (
             select from unnest(array['round', 'easel']) as k
             where v_old -> k is distinct from v_new -> k
         );
@@ -645,7 +653,7 @@ begin
             from unnest(array['eid', 'event_id', 'round_id', 'art_uuid', 'art_id', 'artwork_id']) as k
             where v_old -> k is distinct from v_new -> k
         ) then
-            v_former := tidegate.describe_change(tg_table_name, tg_op, v_old);
+            v_former := tidegate.describe_change(v_table, tg_op, v_old);
             -- The bids of an artwork are found under its round and easel.
             if v_was_elsewhere then
                 v_message := tidegate.with_bids(v_message, v_new);
@@ -664,7 +672,7 @@ begin
             end if;
         end if;
 
-        if tg_table_name = 'art' and tg_op = 'UPDATE' and v_message is not null
+        if v_table = 'art' and tg_op = 'UPDATE' and v_message is not null
             and v_new ->> 'status' = 'sold' and v_old ->> 'status' is distinct from 'sold'
         then
             v_sale := tidegate.describe_sale(v_old, v_new, v_message ->> 'event_eid');
@@ -672,14 +680,14 @@ begin
     exception
         when others then
             perform tidegate.record_failure(
-                tg_table_name, tg_op, null, sqlstate, 'describing the change', sqlerrm);
+                v_table, tg_op, null, sqlstate, 'describing the change', sqlerrm);
     end;
 
-    perform tidegate.publish(tg_table_name, tg_op, v_message);
-    perform tidegate.publish(tg_table_name, tg_op, v_former);
+    perform tidegate.publish(v_table, tg_op, v_message);
+    perform tidegate.publish(v_table, tg_op, v_former);
     if v_sale is not null then
         perform tidegate.send(
-            tg_table_name, tg_op, v_sale ->> 'event_eid',
+            v_table, tg_op, v_sale ->> 'event_eid',
             'auction_winner_' || (v_sale ->> 'event_eid'),
             v_sale || tidegate.stamp() - 'cache_version');
     end if;

@@ -73,7 +73,7 @@ pub struct Config {
     pub relay: Relay,
     /// What the database remembers.
     pub history: History,
-    /// What is measured.
+    /// What is measured, and how often.
     pub metrics: Metrics,
     /// The orderly end.
     pub drain: Drain,
@@ -272,6 +272,9 @@ pub struct History {
 pub struct Metrics {
     /// Most events with series of their own, the busiest; the rest share `other`. At most 1,000.
     pub events_max: usize,
+    /// Between two looks at the database's triggers, functions, writes and queue; at least 1 s.
+    #[serde(deserialize_with = "duration")]
+    pub database_interval: Duration,
 }
 
 /// The orderly end.
@@ -393,6 +396,9 @@ impl Config {
         if self.relay.listen_wait > Duration::from_millis(1500) {
             mistakes
                 .push("relay.listen_wait: at most 1500ms, or clients give the join up".to_owned());
+        }
+        if self.metrics.database_interval < Duration::from_secs(1) {
+            mistakes.push("metrics.database_interval: at least 1s".to_owned());
         }
         if self.admin_token.is_empty() && !self.admin_listen.ip().is_loopback() {
             mistakes.push(format!(

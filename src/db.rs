@@ -2,7 +2,10 @@
 
 mod deployed;
 
-pub(crate) use deployed::{FoundFunction, FoundTable, applied_migrations, functions, tables};
+pub(crate) use deployed::{
+    FoundFunction, FoundTable, Recorded, applied_migrations, begin_reading, functions, recorded,
+    server, tables,
+};
 
 use std::{str::FromStr, time::Duration};
 

@@ -187,8 +187,8 @@ pub struct Table {
     /// Rows written by the operations that a trigger should tell of, as Postgres' statistics count
     /// them; also by transactions that were rolled back.
     pub(crate) writes: u64,
-    /// Tells it from a table of its name that is made later.
-    pub(crate) oid: Oid,
+    /// Itself and its partitions, whose rows these are.
+    pub(crate) relations: Vec<Oid>,
 }
 
 /// What the database has of the migrations of schema `tidegate`.
@@ -243,7 +243,7 @@ impl Deployed {
                 name: trigger.table,
                 missing: trigger.operations.iter().filter(is_missing).copied().collect(),
                 writes: trigger.operations.iter().map(|it| table.written(*it)).sum(),
-                oid: table.oid,
+                relations: table.relations.clone(),
             })
         });
         let tables = tables.collect();

@@ -23,12 +23,13 @@ use crate::{
     },
     channel::EndReason,
     connection::CloseReason,
+    deployed::TRIGGERS,
     http::Route,
     hub::FannedOut,
     limits::Limited,
     merge::{BadEndpoint, Cause, Method, Tally, Why},
     protocol::{error_code::ErrorCode, message::Malformed, payload::Generation},
-    relay::{LinkError, Outcome},
+    relay::{LinkError, Outcome, survey},
     reload::ReloadError,
 };
 
@@ -796,6 +797,14 @@ impl Metrics {
         self.dropped.with_label_values(&[reason.kind()]).inc();
     }
 
+    /// Shows the pool's sessions: of so many so many are idle.
+    pub(crate) fn show_pool(&self, size: u32, idle: usize) {
+        let idle = i64::try_from(idle).unwrap_or(i64::MAX);
+        self.database_pool.with_label_values(&["idle"]).set(idle);
+        // The two are read one after the other.
+        self.database_pool.with_label_values(&["used"]).set((i64::from(size) - idle).max(0));
+    }
+
     /// The registry in Prometheus' text format.
     #[must_use]
     pub fn render(&self) -> Vec<u8> {
@@ -882,6 +891,13 @@ impl Metrics {
     fn start_database_at_zero(&self) {
         for state in ["idle", "used"] {
             self.database_pool.with_label_values(&[state]);
+        }
+        for table in TRIGGERS.map(|it| it.table) {
+            self.database_writes.with_label_values(&[table]);
+            self.database_history_rows.with_label_values(&[table]);
+        }
+        for origin in [survey::MANUAL, survey::OTHER] {
+            self.database_history_rows.with_label_values(&[origin]);
         }
         for outcome in Outcome::ALL {
             for source in outcome.sources() {

@@ -8,6 +8,7 @@ pub mod ingest;
 pub mod listener;
 pub mod listens;
 pub(crate) mod revocations;
+pub(crate) mod survey;
 pub(crate) mod upkeep;
 
 pub use ingest::Outcome;

@@ -42,7 +42,7 @@ use crate::{
     merge::{self, Events},
     metrics::{Metrics, RefusedUpgrade},
     outbox::{Backlogs, Ended, Outbox},
-    relay::{listener, listens::Listens, revocations, upkeep},
+    relay::{listener, listens::Listens, revocations, survey, upkeep},
     reload::{self, Reload},
     topic_rules::TopicRules,
 };
@@ -341,6 +341,7 @@ impl Server {
         }
         if let Some(pool) = services.pool.clone() {
             services.tracker.spawn(upkeep::run(Arc::clone(&services), pool.clone()));
+            services.tracker.spawn(survey::run(Arc::clone(&services), pool.clone()));
             services.tracker.spawn(revocations::run(Arc::clone(&services), pool));
         }
         services.tracker.spawn(jwks::run(Arc::clone(&services)));

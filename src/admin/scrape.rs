@@ -34,6 +34,9 @@ pub(super) async fn scrape(services: &Services) -> Answer {
     ] {
         gauge.set(count(number));
     }
+    if let Some(pool) = &services.pool {
+        metrics.show_pool(pool.size(), pool.num_idle());
+    }
     let seen = look(services).await;
     show(services, &seen);
     content(StatusCode::OK, "text/plain; version=0.0.4; charset=utf-8", metrics.render())

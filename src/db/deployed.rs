@@ -1,15 +1,103 @@
-//! What the database has of ours, and what Postgres counts: statements that read catalogs and
-//! statistics.
+//! What the database has of ours, and what it counts: statements that only read.
 //!
-//! Invariants: they take no lock on a table, and need no right but to connect.
+//! Invariant: the gateway's own role may run them all, and of the application's tables they read
+//! what catalogs and statistics say.
 
-use sqlx::{PgConnection, Row, postgres::types::Oid};
+use std::time::Duration;
+
+use sqlx::{PgConnection, PgPool, Postgres, Row, Transaction, postgres::types::Oid};
+
+/// A transaction that reads, each of whose statements may take `limit` and wait for no lock longer.
+pub(crate) async fn begin_reading(
+    pool: &PgPool,
+    limit: Duration,
+) -> Result<Transaction<'static, Postgres>, sqlx::Error> {
+    let mut transaction = pool.begin().await?;
+    sqlx::query(
+        "SELECT set_config('transaction_read_only', 'on', true),
+            set_config('statement_timeout', $1, true), set_config('lock_timeout', $1, true)",
+    )
+    .bind(limit.as_millis().max(1).to_string())
+    .execute(&mut *transaction)
+    .await?;
+    Ok(transaction)
+}
+
+/// The server as it runs.
+#[derive(Debug)]
+pub(crate) struct Server {
+    /// Tells this run of this database from any other, and the statistics from those after a reset.
+    pub(crate) run: String,
+    /// How full the queue of notifications is, from 0 to 1.
+    pub(crate) notify_queue: f64,
+}
+
+/// Which server this is, and how it fares.
+pub(crate) async fn server(session: &mut PgConnection) -> Result<Server, sqlx::Error> {
+    let row = sqlx::query(
+        "SELECT concat_ws(' ', d.oid, pg_postmaster_start_time(), pg_stat_get_db_stat_reset_time(d.oid)),
+            pg_notification_queue_usage()
+        FROM pg_database d WHERE d.datname = current_database()",
+    )
+    .fetch_one(session)
+    .await?;
+    Ok(Server { run: row.try_get(0)?, notify_queue: row.try_get(1)? })
+}
+
+/// What triggers have written down.
+#[derive(Debug)]
+pub(crate) struct Recorded {
+    /// What this has counted, as `pg_snapshot` writes it.
+    pub(crate) seen: String,
+    /// New rows of the history, by the table that caused them.
+    pub(crate) history: Vec<(Option<String>, u64)>,
+    /// New failures.
+    pub(crate) failures: u64,
+    /// When the oldest row of the history was written, seconds since 1970.
+    pub(crate) oldest: Option<f64>,
+}
+
+/// What triggers have written down that `since` had not seen, as `pg_snapshot` writes it: each row
+/// once, whatever the order of ids and commits; nothing if there is no `since`.
+pub(crate) async fn recorded(
+    session: &mut PgConnection,
+    since: Option<&str>,
+) -> Result<Recorded, sqlx::Error> {
+    let rows = sqlx::query(
+        "SELECT pg_current_snapshot()::text, h.table_name, count(h.id),
+            (SELECT count(*) FROM tidegate.trigger_failures f
+                WHERE f.xact >= pg_snapshot_xmin($1::pg_snapshot)
+                    AND NOT pg_visible_in_snapshot(f.xact, $1::pg_snapshot)),
+            (SELECT extract(epoch FROM min(at))::float8 FROM tidegate.broadcast_history)
+        FROM (VALUES (1)) AS always LEFT JOIN tidegate.broadcast_history h
+            ON h.xact >= pg_snapshot_xmin($1::pg_snapshot)
+                AND NOT pg_visible_in_snapshot(h.xact, $1::pg_snapshot)
+        GROUP BY h.table_name",
+    )
+    .bind(since)
+    .fetch_all(session)
+    .await?;
+    let first = rows.first().ok_or(sqlx::Error::RowNotFound)?;
+    let count = |row: &sqlx::postgres::PgRow, index: usize| {
+        Ok::<_, sqlx::Error>(u64::try_from(row.try_get::<i64, _>(index)?).unwrap_or(0))
+    };
+    Ok(Recorded {
+        seen: first.try_get(0)?,
+        history: rows
+            .iter()
+            .map(|row| Ok((row.try_get(1)?, count(row, 2)?)))
+            .collect::<Result<_, sqlx::Error>>()?,
+        failures: count(first, 3)?,
+        oldest: first.try_get(4)?,
+    })
+}
 
 /// A table, what triggers of ours tell of it, and what has been written to it.
 #[derive(Debug)]
 pub(crate) struct FoundTable {
     pub(crate) name: String,
-    pub(crate) oid: Oid,
+    /// Itself and its partitions.
+    pub(crate) relations: Vec<Oid>,
     /// The operations that it and each of its partitions have a trigger for, as bits of `tgtype`.
     pub(crate) told: i32,
     pub(crate) inserted: i64,
@@ -25,16 +113,16 @@ pub(crate) async fn tables(
 ) -> Result<Vec<FoundTable>, sqlx::Error> {
     let rows = sqlx::query(
         "WITH RECURSIVE part AS (
-            SELECT c.relname::text AS name, c.oid AS root, c.oid, c.relkind
+            SELECT c.relname::text AS name, c.oid, c.relkind
             FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
             WHERE n.nspname = 'public' AND c.relname = ANY ($1) AND c.relkind IN ('r', 'p')
             UNION ALL
-            SELECT p.name, p.root, c.oid, c.relkind
+            SELECT p.name, c.oid, c.relkind
             FROM part p
             JOIN pg_inherits i ON i.inhparent = p.oid AND p.relkind = 'p'
             JOIN pg_class c ON c.oid = i.inhrelid
         )
-        SELECT p.name, p.root, bit_and(coalesce((
+        SELECT p.name, array_agg(p.oid ORDER BY p.oid), bit_and(coalesce((
                 SELECT bit_or(t.tgtype::integer)
                 FROM pg_trigger t
                 JOIN pg_proc f ON f.oid = t.tgfoid
@@ -48,7 +136,7 @@ pub(crate) async fn tables(
             sum(pg_stat_get_tuples_updated(p.oid))::bigint,
             sum(pg_stat_get_tuples_deleted(p.oid))::bigint
         FROM part p
-        GROUP BY 1, 2",
+        GROUP BY p.name",
     )
     .bind(names)
     .fetch_all(session)
@@ -57,7 +145,7 @@ pub(crate) async fn tables(
         .map(|row| {
             Ok(FoundTable {
                 name: row.try_get(0)?,
-                oid: row.try_get(1)?,
+                relations: row.try_get(1)?,
                 told: row.try_get(2)?,
                 inserted: row.try_get(3)?,
                 updated: row.try_get(4)?,

@@ -44,4 +44,5 @@ mod revocation;
 mod secrets;
 mod security;
 mod support;
+mod survey;
 mod tidy;
