@@ -28,7 +28,7 @@ use crate::{
     audit::Audit,
     limits::{Metered, is_unfinished},
     metrics::Counted,
-    outbox::{Committed, Departure, Ended, Outbox},
+    outbox::{Committed, Ended, Outbox},
     protocol::message::Message,
     server::Services,
     socket::{Due, Socket},
@@ -379,13 +379,8 @@ impl Connection {
         }
         match written {
             Ok(Ok(())) => {
-                if let Some(Committed { at, departure }) = committed {
-                    let metrics = &self.services.metrics;
-                    let took = match departure {
-                        Departure::AtOnce => &metrics.commit_to_write_at_once,
-                        Departure::Merged => &metrics.commit_to_write_merged,
-                    };
-                    took.observe(at.elapsed().as_secs_f64());
+                if let Some(committed) = committed {
+                    self.services.metrics.count_write(committed);
                 }
                 Ok(())
             }

@@ -28,6 +28,7 @@ use crate::{
     hub::FannedOut,
     limits::Limited,
     merge::{BadEndpoint, Cause, Method, Tally, Why},
+    outbox::{Committed, Departure},
     protocol::{error_code::ErrorCode, message::Malformed, payload::Generation},
     relay::{LinkError, Outcome, survey},
     reload::ReloadError,
@@ -750,6 +751,15 @@ impl Metrics {
         self.deliveries.inc_by(fanned_out.deliveries as u64);
         #[expect(clippy::cast_precision_loss, reason = "far below 2^52 subscribers")]
         self.fanout_receivers.observe(fanned_out.subscribers as f64);
+    }
+
+    /// Measures a write that has ended, of what was committed then.
+    pub(crate) fn count_write(&self, committed: Committed) {
+        let took = match committed.departure {
+            Departure::AtOnce => &self.commit_to_write_at_once,
+            Departure::Merged => &self.commit_to_write_merged,
+        };
+        took.observe(committed.at.elapsed().as_secs_f64());
     }
 
     /// Counts what has come for an event, or for [`OTHER_EVENTS`], and what has become of it.
