@@ -60,17 +60,22 @@ impl Busiest {
         for lost in before.difference(&self.places) {
             metrics.forget_event(lost);
         }
-        let mut other_viewers = 0;
+        let mut other = Row::default();
         for (eid, row) in events {
             let (had, has) = (before.contains(*eid), self.places.contains(*eid));
-            metrics.count_event(if had && has { eid } else { OTHER_EVENTS }, row.tally);
             if has {
                 metrics.show_event(eid, row.viewers, row.last_notification);
             } else {
-                other_viewers += row.viewers;
+                other.viewers += row.viewers;
+            }
+            if had && has {
+                metrics.count_event(eid, row.tally);
+            } else {
+                other.tally += row.tally;
             }
         }
-        metrics.show_viewers(OTHER_EVENTS, other_viewers);
+        metrics.count_event(OTHER_EVENTS, other.tally);
+        metrics.show_viewers(OTHER_EVENTS, other.viewers);
     }
 
     fn give_places(&mut self, events: &HashMap<&str, Row>, max: usize) {

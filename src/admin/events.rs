@@ -51,7 +51,7 @@ const ROWS_PER_YIELD: usize = 128;
 ///
 /// `{"live":1,"events":[{"eid":"AB3028","rule":"cache","viewers":12,"last_notification":"…","last_delivery":"…",
 /// "merged":4,"pending":0,"endpoints":9,"catch_ups":31,"heals":0,"coverage":{"since":"…","seconds":61.5},
-/// "history":"trusted","muted_for":null}]}`
+/// "history":"trusted","never_published":false,"muted_for":null}]}`
 ///
 /// # Errors
 /// [`Refused`] for a bad parameter.
@@ -59,7 +59,7 @@ pub(super) async fn list(services: &Services, ask: &Ask) -> Result<Answer, Refus
     let mut parameters = parameters(ask, &["limit"])?;
     let limit = number(&mut parameters, "limit", EVENTS, 1..=EVENTS_MAX)?;
     let mut live = look(services).await;
-    live.retain(|it| it.is_live(services));
+    live.retain(|it| it.is_live);
     live.sort_by(|a, b| b.viewers.cmp(&a.viewers).then_with(|| a.event.eid().cmp(b.event.eid())));
     let count = live.len();
     let rows = rows(live.iter().take(limit), |seen| seen.row(services)).await;
@@ -187,6 +187,11 @@ pub(super) struct Seen {
     pub(super) event: Arc<Event>,
     pub(super) summary: Summary,
     pub(super) viewers: usize,
+    /// It has viewers, a LISTEN, something to send or a mute.
+    pub(super) is_live: bool,
+    /// Its viewers have joined a topic that nobody writes to, as far as is known: nothing was ever
+    /// published for it and the database, if there is one and it was asked, knows nothing of it.
+    pub(super) is_in_vain: bool,
 }
 
 /// All events that are remembered.
@@ -194,8 +199,7 @@ pub(super) async fn look(services: &Services) -> Vec<Seen> {
     let events = services.events.all();
     let mut seen = Vec::with_capacity(events.len());
     for (number, event) in events.into_iter().enumerate() {
-        let (summary, viewers) = (event.summary(), viewer_count(services, &event));
-        seen.push(Seen { event, summary, viewers });
+        seen.push(Seen::of(services, event));
         if number % ROWS_PER_YIELD == ROWS_PER_YIELD - 1 {
             yield_now().await;
         }
@@ -204,24 +208,20 @@ pub(super) async fn look(services: &Services) -> Vec<Seen> {
 }
 
 impl Seen {
-    /// Whether it has viewers, a LISTEN, something to send or a mute.
-    pub(super) fn is_live(&self, services: &Services) -> bool {
-        self.viewers > 0
-            || self.summary.pending > 0
-            || self.summary.muted_for.is_some()
-            || services.listens.is_active(self.event.channel())
-    }
-
-    /// Whether nothing was ever published for it and the database, if there is one and it has been
-    /// asked, knows nothing of it: its viewers have joined a topic that nobody writes to.
-    pub(super) fn is_in_vain(&self, services: &Services) -> bool {
-        let is_asked = services.config.notify_url().is_empty()
-            || services.listens.is_active(self.event.channel());
-        is_asked && self.summary.last_notification.is_none() && !self.summary.is_known
+    fn of(services: &Services, event: Arc<Event>) -> Self {
+        let (summary, viewers) = (event.summary(), viewer_count(services, &event));
+        let is_listened = services.listens.is_active(event.channel());
+        let is_live =
+            viewers > 0 || summary.pending > 0 || summary.muted_for.is_some() || is_listened;
+        // What the database knows is asked before the LISTEN counts as active.
+        let is_asked = is_listened || services.config.notify_url().is_empty();
+        let is_published = summary.last_notification.is_some() || summary.is_known;
+        let is_in_vain = viewers > 0 && is_asked && !is_published;
+        Self { event, summary, viewers, is_live, is_in_vain }
     }
 
     fn row(&self, services: &Services) -> Value {
-        let Self { event, summary, viewers } = self;
+        let Self { event, summary, viewers, is_in_vain, .. } = self;
         let covered_since = if services.config.notify_url().is_empty() {
             // Without a database nothing else is to be heard.
             Some(services.events.started())
@@ -243,7 +243,8 @@ impl Seen {
             "last_delivery": summary.last_delivery.map(time),
             "merged": summary.merged, "pending": summary.pending, "endpoints": summary.endpoints,
             "catch_ups": summary.catch_ups, "heals": summary.heals,
-            "coverage": coverage, "history": history, "muted_for": summary.muted_for.map(seconds),
+            "coverage": coverage, "history": history, "never_published": is_in_vain,
+            "muted_for": summary.muted_for.map(seconds),
         })
     }
 }

@@ -47,9 +47,9 @@ fn show(services: &Services, seen: &[Seen]) {
     let (mut live, mut muted, mut never_published, mut pending) = (0, 0, 0, 0);
     let mut rows: HashMap<&str, Row> = HashMap::with_capacity(seen.len());
     for it in seen {
-        live += usize::from(it.is_live(services));
+        live += usize::from(it.is_live);
         muted += usize::from(it.summary.muted_for.is_some());
-        never_published += usize::from(it.viewers > 0 && it.is_in_vain(services));
+        never_published += usize::from(it.is_in_vain);
         pending += it.summary.pending;
         let last = it.summary.last_notification.and_then(|at| at.duration_since(UNIX_EPOCH).ok());
         rows.entry(it.event.eid()).or_default().add(&Row {

@@ -155,7 +155,8 @@ async fn live_events_are_listed_the_busiest_first() {
         json!({
             "eid": eid, "rule": "cache", "viewers": viewers, "last_notification": null,
             "last_delivery": null, "merged": 0, "pending": 0, "endpoints": 0,
-            "catch_ups": viewers, "heals": 0, "history": "unknown", "muted_for": null,
+            "catch_ups": viewers, "heals": 0, "history": "unknown", "never_published": true,
+            "muted_for": null,
         })
     };
     assert_eq!(rows, [row("AB3028", 2), row("AB3029", 1)]);

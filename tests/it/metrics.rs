@@ -217,6 +217,11 @@ async fn an_event_is_joined_in_vain_if_nothing_was_ever_published_and_the_databa
     server.metric_reaches("tidegate_relay_listens", 2.0).await;
     assert_eq!(server.metric(in_vain).await, 1.0);
     assert_eq!(server.metric("tidegate_events_live").await, 2.0);
+    let (_, events) = TestServer::request(server.admin, "GET /events HTTP/1.1", "").await;
+    let events: Value = serde_json::from_str(&events).unwrap();
+    for row in events["events"].as_array().unwrap() {
+        assert_eq!(row["never_published"], row["eid"] != "AB3028", "{row}");
+    }
     // Whatever anybody publishes is news.
     database.run(&format!("select pg_notify('{UUID}', '{{\"endpoints\":[\"/a\"]}}')")).await;
     viewer.broadcast().await;
