@@ -9,6 +9,7 @@ pub mod command;
 mod events;
 mod revoke;
 mod scrape;
+pub(crate) mod visits;
 
 use std::{borrow::Cow, net::IpAddr, sync::Arc, time::Duration};
 
@@ -103,6 +104,9 @@ async fn route(services: &Services, ask: Ask, caller: Caller) -> Answer {
         }
         (&Method::POST, _, Some((eid, "mute"))) => events::mute(services, &ask, eid),
         (&Method::GET, "/metrics", _) => Ok(scrape::scrape(services).await),
+        (&Method::GET, path, _) if let Some(nonce) = path.strip_prefix("/visits/") => {
+            services.visits.show(nonce)
+        }
         (&Method::POST, "/revoke", _) => revoke::revoke(services, ask, caller).await,
         (_, _, _) => Ok(route_whole(services, &ask)),
     };
@@ -124,6 +128,7 @@ fn name(path: &str) -> &'static str {
         ("/reload", _) => "reload",
         ("/revoke", _) => "revoke",
         ("/events", _) => "events",
+        (path, _) if path.starts_with("/visits/") => "visits",
         (_, Some((_, "history"))) => "history",
         (_, Some((_, "invalidate"))) => "invalidate",
         (_, Some((_, "mute"))) => "mute",

@@ -39,14 +39,14 @@ pub use self::arguments::BenchArgs;
 
 mod arguments;
 mod bare;
-mod connection;
-mod frame;
+pub(crate) mod connection;
+pub(crate) mod frame;
 mod latency;
-mod message;
+pub(crate) mod message;
 mod process;
 mod publish;
 mod report;
-mod tally;
+pub(crate) mod tally;
 
 /// Why a bench failed.
 #[derive(Debug, thiserror::Error)]

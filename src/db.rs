@@ -1,6 +1,7 @@
 //! Pools, migrations, and every SQL statement of the gateway.
 
 mod deployed;
+pub(crate) mod doctor;
 
 pub(crate) use deployed::{
     FoundFunction, FoundTable, Recorded, applied_migrations, begin_reading, functions, recorded,
@@ -12,7 +13,7 @@ use std::{str::FromStr, time::Duration};
 use sqlx::{
     ConnectOptions, Connection, Executor, PgConnection, PgPool, Row, SqlSafeStr,
     migrate::{Migration, MigrationType, Migrator},
-    postgres::{PgConnectOptions, PgListener, PgPoolOptions, PgRow},
+    postgres::{PgConnectOptions, PgExecutor, PgListener, PgPoolOptions, PgRow},
 };
 
 use tokio::time::timeout;
@@ -659,14 +660,14 @@ pub(crate) async fn end_question(session: &mut PgConnection) -> Result<(), sqlx:
 /// Invalidates an endpoint of an event, or the event and its media, for the viewers of every
 /// gateway. Gives the payload.
 pub(crate) async fn invalidate(
-    pool: &PgPool,
+    database: impl PgExecutor<'_>,
     eid: &str,
     endpoint: Option<&str>,
 ) -> Result<String, sqlx::Error> {
     sqlx::query_scalar("SELECT public.manual_cache_invalidation($1, $2)::text")
         .bind(eid)
         .bind(endpoint)
-        .fetch_one(pool)
+        .fetch_one(database)
         .await
 }
 

@@ -223,7 +223,7 @@ async fn route(
     let api = path.strip_prefix("/realtime/v1").unwrap_or(&path).strip_prefix("/api/broadcast");
     match (ask.method(), path.as_str(), api) {
         (_, "/realtime/v1/websocket" | "/socket/websocket", _) => {
-            (Route::Websocket, upgrade(Arc::clone(services), ask, caller).await)
+            (Route::Websocket, upgrade(Arc::clone(services), ask, caller, peer).await)
         }
         (&Method::GET | &Method::HEAD, "/healthz", _) => {
             (Route::Health, text(StatusCode::OK, "ok"))
@@ -249,7 +249,12 @@ async fn route(
 /// Opens a WebSocket: origin, version, how often the address knocks, then key, then place. The
 /// reference server looks at the key before any limit; here those go first that cost no
 /// verification.
-async fn upgrade(services: Arc<Services>, mut ask: Ask, caller: Caller) -> Answer {
+async fn upgrade(
+    services: Arc<Services>,
+    mut ask: Ask,
+    caller: Caller,
+    peer: SocketAddr,
+) -> Answer {
     let Some(accept) = websocket_accept(&ask) else {
         let answer = empty(StatusCode::BAD_REQUEST);
         return refuse(&services, caller, RefusedUpgrade::BadRequest, None, answer);
@@ -292,6 +297,8 @@ async fn upgrade(services: Arc<Services>, mut ask: Ask, caller: Caller) -> Answe
     let connections = services.connections.clone();
     let user_agent = header_text(&ask, "user-agent").unwrap_or_default();
     let client = ClientKey::new(caller.address().into(), &user_agent);
+    let trusted = &services.config.network.trusted_proxies;
+    services.visits.note(&user_agent, ask.headers(), caller, peer, trusted);
     let number = services.connection_number.fetch_add(1, Ordering::Relaxed);
     let headers = policies::socket_headers(ask.headers());
     let caller = caller.on(number);

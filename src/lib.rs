@@ -32,7 +32,7 @@
 //! | [`http`], `rest`, [`admin`] | public and admin routes, REST broadcasts |
 //! | [`server`], [`reload`] | listen, accept, cap, drain; rules and keys read again |
 //! | [`metrics`], [`audit`], [`config`] | what is measured, what is on record, what can be set |
-//! | [`mod@demo`], [`mod@bench`], [`explain`] | the other commands |
+//! | [`mod@demo`], [`mod@bench`], [`mod@doctor`], [`explain`] | the other commands |
 //!
 //! Invariants everything serves: every byte to a client goes through its outbox, so order is the
 //! order of pushes; everything has a bound; a broadcast is encoded once per serializer and its user
@@ -50,6 +50,7 @@ pub mod connection;
 pub mod db;
 pub mod demo;
 pub mod deployed;
+pub mod doctor;
 pub mod explain;
 mod healing;
 pub mod http;

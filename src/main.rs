@@ -15,10 +15,11 @@ use clap::{Parser, Subcommand};
 use tidegate::{
     admin::command::{self, CommandError},
     audit::{self, AuditLog},
-    auth::{revocations::By, sign::sign_role},
+    auth::{revocations::By, secret::Secret, sign::sign_role},
     bench,
     config::{Config, Effective},
     db, demo,
+    doctor::{self, DoctorError},
     explain::explain,
     protocol::payload::Privacy,
     server::{Server, forbid_core_files, raise_file_limit},
@@ -108,6 +109,8 @@ enum Command {
         #[arg(long = "for", value_name = "LENGTH", value_parser = humantime::parse_duration)]
         length: Option<Duration>,
     },
+    /// Looks at the whole path, from a write to a page, and says how to mend what is broken
+    Doctor(doctor::DoctorArgs),
     /// Starts a throw-away database, a gateway, simulated activity and a page
     Demo(demo::DemoArgs),
     /// Measures a server of this protocol
@@ -130,7 +133,7 @@ fn main() -> ExitCode {
     };
     let done = runtime.map_err(Failure::from).and_then(|it| it.block_on(Box::pin(run(cli))));
     match done {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(exit) => ExitCode::from(exit),
         Err(Failure { exit, error }) => {
             let mut cause: Option<&dyn Error> = Some(&*error);
             let mut separator = "tidegate: ";
@@ -164,19 +167,21 @@ fn unasked(error: CommandError) -> Failure {
     Failure { exit: error.exit_code(), error: Box::new(error) }
 }
 
-async fn run(cli: Cli) -> Result<(), Failure> {
+/// Gives the exit code of what went well.
+async fn run(cli: Cli) -> Result<u8, Failure> {
     let mut out = io::stdout();
     match cli.command.unwrap_or(Command::Serve) {
         Command::Bench(args) => {
-            return bench::run(*args, &mut out)
+            bench::run(*args, &mut out)
                 .await
-                .map_err(|error| Failure { exit: error.exit_code(), error: Box::new(error) });
+                .map_err(|error| Failure { exit: error.exit_code(), error: Box::new(error) })?;
         }
         Command::Demo(args) => {
             // An action that the end cuts off is rolled back twice, of which the server gives notice.
             start_logs("warn,sqlx::postgres::notice=error,tidegate=info", None)?;
-            return Ok(demo::run(args, terminated()?).await?);
+            demo::run(args, terminated()?).await?;
         }
+        Command::Doctor(args) => return examine(args).await,
         Command::Serve => serve().await?,
         Command::Migrate { uninstall } => {
             let (config, _) = settings()?;
@@ -223,7 +228,18 @@ async fn run(cli: Cli) -> Result<(), Failure> {
             }
         }
     }
-    Ok(())
+    Ok(0)
+}
+
+/// Gives 0 if all is well, 1 if something has failed, 2 if there are warnings.
+async fn examine(mut args: doctor::DoctorArgs) -> Result<u8, Failure> {
+    let (config, _) = settings()?;
+    if args.token.as_ref().is_some_and(|it| it.expose() == "-") {
+        args.token = Some(Secret::from(io::read_to_string(io::stdin())?.trim()));
+    }
+    let examined = doctor::run(config, &args, &mut io::stdout()).await;
+    let failure = |error: DoctorError| Failure { exit: error.exit_code(), error: Box::new(error) };
+    Ok(examined.map_err(failure)?.exit_code())
 }
 
 /// Serves until it is told to end; a hangup has it read its rules and keys again.

@@ -1,7 +1,7 @@
 //! Database → hub: which NOTIFY channels are listened to, the session that listens, what becomes of
 //! a notification, and of one that may have been missed.
 
-mod canary;
+pub(crate) mod canary;
 mod clock;
 mod history;
 pub mod ingest;

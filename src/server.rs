@@ -24,7 +24,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use uuid::Uuid;
 
 use crate::{
-    admin::{self, busiest::Busiest},
+    admin::{self, busiest::Busiest, visits::Visits},
     audit::{Audit, Caller},
     auth::{
         jwks::{self, JwksError},
@@ -98,6 +98,8 @@ pub struct Services {
     pub(crate) busiest: Mutex<Busiest>,
     /// Somebody has told that the database's revocations have changed.
     pub(crate) revocations_changed: Notify,
+    /// From where doctors have come.
+    pub(crate) visits: Visits,
     /// What reads the settings again.
     pub(crate) reload: Reload,
     /// Connections for what the listening session is not for, if there is a database.
@@ -142,6 +144,7 @@ impl Services {
             hub: Arc::default(),
             rules: RwLock::new(Arc::new(rules)),
             revocations_changed: Notify::new(),
+            visits: Visits::default(),
             reload: Reload::default(),
             verifier,
             listens: Arc::new(Listens::new(config.relay.listens_max)),

@@ -12,7 +12,7 @@ use std::{
 
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full, Limited};
-use hyper::{Request, StatusCode, client::conn::http1, header};
+use hyper::{Request, Response, StatusCode, client::conn::http1, header, http::request};
 use hyper_util::rt::TokioIo;
 use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use serde::Deserialize;
@@ -149,11 +149,12 @@ struct Said {
 
 async fn post(config: &Config, target: &str, body: String) -> Result<String, CommandError> {
     let address = address(config.admin_listen)?;
-    let exchange = exchange(config, address, target, body);
     let limit = config.relay.connect_timeout + ANSWER_TIMEOUT;
-    let (status, body) =
-        timeout(limit, exchange).await.map_err(|_elapsed| CommandError::Silent { address })??;
-    let said = serde_json::from_slice::<Said>(&body);
+    let ask = Request::post(target);
+    let answer = timeout(limit, exchange(config, address, ask, body, ANSWER_BYTES_MAX)).await;
+    let answer = answer.map_err(|_elapsed| CommandError::Silent { address })??;
+    let (status, body) = (answer.status(), answer.body());
+    let said = serde_json::from_slice::<Said>(body);
     let message = match &said {
         Ok(said) => said.message.clone(),
         Err(_) => "an answer that is not a gateway's".to_owned(),
@@ -184,16 +185,34 @@ fn address(listen: SocketAddr) -> Result<SocketAddr, CommandError> {
     Ok(SocketAddr::new(ip, listen.port()))
 }
 
+/// What the gateway shows under this target, at most so many bytes of it.
+///
+/// # Errors
+/// [`CommandError`]; an answer of any status but that of a wrong token is none.
+pub(crate) async fn get(
+    config: &Config,
+    target: &str,
+    bytes_max: usize,
+) -> Result<Response<Bytes>, CommandError> {
+    let address = address(config.admin_listen)?;
+    let look = exchange(config, address, Request::get(target), String::new(), bytes_max);
+    let answer = timeout(ANSWER_TIMEOUT, look).await;
+    let answer = answer.map_err(|_elapsed| CommandError::Silent { address })??;
+    match answer.status() {
+        StatusCode::UNAUTHORIZED => Err(CommandError::Token),
+        _ => Ok(answer),
+    }
+}
+
 async fn exchange(
     config: &Config,
     address: SocketAddr,
-    target: &str,
+    ask: request::Builder,
     body: String,
-) -> Result<(StatusCode, Bytes), CommandError> {
+    bytes_max: usize,
+) -> Result<Response<Bytes>, CommandError> {
     let unreadable = |source| CommandError::Unreadable { address, source };
-    let mut ask = Request::post(target)
-        .header(header::HOST, address.to_string())
-        .header(header::CONNECTION, "close");
+    let mut ask = ask.header(header::HOST, address.to_string()).header(header::CONNECTION, "close");
     if !config.admin_token.is_empty() {
         let authorization = format!("Bearer {}", config.admin_token.expose());
         ask = ask.header(header::AUTHORIZATION, authorization);
@@ -207,9 +226,9 @@ async fn exchange(
         http1::handshake(TokioIo::new(stream)).await.map_err(|error| unreadable(error.into()))?;
     let answer = async move {
         let answer = sender.send_request(ask).await?;
-        let status = answer.status();
-        let body = Limited::new(answer.into_body(), ANSWER_BYTES_MAX).collect().await?;
-        Ok((status, body.to_bytes()))
+        let (head, body) = answer.into_parts();
+        let body = Limited::new(body, bytes_max).collect().await?;
+        Ok(Response::from_parts(head, body.to_bytes()))
     };
     // What breaks the connection breaks the answer, which says so.
     let (answer, _) = tokio::join!(answer, connection);

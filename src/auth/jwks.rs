@@ -33,7 +33,10 @@ use tokio_rustls::{
     },
 };
 
-use super::keys::{DocumentError, Origin, Published};
+use super::{
+    keys::{DocumentError, Origin, Published},
+    verifier::Verifier,
+};
 use crate::{config::Jwks, metrics::Metrics, relay::ingest::unix_seconds, server::Services};
 
 /// Between two looks at the file.
@@ -258,6 +261,19 @@ fn count(
     }
 }
 
+/// Reads the URL once, where there is no [`run`] that follows it.
+///
+/// # Errors
+/// [`JwksError`]; the keys stay as they are.
+pub(crate) async fn read_url(verifier: &Verifier, metrics: &Metrics) -> Result<(), JwksError> {
+    let jwks = verifier.jwks();
+    if jwks.url.is_empty() {
+        return Ok(());
+    }
+    let text = timeout(jwks.timeout, fetch(&jwks)).await.unwrap_or(Err(JwksError::Timeout))?;
+    Ok(verifier.take(text, Origin::Url, &jwks, metrics)?)
+}
+
 /// The bytes that the URL answers with.
 async fn fetch(jwks: &Jwks) -> Result<Vec<u8>, JwksError> {
     // The settings' check has read the URL.
@@ -304,17 +320,21 @@ async fn connect(jwks: &Jwks, host: &str, port: u16) -> Result<TlsStream<TcpStre
     let host = host.trim_matches(['[', ']']);
     let name = ServerName::try_from(host.to_owned())
         .map_err(|error| JwksError::Connect(io::Error::other(error)))?;
-    let connector = TlsConnector::from(Arc::new(tls(jwks)?));
+    let connector = TlsConnector::from(Arc::new(tls(&jwks.ca_file)?));
     let stream = TcpStream::connect((host, port)).await.map_err(JwksError::Connect)?;
     connector.connect(name, stream).await.map_err(JwksError::Tls)
 }
 
-fn tls(jwks: &Jwks) -> Result<ClientConfig, JwksError> {
+/// Trusts the authorities of this file, or the public ones if it has no name.
+///
+/// # Errors
+/// [`JwksError`]; the file has no certificate.
+pub(crate) fn tls(ca_file: &str) -> Result<ClientConfig, JwksError> {
     let mut roots = RootCertStore::empty();
-    if jwks.ca_file.is_empty() {
+    if ca_file.is_empty() {
         roots.extend(webpki_roots::TLS_SERVER_ROOTS.iter().cloned());
     } else {
-        let certificates = CertificateDer::pem_file_iter(&jwks.ca_file)
+        let certificates = CertificateDer::pem_file_iter(ca_file)
             .and_then(Iterator::collect::<Result<Vec<_>, _>>)
             .map_err(|_names_the_file| JwksError::Authorities)?;
         roots.add_parsable_certificates(certificates);

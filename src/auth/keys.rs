@@ -22,7 +22,7 @@ const KEYS_MAX: usize = 64;
 /// Longest `kid`.
 pub(super) const KID_BYTES_MAX: usize = 128;
 /// Shortest symmetric key: as long as the shortest hash (RFC 7518, 3.2).
-pub(super) const SECRET_BYTES_MIN: usize = 32;
+pub(crate) const SECRET_BYTES_MIN: usize = 32;
 /// Bits of an RSA modulus: RFC 7518, 3.3; above, a signature costs too much to look at.
 const RSA_BITS: std::ops::RangeInclusive<usize> = 2048..=8192;
 /// Smallest public exponent: with smaller ones a lax padding check has been a forgery before.

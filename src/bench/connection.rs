@@ -16,7 +16,7 @@ use std::{
 };
 
 use tokio::{
-    io::{AsyncRead, AsyncReadExt, AsyncWriteExt, ReadBuf},
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf},
     net::{TcpSocket, TcpStream},
     time::{Instant, Interval, interval_at, timeout},
 };
@@ -287,7 +287,7 @@ impl Connection {
             },
             Event::SystemError(message) => tally.fail(&Failure::System(message)),
             Event::ChannelEnded(event) => tally.fail(&Failure::ChannelEnded(event)),
-            Event::Other => {}
+            Event::Broadcast { .. } | Event::Other => {}
         }
     }
 
@@ -319,32 +319,67 @@ impl Connection {
 async fn handshake(load: &Load, role: Role) -> Result<(TcpStream, Vec<u8>), Failure> {
     let connected = connect(load.target.address, role).await;
     let mut stream = connected.map_err(|error| Failure::Connect(error.kind()))?;
-    let key = generate_key();
     let path = match role {
         Role::Viewer { .. } => &load.target.viewer_path,
         Role::Publisher { .. } => &load.target.publisher_path,
     };
+    let answer = upgrade(&mut stream, &load.target.host, path, "tidegate-bench").await?;
+    answer.check()?;
+    Ok((stream, answer.rest))
+}
+
+/// What a server has said to an upgrade.
+#[derive(Debug)]
+pub(crate) struct Answer {
+    /// Its head, with the empty line.
+    pub(crate) head: Vec<u8>,
+    /// What followed it.
+    pub(crate) rest: Vec<u8>,
+    /// What `Sec-WebSocket-Accept` must be.
+    accept: String,
+}
+
+/// Asks for a WebSocket over a stream.
+///
+/// # Errors
+/// The [`Failure`] of the stream, or of an answer that has no end.
+pub(crate) async fn upgrade(
+    stream: &mut (impl AsyncRead + AsyncWrite + Unpin),
+    host: &str,
+    path: &str,
+    user_agent: &str,
+) -> Result<Answer, Failure> {
+    let key = generate_key();
     let request = format!(
-        "GET {path} HTTP/1.1\r\nHost: {}\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
-         Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {key}\r\nUser-Agent: tidegate-bench\r\n\r\n",
-        load.target.host
+        "GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
+         Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {key}\r\nUser-Agent: {user_agent}\r\n\r\n"
     );
     stream.write_all(request.as_bytes()).await.map_err(lost)?;
-    let mut answer = Vec::with_capacity(512);
+    stream.flush().await.map_err(lost)?;
+    let mut head = Vec::with_capacity(512);
     let head_length = loop {
-        if let Some(at) = answer.windows(4).position(|window| window == b"\r\n\r\n") {
+        if let Some(at) = head.windows(4).position(|window| window == b"\r\n\r\n") {
             break at + 4;
         }
-        if answer.len() > HEAD_BYTES_MAX {
+        if head.len() > HEAD_BYTES_MAX {
             return Err(Failure::Handshake);
         }
-        if stream.read_buf(&mut answer).await.map_err(lost)? == 0 {
+        if stream.read_buf(&mut head).await.map_err(lost)? == 0 {
             return Err(Failure::Closed);
         }
     };
-    let rest = answer.split_off(head_length);
-    check_answer(&answer, &derive_accept_key(key.as_bytes()))?;
-    Ok((stream, rest))
+    let rest = head.split_off(head_length);
+    Ok(Answer { head, rest, accept: derive_accept_key(key.as_bytes()) })
+}
+
+impl Answer {
+    /// Whether it is a WebSocket.
+    ///
+    /// # Errors
+    /// The [`Failure`] that says what it is instead.
+    pub(crate) fn check(&self) -> Result<(), Failure> {
+        check_answer(&self.head, &self.accept)
+    }
 }
 
 async fn connect(address: SocketAddr, role: Role) -> io::Result<TcpStream> {

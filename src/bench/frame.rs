@@ -9,7 +9,7 @@ const PAYLOAD_BYTES_MAX: u64 = 16 << 20;
 
 /// One whole frame of the server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Frame<'a> {
+pub(crate) enum Frame<'a> {
     Text(&'a [u8]),
     Binary(&'a [u8]),
     Ping(&'a [u8]),
@@ -19,7 +19,7 @@ pub(super) enum Frame<'a> {
 
 /// What a server must not send.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub(super) enum FrameError {
+pub(crate) enum FrameError {
     #[error("the server masked a frame")]
     Masked,
     #[error("a message in several frames")]
@@ -32,13 +32,13 @@ pub(super) enum FrameError {
 
 /// Cuts a byte stream into frames, however the bytes arrive.
 #[derive(Debug, Default)]
-pub(super) struct FrameReader {
+pub(crate) struct FrameReader {
     unfinished: Vec<u8>,
 }
 
 impl FrameReader {
     /// A reader that has already received `rest`, as after a handshake's head.
-    pub(super) const fn resumed(rest: Vec<u8>) -> Self {
+    pub(crate) const fn resumed(rest: Vec<u8>) -> Self {
         Self { unfinished: rest }
     }
 
@@ -46,7 +46,7 @@ impl FrameReader {
     ///
     /// # Errors
     /// The first error of a frame or of `each`; the stream cannot be read on after it.
-    pub(super) fn read<E: From<FrameError>>(
+    pub(crate) fn read<E: From<FrameError>>(
         &mut self,
         input: &[u8],
         mut each: impl FnMut(Frame<'_>) -> Result<(), E>,
@@ -70,7 +70,7 @@ impl FrameReader {
 
 impl Frame<'_> {
     /// The frame's bytes as a server writes them, header and payload.
-    pub(super) fn to_server_bytes(self) -> Vec<u8> {
+    pub(crate) fn to_server_bytes(self) -> Vec<u8> {
         let mut bytes = Vec::new();
         let (opcode, payload) = self.parts();
         push_header(&mut bytes, opcode, 0, payload.len());
@@ -79,7 +79,7 @@ impl Frame<'_> {
     }
 
     /// Appends the frame to `out` as a client writes it: masked with a random key.
-    pub(super) fn push_masked(self, out: &mut Vec<u8>) {
+    pub(crate) fn push_masked(self, out: &mut Vec<u8>) {
         let (opcode, payload) = self.parts();
         push_header(out, opcode, MASKED, payload.len());
         let key = fastrand::u32(..).to_ne_bytes();
@@ -100,7 +100,7 @@ impl Frame<'_> {
 }
 
 /// Appends the pong that answers a ping, masked. A ping's payload is at most 125 bytes.
-pub(super) fn push_pong(ping: &[u8], out: &mut Vec<u8>) {
+pub(crate) fn push_pong(ping: &[u8], out: &mut Vec<u8>) {
     let start = out.len();
     Frame::Ping(ping).push_masked(out);
     if let Some(first) = out.get_mut(start) {

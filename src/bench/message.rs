@@ -14,7 +14,7 @@ use super::frame::Frame;
 
 /// The protocol version on the URL.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-pub(super) enum Vsn {
+pub(crate) enum Vsn {
     /// Objects in text frames, as realtime-js before 2.91.
     #[value(name = "1.0.0")]
     V1,
@@ -25,19 +25,21 @@ pub(super) enum Vsn {
 
 /// What the server says other than a stamped broadcast.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Event {
+pub(crate) enum Event {
     /// The answer to the join or broadcast with this ref.
     Reply { reference: u64, refusal: Option<String> },
     /// A `system` push with status `error`, and its message.
     SystemError(String),
     /// `phx_error` or `phx_close`: a channel has ended.
     ChannelEnded(String),
-    /// Anything else: a heartbeat's reply, presence, catch-up.
+    /// A broadcast on this topic, with its envelope.
+    Broadcast { topic: String, envelope: Value },
+    /// Anything else: a heartbeat's reply, presence.
     Other,
 }
 
 impl Vsn {
-    pub(super) const fn as_str(self) -> &'static str {
+    pub(crate) const fn as_str(self) -> &'static str {
         match self {
             Self::V1 => "1.0.0",
             Self::V2 => "2.0.0",
@@ -45,7 +47,7 @@ impl Vsn {
     }
 
     /// Appends a masked `phx_join` with the config that realtime-js sends by default.
-    pub(super) fn push_join(self, join: &Join<'_>, out: &mut Vec<u8>) {
+    pub(crate) fn push_join(self, join: &Join<'_>, out: &mut Vec<u8>) {
         let reference = join.reference.to_string();
         let presence = match self {
             Self::V1 => json!({ "key": "" }),
@@ -64,7 +66,7 @@ impl Vsn {
     }
 
     /// Appends a masked heartbeat.
-    pub(super) fn push_heartbeat(self, reference: u64, out: &mut Vec<u8>) {
+    pub(crate) fn push_heartbeat(self, reference: u64, out: &mut Vec<u8>) {
         self.push_text(None, &reference.to_string(), HEARTBEAT_TOPIC, "heartbeat", &json!({}), out);
     }
 
@@ -122,7 +124,7 @@ impl Vsn {
     }
 
     /// Reads a text frame; `None` when it is not of this protocol version.
-    pub(super) fn read(self, text: &[u8]) -> Option<Event> {
+    pub(crate) fn read(self, text: &[u8]) -> Option<Event> {
         let message = match self {
             Self::V1 => serde_json::from_slice(text).ok()?,
             Self::V2 => {
@@ -137,12 +139,12 @@ impl Vsn {
 
 /// A join to be sent.
 #[derive(Debug)]
-pub(super) struct Join<'a> {
+pub(crate) struct Join<'a> {
     /// With its prefix: `realtime:bench-1`.
-    pub(super) topic: &'a str,
-    pub(super) reference: u64,
-    pub(super) ack: bool,
-    pub(super) access_token: &'a str,
+    pub(crate) topic: &'a str,
+    pub(crate) reference: u64,
+    pub(crate) ack: bool,
+    pub(crate) access_token: &'a str,
 }
 
 /// The mark by which one run knows its own broadcasts, and the time in each: `@0123abcd-` and
@@ -240,6 +242,7 @@ impl ObjectMessage {
                 None => Event::Other,
             },
             "phx_error" | "phx_close" => Event::ChannelEnded(event),
+            "broadcast" => Event::Broadcast { topic, envelope: payload },
             "system" if payload["status"] == "error" => {
                 Event::SystemError(text_of(&payload["message"]))
             }

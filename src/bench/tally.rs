@@ -57,7 +57,7 @@ pub(super) struct Tally {
 
 /// What can go wrong with one socket, or one of its channels.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum Failure {
+pub(crate) enum Failure {
     #[error("connect: {0}")]
     Connect(io::ErrorKind),
     #[error("handshake: deadline")]

@@ -23,6 +23,7 @@ mod database_notify;
 mod database_objects;
 mod demo;
 mod deployed;
+mod doctor;
 mod drain;
 mod events;
 mod gaps;

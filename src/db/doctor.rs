@@ -1,0 +1,365 @@
+//! The statements of `tidegate doctor`. None leaves anything behind but an invalidation of its own
+//! event, which is deleted from the history as far as the role may.
+
+use std::time::Duration;
+
+use serde::Deserialize;
+use sqlx::{Executor, PgConnection, Row};
+
+use crate::deployed::TRIGGERS;
+
+/// Tries a change of each table; the transaction around it rolls back.
+const DRY_RUN: &str = include_str!("dry_run.sql");
+
+/// What a server says of itself.
+#[derive(Debug)]
+pub(crate) struct Server {
+    /// `150004`
+    pub(crate) version_number: i32,
+    /// `15.4 (Debian …)`
+    pub(crate) version: String,
+    pub(crate) is_in_recovery: bool,
+    pub(crate) wal_level: String,
+    /// How full the queue of notifications is, from 0 to 1.
+    pub(crate) queue: f64,
+    pub(crate) role: String,
+    pub(crate) database: String,
+}
+
+/// What the server says of itself.
+pub(crate) async fn server(session: &mut PgConnection) -> Result<Server, sqlx::Error> {
+    let row = session
+        .fetch_one(
+            "SELECT current_setting('server_version_num')::integer, current_setting('server_version'),
+                pg_is_in_recovery(), current_setting('wal_level'),
+                pg_notification_queue_usage()::float8, current_user::text, current_database()::text",
+        )
+        .await?;
+    Ok(Server {
+        version_number: row.try_get(0)?,
+        version: row.try_get(1)?,
+        is_in_recovery: row.try_get(2)?,
+        wal_level: row.try_get(3)?,
+        queue: row.try_get(4)?,
+        role: row.try_get(5)?,
+        database: row.try_get(6)?,
+    })
+}
+
+/// The server's clock, in seconds since 1970.
+pub(crate) async fn clock(session: &mut PgConnection) -> Result<f64, sqlx::Error> {
+    session.fetch_one("SELECT extract(epoch FROM clock_timestamp())::float8").await?.try_get(0)
+}
+
+/// Bounds what each statement of the session may take, and how long it may wait for others.
+pub(crate) async fn limit(session: &mut PgConnection, limit: Duration) -> Result<(), sqlx::Error> {
+    let limit = limit.as_millis().to_string();
+    sqlx::query(
+        "SELECT set_config('statement_timeout', $1, false), set_config('lock_timeout', '500ms', false)",
+    )
+    .bind(limit)
+    .execute(session)
+    .await
+    .map(drop)
+}
+
+/// Something that the gateway needs.
+#[derive(Debug)]
+pub(crate) struct Need {
+    /// `tidegate.gateways`
+    pub(crate) object: String,
+    /// As GRANT takes it: `SELECT, DELETE ON tidegate.broadcast_history`.
+    pub(crate) grant: String,
+    /// Whether there is no such thing, rather than no right to it.
+    pub(crate) is_absent: bool,
+}
+
+/// What of ours the role lacks, as far as it exists.
+pub(crate) async fn needs(session: &mut PgConnection) -> Result<Vec<Need>, sqlx::Error> {
+    let rows = session
+        .fetch_all(
+            "WITH needs (schema, name, kind, right_to) AS (VALUES
+                ('tidegate', 'tidegate', 'schema', 'USAGE'),
+                ('tidegate', 'trigger_failures', 'table', 'SELECT'),
+                ('tidegate', 'trigger_failures', 'table', 'DELETE'),
+                ('tidegate', 'broadcast_history', 'table', 'SELECT'),
+                ('tidegate', 'broadcast_history', 'table', 'DELETE'),
+                ('tidegate', 'gateways', 'table', 'SELECT'), ('tidegate', 'gateways', 'table', 'INSERT'),
+                ('tidegate', 'gateways', 'table', 'UPDATE'), ('tidegate', 'gateways', 'table', 'DELETE'),
+                ('tidegate', 'lost_sockets', 'table', 'SELECT'),
+                ('tidegate', 'lost_sockets', 'table', 'INSERT'),
+                ('tidegate', 'lost_sockets', 'table', 'DELETE'),
+                ('tidegate', 'recent_topics', 'table', 'SELECT'),
+                ('tidegate', 'recent_topics', 'table', 'INSERT'),
+                ('tidegate', 'recent_topics', 'table', 'UPDATE'),
+                ('tidegate', 'recent_topics', 'table', 'DELETE'),
+                ('tidegate', 'revocations', 'table', 'SELECT'),
+                ('tidegate', 'revocations', 'table', 'INSERT'),
+                ('tidegate', 'revocations', 'table', 'UPDATE'),
+                ('tidegate', 'revocations', 'table', 'DELETE'),
+                ('public', 'manual_cache_invalidation', 'function', 'EXECUTE'),
+                ('public', 'get_cache_invalidation_stats', 'function', 'EXECUTE'),
+                ('tidegate', 'event_endpoints', 'function', 'EXECUTE'),
+                ('tidegate', 'forget_history', 'function', 'EXECUTE'),
+                ('tidegate', 'insert_probes', 'function', 'EXECUTE')
+            ), found AS (
+                SELECT needs.*, CASE kind
+                    WHEN 'schema' THEN (
+                        SELECT has_schema_privilege(n.oid, right_to)
+                        FROM pg_namespace n WHERE n.nspname = schema)
+                    WHEN 'table' THEN (
+                        SELECT has_table_privilege(c.oid, right_to)
+                        FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+                        WHERE n.nspname = schema AND c.relname = needs.name)
+                    ELSE (
+                        SELECT bool_and(has_function_privilege(p.oid, right_to))
+                        FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace
+                        WHERE n.nspname = schema AND p.proname = needs.name)
+                END AS has
+                FROM needs
+            )
+            SELECT CASE kind WHEN 'schema' THEN name ELSE schema || '.' || name END,
+                string_agg(right_to, ', ') || ' ON '
+                    || CASE kind WHEN 'table' THEN '' ELSE upper(kind) || ' ' END
+                    || CASE kind WHEN 'schema' THEN name ELSE schema || '.' || name END,
+                bool_or(has IS NULL)
+            FROM found WHERE has IS NOT TRUE
+            GROUP BY kind, schema, name
+            ORDER BY kind, schema, name",
+        )
+        .await?;
+    rows.iter()
+        .map(|row| {
+            Ok(Need { object: row.try_get(0)?, grant: row.try_get(1)?, is_absent: row.try_get(2)? })
+        })
+        .collect()
+}
+
+/// What the role may that a gateway needs not: a sentence's end each. Of a superuser only that.
+pub(crate) async fn powers(session: &mut PgConnection) -> Result<Vec<String>, sqlx::Error> {
+    sqlx::query_scalar(
+        "WITH me AS (SELECT * FROM pg_roles WHERE rolname = current_user),
+        tables (name) AS (SELECT unnest($1::text[]))
+        SELECT 'is a superuser' FROM me WHERE me.rolsuper
+        UNION ALL SELECT 'bypasses row-level security' FROM me WHERE rolbypassrls AND NOT me.rolsuper
+        UNION ALL SELECT 'may make roles' FROM me WHERE rolcreaterole AND NOT me.rolsuper
+        UNION ALL SELECT 'may make databases' FROM me WHERE rolcreatedb AND NOT me.rolsuper
+        UNION ALL SELECT 'may replicate' FROM me WHERE rolreplication AND NOT me.rolsuper
+        UNION ALL SELECT 'owns ' || string_agg(t.name, ', ' ORDER BY t.name)
+            FROM me, tables t JOIN pg_class c ON c.relname = t.name
+            JOIN pg_namespace n ON n.oid = c.relnamespace AND n.nspname = 'public'
+            WHERE c.relowner = me.oid AND NOT me.rolsuper HAVING count(*) > 0
+        UNION ALL SELECT 'may write ' || string_agg(t.name, ', ' ORDER BY t.name)
+            FROM me, tables t JOIN pg_class c ON c.relname = t.name
+            JOIN pg_namespace n ON n.oid = c.relnamespace AND n.nspname = 'public'
+            WHERE c.relowner <> me.oid AND NOT me.rolsuper
+                AND has_table_privilege(c.oid, 'INSERT, UPDATE, DELETE, TRUNCATE')
+            HAVING count(*) > 0
+        UNION ALL SELECT 'is a member of ' || string_agg(r.rolname, ', ' ORDER BY r.rolname)
+            FROM me JOIN pg_auth_members m ON m.member = me.oid JOIN pg_roles r ON r.oid = m.roleid
+            WHERE NOT me.rolsuper AND r.rolname NOT IN ('anon', 'authenticated') HAVING count(*) > 0
+        UNION ALL SELECT 'has the rights of ' || string_agg(r.rolname, ', ' ORDER BY r.rolname)
+                || ' all the time'
+            FROM me JOIN pg_auth_members m ON m.member = me.oid JOIN pg_roles r ON r.oid = m.roleid
+            WHERE NOT me.rolsuper AND r.rolname IN ('anon', 'authenticated')
+                AND pg_has_role(r.oid, 'USAGE')
+            HAVING count(*) > 0",
+    )
+    .bind(TRIGGERS.map(|it| it.table))
+    .fetch_all(session)
+    .await
+}
+
+/// What of ours is open to browsers: `anon may EXECUTE tidegate.forget_history(…)`. At most 20.
+pub(crate) async fn browser_rights(session: &mut PgConnection) -> Result<Vec<String>, sqlx::Error> {
+    sqlx::query_scalar(
+        "WITH browsers (name) AS (
+            VALUES ('public'::name)
+            UNION ALL SELECT rolname FROM pg_roles WHERE rolname IN ('anon', 'authenticated')
+        )
+        SELECT b.name || ' may use schema tidegate'
+        FROM browsers b, pg_namespace n
+        WHERE n.nspname = 'tidegate' AND has_schema_privilege(b.name, n.oid, 'USAGE, CREATE')
+        UNION ALL
+        SELECT b.name || ' may use tidegate.' || c.relname
+        FROM browsers b, pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+        WHERE n.nspname = 'tidegate' AND c.relkind IN ('r', 'p', 'v', 'm')
+            AND has_table_privilege(b.name, c.oid, 'SELECT, INSERT, UPDATE, DELETE, TRUNCATE')
+        UNION ALL
+        SELECT b.name || ' may call ' || n.nspname || '.' || p.proname
+        FROM browsers b, pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace
+        WHERE (n.nspname = 'tidegate' OR n.nspname = 'public' AND p.proname IN (
+                'manual_cache_invalidation', 'get_cache_invalidation_stats',
+                'enable_cache_invalidation', 'disable_cache_invalidation'))
+            AND has_function_privilege(b.name, p.oid, 'EXECUTE')
+        LIMIT 20",
+    )
+    .fetch_all(session)
+    .await
+}
+
+/// The functions of other triggers on the same tables that run with their owner's rights and
+/// somebody else's search path. At most 20.
+pub(crate) async fn unpinned_neighbours(
+    session: &mut PgConnection,
+) -> Result<Vec<String>, sqlx::Error> {
+    sqlx::query_scalar(
+        "SELECT DISTINCT n.nspname || '.' || p.proname
+        FROM pg_trigger t
+        JOIN pg_class c ON c.oid = t.tgrelid
+        JOIN pg_namespace s ON s.oid = c.relnamespace
+        JOIN pg_proc p ON p.oid = t.tgfoid
+        JOIN pg_namespace n ON n.oid = p.pronamespace
+        WHERE s.nspname = 'public' AND c.relname = ANY ($1) AND n.nspname <> 'tidegate'
+            AND NOT t.tgisinternal AND p.prosecdef
+            AND NOT EXISTS (SELECT FROM unnest(p.proconfig) s WHERE s LIKE 'search_path=%')
+        LIMIT 20",
+    )
+    .bind(TRIGGERS.map(|it| it.table))
+    .fetch_all(session)
+    .await
+}
+
+/// What triggers could not do within a day: how often, and the last of them.
+pub(crate) async fn recent_failures(
+    session: &mut PgConnection,
+) -> Result<Option<(i64, String)>, sqlx::Error> {
+    let row = session
+        .fetch_optional(
+            "SELECT count(*) OVER (),
+                concat_ws(' ', table_name, operation, event_eid, sqlstate, message)
+                    || ', ' || date_trunc('second', clock_timestamp() - at) || ' ago'
+            FROM tidegate.trigger_failures
+            WHERE at > clock_timestamp() - interval '24 hours'
+            ORDER BY id DESC
+            LIMIT 1",
+        )
+        .await?;
+    row.map(|row| Ok((row.try_get(0)?, row.try_get(1)?))).transpose()
+}
+
+/// What the history holds.
+#[derive(Debug)]
+pub(crate) struct Kept {
+    /// Age of the oldest message, in seconds; none without any.
+    pub(crate) oldest: Option<f64>,
+    /// Of the newest that is not the doctor's own.
+    pub(crate) newest: Option<f64>,
+    /// Messages of the last hour.
+    pub(crate) in_an_hour: i64,
+    /// The event with the most messages within a minute of the last hour, and how many.
+    pub(crate) busiest: Option<(String, i64)>,
+    /// A message that names an endpoint of another event.
+    pub(crate) foreign: Option<(String, String)>,
+}
+
+/// What the history holds; `canary` is the doctor's own event.
+pub(crate) async fn kept(session: &mut PgConnection, canary: &str) -> Result<Kept, sqlx::Error> {
+    let row = sqlx::query(
+        "WITH latest AS MATERIALIZED (
+            SELECT eid, type, endpoints, at FROM tidegate.broadcast_history
+            WHERE at > clock_timestamp() - interval '1 hour' AND eid <> $1
+        ), busiest AS (
+            SELECT eid, count(*) AS count FROM latest
+            GROUP BY eid, date_trunc('minute', at) ORDER BY 2 DESC LIMIT 1
+        ), alien AS (
+            SELECT eid, endpoint FROM latest, unnest(endpoints) e (endpoint)
+            -- What an operator names is the operator's own.
+            WHERE type IS DISTINCT FROM 'manual_invalidation'
+                AND endpoint !~ ('^/live/event/' || eid || '([/-]|$)')
+            LIMIT 1
+        )
+        SELECT
+            (SELECT extract(epoch FROM clock_timestamp() - min(at)) FROM tidegate.broadcast_history)::float8,
+            (SELECT extract(epoch FROM clock_timestamp() - max(at))
+                FROM tidegate.broadcast_history WHERE eid <> $1)::float8,
+            (SELECT count(*) FROM latest),
+            (SELECT eid FROM busiest), (SELECT count FROM busiest),
+            (SELECT eid FROM alien), (SELECT endpoint FROM alien)",
+    )
+    .bind(canary)
+    .fetch_one(session)
+    .await?;
+    let busiest = row.try_get::<Option<String>, _>(3)?.zip(row.try_get::<Option<i64>, _>(4)?);
+    let foreign = row.try_get::<Option<String>, _>(5)?.zip(row.try_get::<Option<String>, _>(6)?);
+    Ok(Kept {
+        oldest: row.try_get(0)?,
+        newest: row.try_get(1)?,
+        in_an_hour: row.try_get(2)?,
+        busiest,
+        foreign,
+    })
+}
+
+/// What came of a change that was tried.
+#[derive(Debug, Deserialize)]
+pub(crate) struct Tried {
+    pub(crate) table: String,
+    pub(crate) outcome: Outcome,
+    pub(crate) operation: Option<String>,
+    /// What viewers would have been told.
+    pub(crate) told: Vec<Told>,
+    /// What a trigger recorded, Postgres refused, or the trigger that may do more is called.
+    pub(crate) message: Option<String>,
+}
+
+/// What viewers would have been told.
+#[derive(Debug, Deserialize)]
+pub(crate) struct Told {
+    pub(crate) eid: String,
+    #[serde(rename = "type")]
+    pub(crate) kind: Option<String>,
+    pub(crate) endpoints: Vec<String>,
+}
+
+/// See `dry_run.sql`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Outcome {
+    Told,
+    Silent,
+    Refused,
+    Empty,
+    Absent,
+    Closed,
+    Outside,
+}
+
+/// Tries a change of each table in a transaction that is rolled back. A session that is dropped
+/// meanwhile rolls back, too.
+pub(crate) async fn dry_run(session: &mut PgConnection) -> Result<Vec<Tried>, sqlx::Error> {
+    session.execute("BEGIN").await?;
+    let tried = async {
+        session.execute(DRY_RUN).await?;
+        session.fetch_one("SELECT current_setting('tidegate.doctor')").await?.try_get(0)
+    };
+    let tried: Result<String, _> = tried.await;
+    session.execute("ROLLBACK").await?;
+    serde_json::from_str(&tried?).map_err(|error| sqlx::Error::Decode(error.into()))
+}
+
+/// Notifies.
+pub(crate) async fn notify(
+    session: &mut PgConnection,
+    channel: &str,
+    payload: &str,
+) -> Result<(), sqlx::Error> {
+    sqlx::query("SELECT pg_notify($1, $2)")
+        .bind(channel)
+        .bind(payload)
+        .execute(session)
+        .await
+        .map(drop)
+}
+
+/// Deletes what the history holds of the doctor's own event, and gives how many rows.
+pub(crate) async fn forget_event(
+    session: &mut PgConnection,
+    eid: &str,
+) -> Result<u64, sqlx::Error> {
+    let deleted = sqlx::query("DELETE FROM tidegate.broadcast_history WHERE eid = $1")
+        .bind(eid)
+        .execute(session)
+        .await?;
+    Ok(deleted.rows_affected())
+}

@@ -1,0 +1,236 @@
+//! Where clients connect, and a stream to there: plain or TLS, each step of it named when it fails.
+
+use std::{
+    io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    path::Path,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use hyper::Uri;
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::{TcpStream, lookup_host},
+    time::timeout,
+};
+use tokio_rustls::{TlsConnector, client::TlsStream, rustls::pki_types::ServerName};
+
+use crate::auth::jwks;
+
+/// For one address to take a connection, and for a TLS handshake.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
+/// For a name's addresses.
+const RESOLVE_TIMEOUT: Duration = Duration::from_secs(5);
+/// Of one name, so many addresses are tried.
+const ADDRESSES_MAX: usize = 4;
+
+/// Why there is no connection.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum ReachError {
+    #[error("the name {0} has no address (DNS)")]
+    Name(String),
+    #[error("nobody listens at {0}: the connection is refused")]
+    Refused(String),
+    #[error("{0} takes no connection in time: a firewall, or nothing is there")]
+    Silent(String),
+    #[error("{0} has only IPv6 addresses, and this machine has no way to them")]
+    OnlyIpv6(String),
+    #[error("no connection to {0}: {1}")]
+    Other(String, io::Error),
+    #[error("no TLS with {0}: {1}")]
+    Tls(String, String),
+}
+
+/// A connection to one of the addresses of a host.
+///
+/// # Errors
+/// [`ReachError`], of the last address that was tried.
+pub(super) async fn reach(host: &str, port: u16) -> Result<TcpStream, ReachError> {
+    let bare = host.trim_matches(['[', ']']);
+    let place = format!("{host}:{port}");
+    let found = timeout(RESOLVE_TIMEOUT, lookup_host((bare, port))).await;
+    let Ok(Ok(addresses)) = found else { return Err(ReachError::Name(host.to_owned())) };
+    let mut addresses: Vec<SocketAddr> = addresses.collect();
+    let is_only_ipv6 = bare.parse::<IpAddr>().is_err() && addresses.iter().all(SocketAddr::is_ipv6);
+    addresses.sort_by_key(SocketAddr::is_ipv6);
+    let mut last = ReachError::Name(host.to_owned());
+    for address in addresses.into_iter().take(ADDRESSES_MAX) {
+        last = match timeout(CONNECT_TIMEOUT, TcpStream::connect(address)).await {
+            Ok(Ok(stream)) => {
+                // Small messages that follow each other would wait for each other.
+                let _ = stream.set_nodelay(true); // Slower without, and no less right.
+                return Ok(stream);
+            }
+            Ok(Err(error)) => match error.kind() {
+                io::ErrorKind::ConnectionRefused => ReachError::Refused(place.clone()),
+                io::ErrorKind::NetworkUnreachable | io::ErrorKind::AddrNotAvailable
+                    if is_only_ipv6 =>
+                {
+                    ReachError::OnlyIpv6(host.to_owned())
+                }
+                _ => ReachError::Other(place.clone(), error),
+            },
+            Err(_elapsed) if is_only_ipv6 => ReachError::OnlyIpv6(host.to_owned()),
+            Err(_elapsed) => ReachError::Silent(place.clone()),
+        };
+    }
+    Err(last)
+}
+
+/// Where clients connect.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Target {
+    pub(super) is_tls: bool,
+    pub(super) host: String,
+    pub(super) port: u16,
+    /// Without `/websocket`.
+    pub(super) path: String,
+}
+
+impl Target {
+    /// Reads `https://HOST`, `wss://HOST/realtime/v1`, also with `/websocket`. Without a path it is
+    /// the project's URL, to which clients add `/realtime/v1`.
+    pub(super) fn parse(url: &str) -> Option<Self> {
+        let uri: Uri = url.parse().ok()?;
+        let is_tls = match uri.scheme_str()? {
+            "ws" | "http" => false,
+            "wss" | "https" => true,
+            _ => return None,
+        };
+        let authority = uri.authority().filter(|it| !it.as_str().contains('@'))?;
+        let path = uri.path().trim_end_matches('/').trim_end_matches("/websocket");
+        Some(Self {
+            is_tls,
+            host: authority.host().to_owned(),
+            port: authority.port_u16().unwrap_or(if is_tls { 443 } else { 80 }),
+            path: if path.is_empty() { "/realtime/v1" } else { path }.to_owned(),
+        })
+    }
+
+    /// The gateway that listens on this machine as the settings say.
+    pub(super) fn of_settings(listen: SocketAddr) -> Option<Self> {
+        let host = match listen.ip() {
+            IpAddr::V4(Ipv4Addr::UNSPECIFIED) => Ipv4Addr::LOCALHOST.to_string(),
+            IpAddr::V6(Ipv6Addr::UNSPECIFIED) => format!("[{}]", Ipv6Addr::LOCALHOST),
+            IpAddr::V4(ip) => ip.to_string(),
+            IpAddr::V6(ip) => format!("[{ip}]"),
+        };
+        let path = "/realtime/v1".to_owned();
+        let (is_tls, port) = (false, listen.port());
+        (port != 0).then_some(Self { is_tls, host, port, path })
+    }
+
+    /// As people write it.
+    pub(super) fn place(&self) -> String {
+        let scheme = if self.is_tls { "wss" } else { "ws" };
+        format!("{scheme}://{}:{}{}", self.host, self.port, self.path)
+    }
+
+    /// A connection, and the address that it has at this end.
+    ///
+    /// # Errors
+    /// [`ReachError`].
+    pub(super) async fn connect(
+        &self,
+        ca_file: Option<&Path>,
+    ) -> Result<(Stream, Option<SocketAddr>), ReachError> {
+        let stream = reach(&self.host, self.port).await?;
+        let own = stream.local_addr().ok();
+        if !self.is_tls {
+            return Ok((Stream::Plain(stream), own));
+        }
+        let tls = |error: String| ReachError::Tls(self.place(), error);
+        let ca_file = ca_file.map(|it| it.to_string_lossy()).unwrap_or_default();
+        let config = jwks::tls(&ca_file).map_err(|error| match error {
+            jwks::JwksError::Authorities => tls("--ca-file has no certificate".to_owned()),
+            error => tls(error.to_string()),
+        })?;
+        let name = ServerName::try_from(self.host.trim_matches(['[', ']']).to_owned())
+            .map_err(|error| tls(error.to_string()))?;
+        let handshake = TlsConnector::from(Arc::new(config)).connect(name, stream);
+        match timeout(CONNECT_TIMEOUT, handshake).await {
+            Ok(Ok(stream)) => Ok((Stream::Tls(Box::new(stream)), own)),
+            Ok(Err(error)) => Err(tls(error.to_string())),
+            Err(_elapsed) => Err(tls("no answer".to_owned())),
+        }
+    }
+}
+
+/// A stream to where clients connect.
+pub(super) enum Stream {
+    Plain(TcpStream),
+    Tls(Box<TlsStream<TcpStream>>),
+}
+
+impl AsyncRead for Stream {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Plain(stream) => Pin::new(stream).poll_read(cx, buffer),
+            Self::Tls(stream) => Pin::new(stream).poll_read(cx, buffer),
+        }
+    }
+}
+
+impl AsyncWrite for Stream {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        match self.get_mut() {
+            Self::Plain(stream) => Pin::new(stream).poll_write(cx, bytes),
+            Self::Tls(stream) => Pin::new(stream).poll_write(cx, bytes),
+        }
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Plain(stream) => Pin::new(stream).poll_flush(cx),
+            Self::Tls(stream) => Pin::new(stream).poll_flush(cx),
+        }
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Plain(stream) => Pin::new(stream).poll_shutdown(cx),
+            Self::Tls(stream) => Pin::new(stream).poll_shutdown(cx),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_url_names_a_project_or_the_path_of_its_websocket() {
+        let place = |url| Target::parse(url).map(|it| it.place());
+        for (url, expected) in [
+            ("https://a.example", "wss://a.example:443/realtime/v1"),
+            ("https://a.example/", "wss://a.example:443/realtime/v1"),
+            ("ws://127.0.0.1:4000/realtime/v1", "ws://127.0.0.1:4000/realtime/v1"),
+            ("ws://[::1]:4000/socket/websocket", "ws://[::1]:4000/socket"),
+            ("wss://a.example/x/realtime/v1/websocket", "wss://a.example:443/x/realtime/v1"),
+        ] {
+            assert_eq!(place(url).as_deref(), Some(expected), "{url}");
+        }
+        for url in ["", "a.example", "ftp://a.example", "https://u:p@a.example", "/realtime/v1"] {
+            assert_eq!(place(url), None, "{url}");
+        }
+    }
+
+    #[test]
+    fn a_gateway_that_listens_everywhere_is_found_on_this_machine() {
+        let of = |listen: &str| Target::of_settings(listen.parse().unwrap()).map(|it| it.place());
+        assert_eq!(of("0.0.0.0:4000").as_deref(), Some("ws://127.0.0.1:4000/realtime/v1"));
+        assert_eq!(of("[::]:4000").as_deref(), Some("ws://[::1]:4000/realtime/v1"));
+        assert_eq!(of("127.0.0.1:0"), None);
+    }
+}

@@ -1,0 +1,251 @@
+//! What writes set off: whether the triggers are there, run as they should, and what they say when
+//! something is really changed, in a transaction that rolls back.
+
+use std::{collections::BTreeMap, io, time::Duration};
+
+use super::{
+    Check, Patient, Report, Seen,
+    database::{Database, Unasked, connect},
+    report::said,
+};
+use crate::{
+    db::{
+        self,
+        doctor::{Outcome, Tried},
+    },
+    deployed::{Deployed, Drift, Migrations},
+};
+
+/// For all tables together; each statement of the server's ends earlier.
+const DRY_RUN_TIMEOUT: Duration = Duration::from_secs(6);
+const MIGRATE: &str = "run `tidegate migrate` with TIDEGATE_MIGRATE_DATABASE_URL";
+
+/// The table of each check.
+const DRY_RUNS: [(Check, &str); 9] = [
+    (Check::DryRunVotes, "votes"),
+    (Check::DryRunBids, "bids"),
+    (Check::DryRunMedia, "art_media"),
+    (Check::DryRunArt, "art"),
+    (Check::DryRunEventArtists, "event_artists"),
+    (Check::DryRunRoundContestants, "round_contestants"),
+    (Check::DryRunArtworkOffers, "artwork_offers"),
+    (Check::DryRunPaymentProcessing, "payment_processing"),
+    (Check::DryRunEvents, "events"),
+];
+
+/// Looks at the triggers.
+pub(super) async fn examine(
+    patient: &Patient,
+    report: &mut Report<'_>,
+    database: &mut Database,
+) -> io::Result<()> {
+    let dry_runs = DRY_RUNS.map(|(check, _)| check);
+    if database.session.is_none() {
+        let others = [
+            Check::TriggerCoverage,
+            Check::FunctionDrift,
+            Check::FunctionSafety,
+            Check::TriggerFailures,
+        ];
+        report.skip(&others, "there is no session with the database")?;
+        return report.skip(&dry_runs, "there is no session with the database");
+    }
+    match database.ask(async |it| Deployed::look(it).await).await {
+        Ok(deployed) => {
+            report.note(Check::TriggerCoverage, coverage(&deployed))?;
+            report.note(Check::FunctionDrift, drift(&deployed))?;
+            let neighbours = database.ask(async |it| db::doctor::unpinned_neighbours(it).await);
+            report.note(Check::FunctionSafety, safety(&deployed, neighbours.await))?;
+        }
+        Err(unasked) => {
+            let seen = unasked.seen("look at the server's log");
+            for check in [Check::TriggerCoverage, Check::FunctionDrift, Check::FunctionSafety] {
+                report.note(check, seen.clone())?;
+            }
+        }
+    }
+    let seen = failures(database).await;
+    report.note(Check::TriggerFailures, seen)?;
+    match dry_run(patient, database).await {
+        Ok((role, tried)) => {
+            for (check, table) in DRY_RUNS {
+                let tried = tried.get(table);
+                let seen = tried.map_or(Seen::skipped("it was not tried"), |it| told(it, role));
+                report.note(check, seen)?;
+            }
+            Ok(())
+        }
+        Err(seen) => dry_runs.iter().try_for_each(|check| report.note(*check, seen.clone())),
+    }
+}
+
+fn coverage(deployed: &Deployed) -> Seen {
+    let tables: Vec<_> = deployed.tables.iter().map(|it| it.name).collect();
+    let missing: Vec<_> = deployed
+        .missing_triggers()
+        .map(|(table, operation)| format!("{table} {}", operation.kind()))
+        .collect();
+    if tables.is_empty() {
+        return Seen::warning(
+            "none of the tables exists in schema public: art, votes, bids, art_media …",
+            "name the application's database in TIDEGATE_DATABASE_URL",
+        );
+    }
+    if missing.is_empty() {
+        return Seen::ok(format!("triggers on {}", tables.join(", ")));
+    }
+    Seen::failed(
+        format!("no trigger tells of {}: missing, disabled or another's", missing.join(", ")),
+        format!("{MIGRATE}, or as the owner: SELECT enable_cache_invalidation()"),
+    )
+}
+
+fn drift(deployed: &Deployed) -> Seen {
+    let is_other = |drift: &Drift| matches!(drift, Drift::Missing | Drift::Body);
+    let drifted: Vec<_> = deployed
+        .drifted()
+        .filter(|(_, drift)| is_other(drift))
+        .map(|(name, drift)| format!("{name}: {drift}"))
+        .collect();
+    if !drifted.is_empty() {
+        return Seen::failed(
+            format!("not this version's functions: {}", said(&drifted.join("; "))),
+            MIGRATE,
+        );
+    }
+    match &deployed.migrations {
+        Migrations::Known { pending, .. } if !pending.is_empty() => Seen::failed(
+            format!("migrations that have not run, or ran with another text: {pending:?}"),
+            MIGRATE,
+        ),
+        Migrations::Known { is_newer: true, .. } => Seen::warning(
+            "the database's migrations are newer than this program",
+            "run the newer tidegate",
+        ),
+        Migrations::Unreadable => Seen::warning(
+            "the functions are this version's; which migrations have run cannot be read",
+            format!("{MIGRATE}, which lets the role tidegate read them"),
+        ),
+        Migrations::Known { .. } => {
+            Seen::ok(format!("{} functions, all this version's", deployed.functions.len()))
+        }
+    }
+}
+
+fn safety(deployed: &Deployed, neighbours: Result<Vec<String>, Unasked>) -> Seen {
+    let wrong: Vec<_> = deployed
+        .drifted()
+        .filter(|(_, drift)| matches!(drift, Drift::Security | Drift::Settings))
+        .map(|(name, drift)| format!("{name}: {drift}"))
+        .collect();
+    if !wrong.is_empty() {
+        return Seen::failed(said(&wrong.join("; ")), MIGRATE);
+    }
+    match neighbours {
+        Ok(open) if open.is_empty() => Seen::ok(
+            "functions run with SECURITY DEFINER only where they must, all with a pinned search_path",
+        ),
+        Ok(open) => Seen::warning(
+            format!(
+                "other triggers of the same tables call SECURITY DEFINER functions without a pinned \
+                 search_path: {}",
+                said(&open.join(", "))
+            ),
+            "as their owner, once their bodies name every schema: ALTER FUNCTION … SET search_path = ''",
+        ),
+        Err(unasked) => unasked.seen("look at the server's log"),
+    }
+}
+
+async fn failures(database: &mut Database) -> Seen {
+    match database.ask(async |it| db::doctor::recent_failures(it).await).await {
+        Ok(None) => Seen::ok("the triggers have recorded no failure within 24 hours"),
+        Ok(Some((count, last))) => Seen::warning(
+            format!("{count} failures within 24 hours, the last: {}", said(&last)),
+            "SELECT * FROM tidegate.trigger_failures ORDER BY id DESC LIMIT 20",
+        ),
+        Err(unasked) => unasked.seen("look at the server's log"),
+    }
+}
+
+/// Tries a change of each table as the role that may, and gives its setting.
+async fn dry_run(
+    patient: &Patient,
+    database: &mut Database,
+) -> Result<(&'static str, BTreeMap<String, Tried>), Seen> {
+    if !database.is_migrated {
+        return Err(Seen::skipped("the migrations have not run: see role-rights"));
+    }
+    let config = &patient.config;
+    let is_same = config.migrate_url() == config.pool_url();
+    let (mut owner, setting) = if is_same {
+        (None, "TIDEGATE_DATABASE_URL")
+    } else {
+        let setting = "TIDEGATE_MIGRATE_DATABASE_URL";
+        (Some(connect(config.migrate_url(), setting).await?.0), setting)
+    };
+    let session = owner.as_mut().or(database.session.as_mut());
+    let Some(session) = session else { return Err(Seen::skipped("there is no session")) };
+    match session.ask(DRY_RUN_TIMEOUT, async |it| db::doctor::dry_run(it).await).await {
+        Ok(tried) => Ok((setting, tried.into_iter().map(|it| (it.table.clone(), it)).collect())),
+        Err(Unasked::Closed(why)) => Err(Seen::skipped(format!(
+            "the role of {setting} may not try it ({why}): set TIDEGATE_MIGRATE_DATABASE_URL to one that may write"
+        ))),
+        Err(unasked) => Err(unasked.seen("look at the server's log")),
+    }
+}
+
+/// What a change that was tried has told.
+fn told(tried: &Tried, setting: &str) -> Seen {
+    let Tried { table, outcome, operation, told, message } = tried;
+    let operation = operation.as_deref().unwrap_or("change");
+    let message = message.as_deref().unwrap_or_default();
+    match outcome {
+        Outcome::Told => {
+            let words: Vec<_> = told
+                .iter()
+                .map(|it| {
+                    let kind = it.kind.as_deref().unwrap_or("message");
+                    format!("{kind} of {} for {}", it.eid, it.endpoints.join(" "))
+                })
+                .collect();
+            let saw = format!("{operation} would tell {}", said(&words.join(", ")));
+            let is_of = |endpoint: &String, eid: &str| {
+                let rest =
+                    endpoint.strip_prefix("/live/event/").and_then(|it| it.strip_prefix(eid));
+                rest.is_some_and(|it| it.is_empty() || it.starts_with(['/', '-']))
+            };
+            if !told.iter().all(|it| it.endpoints.iter().all(|endpoint| is_of(endpoint, &it.eid))) {
+                Seen::failed(format!("{saw}: endpoints of another event"), MIGRATE)
+            } else if message.is_empty() {
+                Seen::ok(saw)
+            } else {
+                Seen::warning(
+                    format!("{saw}, and records: {}", said(message)),
+                    "SELECT * FROM tidegate.trigger_failures ORDER BY id DESC LIMIT 20",
+                )
+            }
+        }
+        Outcome::Silent if message.is_empty() => Seen::failed(
+            format!("{operation} of {table} tells nobody: the trigger is missing or disabled"),
+            MIGRATE,
+        ),
+        Outcome::Silent => Seen::failed(
+            format!("{operation} of {table} tells nobody: {}", said(message)),
+            "mend what the trigger names; rows without an event tell nobody",
+        ),
+        Outcome::Refused => Seen::skipped(format!(
+            "Postgres refuses what was tried ({}), and there is no row to update",
+            said(message)
+        )),
+        Outcome::Empty => Seen::skipped(format!("{table} has no row that could be changed")),
+        Outcome::Absent => Seen::skipped(format!("there is no table public.{table}")),
+        Outcome::Closed => Seen::skipped(format!(
+            "the role of {setting} may not write {table}: set TIDEGATE_MIGRATE_DATABASE_URL to one that may"
+        )),
+        Outcome::Outside => Seen::skipped(format!(
+            "trigger {} of {table} may do what no rollback undoes",
+            said(message)
+        )),
+    }
+}
