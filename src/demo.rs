@@ -1,9 +1,9 @@
 //! The demo: a throw-away database, a gateway, simulated activity and a page, in one process.
 //!
 //! Invariants: nothing is configured by hand, and nothing stays behind: whatever ends [`run`], also
-//! a failed start, stops Postgres and removes its directory. Nothing here runs in a task of its
-//! own: what [`run`] does ends with it. The gateway connects as the role that its migrations made,
-//! not as a superuser.
+//! a failed start, stops Postgres and Prometheus and removes their directories. Nothing here runs
+//! in a task of its own: what [`run`] does ends with it. The gateway connects as the role that its
+//! migrations made, not as a superuser.
 
 use std::{
     io::{self, Write as _},
@@ -33,6 +33,7 @@ use self::{
     cluster::{Cluster, ClusterError},
     example::{EVENTS, Example},
     pages::{Pages, PagesError, Site},
+    prometheus::Prometheus,
 };
 
 mod activity;
@@ -40,6 +41,7 @@ pub mod cluster;
 mod example;
 mod live;
 mod pages;
+mod prometheus;
 
 /// The database's name.
 const DATABASE: &str = "demo";
@@ -124,7 +126,7 @@ pub async fn run(args: DemoArgs, shutdown: impl Future<Output = ()>) -> Result<(
         ready = Box::pin(prepare(&args, pages, &cluster, &pool)) => ready.map(Some),
     };
     let ended = match ended {
-        Ok(Some((server, crowd))) => {
+        Ok(Some((server, crowd, _prometheus))) => {
             tokio::select! {
                 () = server.run(shutdown) => {}
                 () = activity::run(&pool, crowd, args.rate) => {}
@@ -147,7 +149,7 @@ async fn prepare(
     pages: Pages,
     cluster: &Cluster,
     pool: &PgPool,
-) -> Result<(Server, Crowd), DemoError> {
+) -> Result<(Server, Crowd, Option<Prometheus>), DemoError> {
     cluster.create_database(DATABASE).await?;
     let example = Example::new(args.seed);
     example.insert(pool).await.map_err(DemoError::Example)?;
@@ -170,11 +172,13 @@ async fn prepare(
 
     let server = Server::bind(config)?;
     let (public, admin) = server.addresses().map_err(DemoError::Addresses)?;
-    let site = Site::new(pages, &anon_key, pool.clone());
+    let prometheus = Prometheus::start(admin).await;
+    let prometheus_url = prometheus.as_ref().map(Prometheus::url);
+    let site = Site::new(pages, &anon_key, prometheus_url.as_deref(), pool.clone());
     // Many viewers need many sockets; with fewer the demo works all the same.
     let _ = raise_file_limit();
-    say(&banner(public, admin, &owner_url));
-    Ok((server.with_fallback(Arc::new(site)), crowd))
+    say(&banner(public, admin, prometheus_url.as_deref(), &owner_url));
+    Ok((server.with_fallback(Arc::new(site)), crowd, prometheus))
 }
 
 /// Ends the sessions with Postgres: waits for the gateway's, which end after it has, then for ours.
@@ -188,7 +192,12 @@ async fn close(pool: &PgPool) {
 }
 
 /// What a terminal shows once the demo can be used; the first line is for programs.
-fn banner(public: SocketAddr, admin: SocketAddr, owner_url: &str) -> String {
+fn banner(
+    public: SocketAddr,
+    admin: SocketAddr,
+    prometheus: Option<&str>,
+    owner_url: &str,
+) -> String {
     let host = if public.ip().is_unspecified() {
         SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), public.port())
     } else {
@@ -198,6 +207,7 @@ fn banner(public: SocketAddr, admin: SocketAddr, owner_url: &str) -> String {
         EVENTS.iter().map(|event| format!("           {}  {}\n", event.eid, event.name)).collect();
     let events = events.trim();
     let (other, first) = (EVENTS[1].eid, EVENTS[0].eid);
+    let alerts = prometheus.map(|url| format!("  alerts   {url}/alerts\n")).unwrap_or_default();
     format!(
         "listening public={public} admin={admin}
 
@@ -207,7 +217,7 @@ fn banner(public: SocketAddr, admin: SocketAddr, owner_url: &str) -> String {
            http://{host}/demo?event={other}
   events   {events}
   metrics  http://{admin}/metrics
-  SQL      psql {owner_url}
+{alerts}  SQL      psql {owner_url}
            psql {owner_url} -c \"select manual_cache_invalidation('{first}')\"
 
   Ctrl-C stops everything and removes the database.
@@ -264,8 +274,10 @@ mod tests {
 
     #[test]
     fn the_banner_begins_with_the_line_for_programs_and_shows_an_address_that_can_be_opened() {
-        let banner = banner(([0, 0, 0, 0], 4000).into(), ([127, 0, 0, 1], 9400).into(), "postgres");
+        let addresses = (([0, 0, 0, 0], 4000).into(), ([127, 0, 0, 1], 9400).into());
+        let banner = banner(addresses.0, addresses.1, Some("http://127.0.0.1:9090"), "postgres");
         assert!(banner.starts_with("listening public=0.0.0.0:4000 admin=127.0.0.1:9400\n"));
         assert!(banner.contains(" http://127.0.0.1:4000/demo\n"));
+        assert!(banner.contains("\n  alerts   http://127.0.0.1:9090/alerts\n  SQL "));
     }
 }

@@ -49,7 +49,13 @@ const COMPUTING_BUCKETS: [f64; 11] = [
 const LIFETIME_BUCKETS: [f64; 9] =
     [1.0, 10.0, 60.0, 300.0, 900.0, 3_600.0, 14_400.0, 43_200.0, 86_400.0];
 /// Waits for a window, three seconds unless set: finer around that.
-const WINDOW_BUCKETS: [f64; 12] = [0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 5.0, 10.0];
+const WINDOW_BUCKETS: [f64; 15] =
+    [0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.25, 3.5, 4.0, 5.0, 10.0];
+/// From a commit to a socket: latencies of what left at once, and the window of what waited.
+const WRITE_BUCKETS: [f64; 20] = [
+    0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0,
+    3.25, 3.5, 4.0, 5.0, 10.0,
+];
 /// Receivers of one fan-out.
 const RECEIVERS_BUCKETS: [f64; 11] =
     [0.0, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1_000.0, 3_000.0, 10_000.0, 30_000.0];
@@ -399,6 +405,7 @@ impl Metrics {
             "commit_to_write_seconds",
             "From a notification's stamp to the end of the write to a socket, by how it was sent.",
             &["sent"],
+            &WRITE_BUCKETS,
         );
         let metrics = Self {
             connections: new.gauge("connections", "Open sockets."),
@@ -423,6 +430,7 @@ impl Metrics {
                 "handshake_seconds",
                 "From an accepted connection to the answer to its upgrade, by result.",
                 &["result"],
+                &LATENCY_BUCKETS,
             ),
             client_versions: new.counters(
                 "client_versions_total",
@@ -613,6 +621,7 @@ impl Metrics {
                 "policy_seconds",
                 "One question to the policies of a private channel, by action.",
                 &["action"],
+                &LATENCY_BUCKETS,
             ),
             policy_questions: new.counters(
                 "policy_questions_total",
@@ -1044,21 +1053,18 @@ impl Maker {
     }
 
     fn histogram(&self, name: &str, help: &str) -> Histogram {
-        self.register(Histogram::with_opts(latency(name, help)).expect("names are valid"))
+        self.histogram_of(name, help, &LATENCY_BUCKETS)
     }
 
     fn histogram_of(&self, name: &str, help: &str, buckets: &[f64]) -> Histogram {
-        let opts = latency(name, help).buckets(buckets.to_vec());
+        let opts = HistogramOpts::from(Self::opts(name, help)).buckets(buckets.to_vec());
         self.register(Histogram::with_opts(opts).expect("names are valid"))
     }
 
-    fn histograms(&self, name: &str, help: &str, labels: &[&str]) -> HistogramVec {
-        self.register(HistogramVec::new(latency(name, help), labels).expect("names are valid"))
+    fn histograms(&self, name: &str, help: &str, labels: &[&str], buckets: &[f64]) -> HistogramVec {
+        let opts = HistogramOpts::from(Self::opts(name, help)).buckets(buckets.to_vec());
+        self.register(HistogramVec::new(opts, labels).expect("names are valid"))
     }
-}
-
-fn latency(name: &str, help: &str) -> HistogramOpts {
-    HistogramOpts::new(name, help).namespace("tidegate").buckets(LATENCY_BUCKETS.to_vec())
 }
 
 #[cfg(test)]

@@ -38,6 +38,7 @@ start().catch((error) => {
 async function start() {
   const config = await fetchJson("/demo/config.json");
   showEvents(config.events);
+  showAlerts(config.prometheus);
   log("🌐 [V2-BROADCAST] Fetching event data from cached endpoint");
   log(`🌐 [V2-BROADCAST] Event EID: ${eid}`);
   const event = await fetchInto(main).catch(() => null);
@@ -310,6 +311,15 @@ function paint(picture, id) {
   const hue = (from) => parseInt(id.replaceAll("-", "").slice(from, from + 4), 16) % 360;
   picture.style.background = `linear-gradient(${hue(0)}deg, hsl(${hue(4)} 60% 45%), `
     + `hsl(${hue(8)} 65% 60%) 55%, hsl(${hue(20)} 70% 75%))`;
+}
+
+// Prometheus listens on the demo's own machine alone, where it is installed.
+function showAlerts(prometheus) {
+  if (!prometheus || !["127.0.0.1", "localhost"].includes(location.hostname)) return;
+  const link = element("a", "Alerts");
+  link.href = `${prometheus}/alerts`;
+  link.title = "The gateway's alerts, and its metrics as graphs: Prometheus";
+  byId("events").append(link);
 }
 
 function showEvents(events) {

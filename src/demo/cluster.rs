@@ -454,7 +454,8 @@ fn short(temp: &Path) -> &Path {
     if temp.as_os_str().len() > 70 { Path::new("/tmp") } else { temp }
 }
 
-fn free_port() -> Result<u16, ClusterError> {
+/// A port of 127.0.0.1 that nobody has at this moment.
+pub(super) fn free_port() -> Result<u16, ClusterError> {
     let mut last = io::ErrorKind::AddrInUse.into();
     for _ in 0..PORT_ATTEMPTS {
         let port = fastrand::u16(PORTS);

@@ -93,12 +93,19 @@ pub(super) struct Site {
 }
 
 impl Site {
-    pub(super) fn new(pages: Pages, anon_key: &str, pool: PgPool) -> Self {
+    pub(super) fn new(
+        pages: Pages,
+        anon_key: &str,
+        prometheus: Option<&str>,
+        pool: PgPool,
+    ) -> Self {
         let events: Vec<_> =
             EVENTS.iter().map(|event| json!({ "eid": event.eid, "name": event.name })).collect();
         // The URL is relative to the page: only the browser knows by which name it came here.
-        let config = json!({ "url": "/", "anonKey": anon_key, "events": events }).to_string();
-        Self { pages, config, pool }
+        let config = json!({
+            "url": "/", "anonKey": anon_key, "events": events, "prometheus": prometheus,
+        });
+        Self { pages, config: config.to_string(), pool }
     }
 
     /// Answers what memory holds; `Err` names an endpoint for the database.

@@ -3,7 +3,7 @@
 use std::{
     fs,
     net::{SocketAddr, TcpStream as BlockingStream},
-    os::unix::fs::PermissionsExt,
+    os::unix::fs::{PermissionsExt, symlink},
     path::{Path, PathBuf},
     process::Stdio,
     time::Duration,
@@ -70,10 +70,32 @@ async fn the_demo_serves_an_event_that_changes_and_leaves_nothing_behind() {
     let database = demo.database_port().await;
     let database = SocketAddr::from(([127, 0, 0, 1], database));
     assert!(BlockingStream::connect(database).is_ok());
-    assert_eq!(demo.left_behind(), 1, "the database's directory");
+    let prometheus = config["prometheus"].as_str().unwrap_or_else(|| {
+        panic!("no Prometheus, which `make test` installs: apt-get install prometheus")
+    });
+    let prometheus: SocketAddr = prometheus.strip_prefix("http://").unwrap().parse().unwrap();
+    assert!(prometheus.ip().is_loopback());
+    let (_, rules) = TestServer::request(prometheus, "GET /api/v1/rules HTTP/1.1", "").await;
+    assert!(rules.contains("LinkDown") && rules.contains("tidegate-joins"), "{rules}");
+    let (_, config) =
+        TestServer::request(prometheus, "GET /api/v1/status/config HTTP/1.1", "").await;
+    assert!(config.contains(&demo.admin.to_string()), "{config}");
+    assert_eq!(demo.left_behind(), 2, "the directories of database and Prometheus");
     demo.signal(Signal::SIGINT);
     assert_eq!(demo.ended().await, (Some(0), String::new()));
     assert!(BlockingStream::connect(database).is_err(), "Postgres still runs");
+    assert!(BlockingStream::connect(prometheus).is_err(), "Prometheus still runs");
+}
+
+#[tokio::test]
+async fn without_prometheus_the_demo_lacks_only_that() {
+    let mut demo = Demo::with_programs(&["cat", "mktemp", "rm", "sleep", "tail"]).await;
+    let config = demo.json("/demo/config.json").await;
+    assert_eq!(config["prometheus"], Value::Null);
+    assert_eq!(demo.get("/demo").await.0, 200);
+    assert_eq!(demo.left_behind(), 1, "the database's directory");
+    demo.signal(Signal::SIGINT);
+    assert_eq!(demo.ended().await, (Some(0), String::new()));
 }
 
 /// The seed decides what the page shows, so that two people can look at the same demo.
@@ -140,21 +162,42 @@ struct Demo {
     process: Child,
     lines: Lines<BufReader<ChildStdout>>,
     public: SocketAddr,
+    admin: SocketAddr,
     directory: PathBuf,
 }
 
 impl Demo {
     /// Starts a demo and waits until it serves.
     async fn start(args: &[&str]) -> Self {
-        let mut demo = Self::spawn(args);
+        Self::spawn(args).started().await
+    }
+
+    /// Starts a demo that finds no programs but these, and those of Postgres where they always are.
+    async fn with_programs(programs: &[&str]) -> Self {
+        let spawned = Self::with(&[], |pages| {
+            let own = pages.parent().unwrap().join("bin");
+            fs::create_dir(&own).unwrap();
+            for program in programs {
+                let places = std::env::split_paths("/usr/bin:/bin:/usr/local/bin")
+                    .map(|place| place.join(program));
+                let place = places.into_iter().find(|place| place.is_file()).expect("a program");
+                symlink(place, own.join(program)).unwrap();
+            }
+        });
+        spawned.started().await
+    }
+
+    async fn started(self) -> Self {
+        let mut demo = self;
         let line = timeout(DEADLINE, demo.lines.next_line()).await.expect("a line in time");
         let line = line.unwrap().expect("a demo that starts");
         let address = |name| {
             let word = line.split(' ').find_map(|word| word.strip_prefix(name));
             word.and_then(|word| word.parse::<SocketAddr>().ok())
         };
-        assert!(line.starts_with("listening ") && address("admin=").is_some(), "{line}");
+        assert!(line.starts_with("listening "), "{line}");
         demo.public = address("public=").expect("a public address");
+        demo.admin = address("admin=").expect("an admin address");
         demo
     }
 
@@ -184,11 +227,16 @@ impl Demo {
                 command.args([name, value]);
             }
         }
+        let programs = directory.join("bin");
+        if programs.exists() {
+            command.env("PATH", programs);
+        }
         command.args(args).env("TMPDIR", &temp).current_dir(&directory).kill_on_drop(true);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut process = command.spawn().unwrap();
         let lines = BufReader::new(process.stdout.take().unwrap()).lines();
-        Self { process, lines, public: ([0, 0, 0, 0], 0).into(), directory }
+        let nowhere = SocketAddr::from(([0, 0, 0, 0], 0));
+        Self { process, lines, public: nowhere, admin: nowhere, directory }
     }
 
     async fn get(&self, path: &str) -> (u16, String) {
