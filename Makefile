@@ -5,13 +5,14 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 export CARGO_INCREMENTAL ?= 1
 
-.PHONY: help demo test check bench chaos fmt lint deny docs rust doctests client bench-short system node neighbours
+.PHONY: help demo test check bench boards chaos fmt lint deny docs rust doctests client bench-short system node neighbours chromium
 
 help:
 	@echo 'make demo    everything on one screen: database, gateway, simulated event, page'
 	@echo 'make test    everything that is tested'
 	@echo 'make check   fmt, clippy, unit tests: no database'
 	@echo 'make bench   the numbers of the README, measured on this machine'
+	@echo 'make boards  the dashboards as pictures in target/boards, after a minute of an event night'
 	@echo 'make chaos   faults drawn at random, and nothing missed: SEED= SECONDS= (random, 300)'
 
 demo: system node
@@ -26,6 +27,11 @@ check: fmt lint
 
 bench: system
 	cargo bench --locked --bench reach
+
+boards: system node chromium
+	cargo build --locked
+	npm ci --prefix tests/js --ignore-scripts --no-audit --no-fund --loglevel=error
+	exec node tests/js/boards.js
 
 chaos: system node
 	cargo build --locked
@@ -90,6 +96,11 @@ node:
 neighbours:
 	@missing=(); \
 	[ -x /usr/sbin/nginx ] || command -v nginx >/dev/null || missing+=(nginx-light); \
+	$(install)
+
+chromium:
+	@missing=(); \
+	command -v chromium >/dev/null || command -v google-chrome >/dev/null || missing+=(chromium); \
 	$(install)
 
 define install
