@@ -23,7 +23,7 @@ use crate::support::{
     client::Client,
     proxy::Proxy,
     server::{DEADLINE, TestServer, config},
-    system::{ART, Database, OTHER_ART, PERSON, SECOND_ART, Shape, bid},
+    system::{ART, Database, EVENT, OTHER_ART, PERSON, SECOND_ART, Shape, bid},
 };
 
 const TOPIC: &str = "cache_invalidate_AB3028";
@@ -638,6 +638,35 @@ async fn a_pointer_in_the_history_stands_for_everything_of_its_event() {
 }
 
 /// Runs this while triggers do not find the artworks.
+/// Forgetting takes what a message said of a person, and not what has to be fetched again.
+#[tokio::test]
+async fn what_was_forgotten_in_a_gap_is_made_up_for_all_the_same() {
+    let mut scene = Scene::start().await;
+    let [mut viewer, mut other] = scene.viewers().await;
+    let artist =
+        format!("insert into event_artists (event_id, artist_id) values ('{EVENT}', '{PERSON}');");
+    let forget = format!("select tidegate.forget_person('{PERSON}')");
+    scene.lose(Loss::Terminated).await;
+    scene.database.run(&artist).await;
+    assert_eq!(scene.database.run(&forget).await, "1");
+    scene.restore().await;
+    is_caught_up(&mut viewer, TOPIC, ENDED, &[ALL[0], ALL[3]]).await;
+    scene.tells_nothing([(&mut viewer, TOPIC), (&mut other, OTHER_TOPIC)]).await;
+    scene.has_counted(&[(ENDED, "exact", 1)]).await;
+
+    // An endpoint that names the person is taken out, and everything of the event stands in its
+    // place.
+    scene.is_long_ago().await;
+    let page = format!("select manual_cache_invalidation('AB3028', '/live/person/{PERSON}')");
+    scene.lose(Loss::Terminated).await;
+    scene.database.run(&page).await;
+    assert_eq!(scene.database.run(&forget).await, "1");
+    scene.restore().await;
+    is_caught_up(&mut viewer, TOPIC, ENDED, &ALL).await;
+    scene.tells_nothing([(&mut viewer, TOPIC), (&mut other, OTHER_TOPIC)]).await;
+    scene.end([viewer, other]).await;
+}
+
 fn without_artworks(sql: &str) -> String {
     format!(
         "begin; alter table art rename to elsewhere; {sql} alter table elsewhere rename to art;

@@ -39,6 +39,7 @@ mod leave;
 mod limits;
 mod metrics;
 mod policies;
+mod privacy;
 mod readme;
 mod reload;
 mod revocation;
