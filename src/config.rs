@@ -798,6 +798,14 @@ mod tests {
     }
 
     #[test]
+    fn so_many_events_may_have_series_and_no_more() {
+        for (max, is_right) in [("0", true), ("1000", true), ("1001", false), ("-1", false)] {
+            let loaded = load(&[("TIDEGATE_METRICS__EVENTS_MAX", max)]);
+            assert_eq!(loaded.is_ok(), is_right, "{max}");
+        }
+    }
+
+    #[test]
     fn origins_and_proxies_that_cannot_be_read_are_mistakes() {
         let (config, _) = load(&[
             ("TIDEGATE_NETWORK__ORIGINS", "https://app.example.com, https://*.example.com, null"),
