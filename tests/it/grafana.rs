@@ -440,6 +440,24 @@ fn every_alert_has_a_test_that_fires_one_that_does_not_and_a_section_of_the_runb
 }
 
 #[test]
+fn the_runbook_and_the_reference_name_commands_that_exist() {
+    let help = Command::new(env!("CARGO_BIN_EXE_tidegate")).arg("--help").output().unwrap();
+    let help = String::from_utf8(help.stdout).unwrap();
+    let known: BTreeSet<_> = help
+        .lines()
+        .filter_map(|line| line.strip_prefix("  ")?.split_whitespace().next())
+        .collect();
+    assert!(known.contains("serve"), "{help}");
+    for file in ["grafana/RUNBOOK.md", "grafana/README.md"] {
+        for code in read(file).split(['`', '\n']) {
+            let Some(command) = code.strip_prefix("tidegate ") else { continue };
+            let command = command.split(' ').next().unwrap();
+            assert!(known.contains(command), "{file}: tidegate {command}");
+        }
+    }
+}
+
+#[test]
 fn rules_and_runbook_name_metrics_that_exist() {
     let exported = exported();
     let files = [RULES, "grafana/prometheus/recording.yml", "grafana/RUNBOOK.md"];

@@ -139,7 +139,7 @@ function table(panel, answers) {
     series.map(({ metric, value: [, value] }) => ({ ...metric, [answers.length > 1 ? `Value #${target.refId}` : 'Value']: Number(value) })));
   let rows = frames.flat();
   for (const { id, options } of panel.transformations) rows = { joinByField, organize, groupingToMatrix, sortBy }[id](rows, options, frames);
-  if (rows.length === 0) return '<div class="none">No data</div>';
+  if (rows.length === 0) return `<div class="none">${panel.fieldConfig.defaults.noValue ?? 'No data'}</div>`;
   const columns = [...new Set(rows.flatMap((row) => Object.keys(row)))];
   const cell = (row, column) => {
     const settings = overridden(panel, column);
