@@ -125,6 +125,8 @@ struct Patient {
     target: Option<Target>,
     ca_file: Option<PathBuf>,
     token: Option<Secret>,
+    /// Whether the token was made for this run.
+    is_token_made: bool,
     /// How long an idle connection is watched, if it is.
     idle: Option<Duration>,
 }
@@ -148,9 +150,12 @@ impl Patient {
         };
         let signed = || sign_role(&config.jwt_secret, "anon", "{}", TOKEN_LIFE).ok();
         let key = || Some(&config.publishable_key).filter(|key| !key.is_empty()).cloned();
-        let token = args.token.clone().or_else(|| signed().map(|it| Secret::from(&*it)));
+        let made = if args.token.is_none() { signed() } else { None };
+        let is_token_made = made.is_some();
+        let token = args.token.clone().or_else(|| made.map(|it| Secret::from(&*it)));
         Ok(Self {
             token: token.or_else(key),
+            is_token_made,
             is_public: args.url.is_some(),
             ca_file: args.ca_file.clone(),
             idle: args.slow,
@@ -226,7 +231,7 @@ async fn examine(patient: &Patient, report: &mut Report<'_>) -> io::Result<()> {
     notify::examine(patient, report, &mut database).await?;
     let gateway = gateway::examine(patient, report, &database).await?;
     client::examine(patient, report, &mut database, &gateway).await?;
-    complaints::examine(patient, report, &database, &gateway)
+    complaints::examine(patient, report, &mut database, &gateway).await
 }
 
 #[cfg(test)]

@@ -220,6 +220,26 @@ pub(crate) async fn unpinned_neighbours(
     .await
 }
 
+/// Other triggers of the same tables that seem to notify what ours do: `public.f on votes`. At most
+/// 20.
+pub(crate) async fn doubles(session: &mut PgConnection) -> Result<Vec<String>, sqlx::Error> {
+    sqlx::query_scalar(
+        "SELECT DISTINCT n.nspname || '.' || p.proname || ' on ' || c.relname
+        FROM pg_trigger t
+        JOIN pg_class c ON c.oid = t.tgrelid
+        JOIN pg_namespace s ON s.oid = c.relnamespace
+        JOIN pg_proc p ON p.oid = t.tgfoid
+        JOIN pg_namespace n ON n.oid = p.pronamespace
+        WHERE s.nspname = 'public' AND c.relname = ANY ($1) AND n.nspname <> 'tidegate'
+            AND NOT t.tgisinternal AND t.tgenabled NOT IN ('D', 'R')
+            AND p.prosrc LIKE '%pg_notify%' AND p.prosrc LIKE '%cache_invalidate%'
+        LIMIT 20",
+    )
+    .bind(TRIGGERS.map(|it| it.table))
+    .fetch_all(session)
+    .await
+}
+
 /// What triggers could not do within a day: how often, and the last of them.
 pub(crate) async fn recent_failures(
     session: &mut PgConnection,

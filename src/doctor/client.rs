@@ -393,7 +393,8 @@ async fn idle(patient: &Patient, socket: &mut Socket, server: &str) -> Seen {
     if !patient.is_public {
         return Seen::skipped("no --url: there is nothing in front to look at");
     }
-    let fix = "raise the idle time-out of what is in front to 120 s (nginx: proxy_read_timeout 120s; proxy_send_timeout 120s)";
+    let fix = "raise the idle time-out of what is in front above 90 s, as deploy/nginx.conf does: \
+               proxy_read_timeout 1h; proxy_send_timeout 1h";
     let Some(length) = patient.idle else {
         return Seen::skipped(format!(
             "takes 70 s: pass --slow{}; tabs in the background are silent for 65 s",

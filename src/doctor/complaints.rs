@@ -12,7 +12,7 @@ use super::{
     gateway::Gateway,
     report::said,
 };
-use crate::deployed::TRIGGERS;
+use crate::{db, deployed::TRIGGERS};
 
 /// What no notification gets past: the first that has failed is the reason.
 const PATH: [Check; 14] = [
@@ -33,21 +33,26 @@ const PATH: [Check; 14] = [
 ];
 /// A message that the gateway has not heard of for so long is lost; a canary would have found out.
 const LATE: f64 = 30.0;
+/// So many rows of a table may be written and not told of: some are rolled back, those of the
+/// doctor's own dry run among them.
+const UNTOLD_MAX: f64 = 5.0;
 /// Production pages wait so long for further messages, each of which begins the wait anew.
 const CLIENT_WAIT: Duration = Duration::from_millis(2500);
 /// Of all sockets, at most so many may be suspected of being deaf.
 const DEAF_PART: f64 = 0.1;
 
 /// Answers the complaints.
-pub(super) fn examine(
+pub(super) async fn examine(
     patient: &Patient,
     report: &mut Report<'_>,
-    database: &Database,
+    database: &mut Database,
     gateway: &Gateway,
 ) -> io::Result<()> {
     let seen = none(report, database, gateway);
     report.note(Check::NoNotifications, seen)?;
-    report.note(Check::TooManyNotifications, too_many(patient, database, gateway))?;
+    let doubles = database.ask(async |it| db::doctor::doubles(it).await).await.unwrap_or_default();
+    let seen = too_many(patient, database, gateway, &doubles);
+    report.note(Check::TooManyNotifications, seen)?;
     report.note(Check::NotRefreshing, not_refreshing(patient, gateway))?;
     report.note(Check::WrongEvent, wrong_event(report, database, gateway))
 }
@@ -71,7 +76,7 @@ fn none(report: &Report<'_>, database: &Database, gateway: &Gateway) -> Seen {
                 count("tidegate_database_history_rows_total", it.table),
             )
         })
-        .filter(|(_, written, told)| *written > 0.0 && *told <= 0.0)
+        .filter(|(_, written, told)| *written > UNTOLD_MAX && *told <= 0.0)
         .map(|(table, written, _)| format!("{table} ({written} rows written)"))
         .collect();
     if !silent.is_empty() {
@@ -112,7 +117,7 @@ fn none(report: &Report<'_>, database: &Database, gateway: &Gateway) -> Seen {
     }
 }
 
-fn too_many(patient: &Patient, database: &Database, gateway: &Gateway) -> Seen {
+fn too_many(patient: &Patient, database: &Database, gateway: &Gateway, doubles: &[String]) -> Seen {
     let plain: Vec<_> = patient
         .config
         .topic
@@ -125,6 +130,12 @@ fn too_many(patient: &Patient, database: &Database, gateway: &Gateway) -> Seen {
         return Seen::warning(
             format!("topic rule {} sends every notification as it comes", plain.join(", ")),
             "give it merge = { window = \"3s\", carry = \"5s\", union = \"endpoints\" }",
+        );
+    }
+    if !doubles.is_empty() {
+        return Seen::warning(
+            format!("other triggers notify the same channels, too: {}", said(&doubles.join(", "))),
+            "drop those triggers: each change is told twice, and what has no id is not in the history",
         );
     }
     let sockets = gateway.sum("tidegate_connections", &[]).unwrap_or(0.0);
@@ -140,14 +151,18 @@ fn too_many(patient: &Patient, database: &Database, gateway: &Gateway) -> Seen {
             "in the page: one subscription for each event, and removeChannel when a component unmounts",
         );
     }
-    let busiest = database.kept.as_ref().and_then(|it| it.busiest.as_ref());
-    let busiest = busiest.map_or("nothing within an hour".to_owned(), |(eid, count)| {
-        format!("at most {count} messages a minute, of {}", said(eid))
-    });
-    let merged = gateway.sum("tidegate_invalidations_merged_total", &[]).unwrap_or(0.0);
-    Seen::ok(format!(
-        "{busiest}; each event's viewers get one message per window, {merged} have left as part of another"
-    ))
+    if !gateway.is_open && database.kept.is_none() {
+        return Seen::skipped("neither the history nor the gateway can be looked at");
+    }
+    let busiest = match database.kept.as_ref().map(|it| it.busiest.as_ref()) {
+        Some(Some((eid, count))) => format!("at most {count} messages a minute, of {}", said(eid)),
+        Some(None) => "no message within an hour".to_owned(),
+        None => "the history cannot be looked at".to_owned(),
+    };
+    let merged = gateway.sum("tidegate_invalidations_merged_total", &[]);
+    let merged =
+        merged.map_or(String::new(), |it| format!(", and {it} have left as part of another"));
+    Seen::ok(format!("{busiest}; each event's viewers get one message per window{merged}"))
 }
 
 fn not_refreshing(patient: &Patient, gateway: &Gateway) -> Seen {
@@ -211,30 +226,48 @@ fn wrong_event(report: &Report<'_>, database: &Database, gateway: &Gateway) -> S
             "mend what writes it, see function-drift; run `tidegate migrate`",
         );
     }
-    let is_uuid = |event: &&Value| {
-        event["eid"].as_str().is_some_and(|it| Uuid::try_parse(it).is_ok())
-            && event["viewers"].as_u64().is_some_and(|it| it > 0)
-    };
-    let by_uuid: Vec<_> =
-        gateway.events.iter().filter(is_uuid).filter_map(|it| it["eid"].as_str()).take(3).collect();
+    let joined: Vec<_> = gateway
+        .events
+        .iter()
+        .filter(|event| event["viewers"].as_u64().is_some_and(|it| it > 0))
+        .filter_map(|event| Some((event["eid"].as_str()?, event["never_published"] == true)))
+        .collect();
+    let list = |events: Vec<&str>| said(&events.into_iter().take(3).collect::<Vec<_>>().join(", "));
+    let by_uuid: Vec<_> = joined
+        .iter()
+        .filter(|(eid, _)| Uuid::try_parse(eid).is_ok())
+        .map(|(eid, _)| *eid)
+        .collect();
     if !by_uuid.is_empty() {
         return Seen::warning(
             format!(
                 "pages have joined events by their UUID, which hear nothing: {}",
-                by_uuid.join(", ")
+                list(by_uuid)
             ),
             "in the page: subscribe by the event's eid, such as AB3028",
         );
     }
-    if database.kept.is_none() && !gateway.is_open {
-        return Seen::skipped("neither the history nor the gateway can be looked at");
+    let in_vain: Vec<_> =
+        joined.iter().filter(|(_, is_in_vain)| *is_in_vain).map(|(eid, _)| *eid).collect();
+    if !in_vain.is_empty() {
+        return Seen::warning(
+            format!("pages have joined what the database knows no event of: {}", list(in_vain)),
+            "in the page: subscribe by the event's eid, such as AB3028",
+        );
     }
-    let tried = if report.status(Check::DryRunVotes) == Status::Ok {
-        ", nor does a vote that was tried"
-    } else {
-        ""
+    let looked = match (&database.kept, gateway.is_open) {
+        (Some(_), true) => {
+            "no message of the last hour names another event's endpoint, and each event that is joined is one of the database's"
+        }
+        (Some(_), false) => "no message of the last hour names another event's endpoint",
+        (None, true) => "no event is joined by its UUID",
+        (None, false) => {
+            return Seen::skipped("neither the history nor the gateway can be looked at");
+        }
     };
-    Seen::ok(format!(
-        "no message of the last hour names another event's endpoint{tried}; each topic is one event's"
-    ))
+    let tried = match report.status(Check::DryRunVotes) {
+        Status::Ok => "; nor does the vote that was tried",
+        Status::Warning | Status::Failed | Status::Skipped => "",
+    };
+    Seen::ok(format!("{looked}{tried}"))
 }

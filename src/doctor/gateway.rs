@@ -310,7 +310,9 @@ fn token(patient: &Patient, verifier: &Verifier, text: &str) -> Seen {
         })
     };
     let (read, write) = (decide(Action::Read), decide(Action::Write));
-    let saw = format!("{}; {sub_topic}: read {read}, write {write}", described(&token, text, now));
+    let made = if patient.is_token_made { "made with jwt_secret for this run: " } else { "" };
+    let described = described(&token, text, now);
+    let saw = format!("{made}{described}; {sub_topic}: read {read}, write {write}");
     if !read.is_allowed() {
         return Seen::failed(
             saw,

@@ -281,7 +281,10 @@ impl<'a> Report<'a> {
             };
             writeln!(self.out, "{:#}", Value::from_iter(self.seen.iter().map(row)))?;
         } else {
-            writeln!(self.out, "{ok} ok, {warnings} warnings, {failed} failed, {skipped} skipped")?;
+            writeln!(
+                self.out,
+                "ok: {ok}, warnings: {warnings}, failed: {failed}, skipped: {skipped}"
+            )?;
         }
         self.out.flush()?;
         Ok(match (failed, warnings) {

@@ -44,6 +44,23 @@ pub(super) enum ReachError {
     Tls(String, String),
 }
 
+impl ReachError {
+    /// What has come of an attempt.
+    fn of(error: io::Error, host: &str, place: &str, is_only_ipv6: bool) -> Self {
+        match error.kind() {
+            io::ErrorKind::ConnectionRefused => Self::Refused(place.to_owned()),
+            io::ErrorKind::NetworkUnreachable
+            | io::ErrorKind::HostUnreachable
+            | io::ErrorKind::AddrNotAvailable
+                if is_only_ipv6 =>
+            {
+                Self::OnlyIpv6(host.to_owned())
+            }
+            _ => Self::Other(place.to_owned(), error),
+        }
+    }
+}
+
 /// A connection to one of the addresses of a host.
 ///
 /// # Errors
@@ -64,15 +81,7 @@ pub(super) async fn reach(host: &str, port: u16) -> Result<TcpStream, ReachError
                 let _ = stream.set_nodelay(true); // Slower without, and no less right.
                 return Ok(stream);
             }
-            Ok(Err(error)) => match error.kind() {
-                io::ErrorKind::ConnectionRefused => ReachError::Refused(place.clone()),
-                io::ErrorKind::NetworkUnreachable | io::ErrorKind::AddrNotAvailable
-                    if is_only_ipv6 =>
-                {
-                    ReachError::OnlyIpv6(host.to_owned())
-                }
-                _ => ReachError::Other(place.clone(), error),
-            },
+            Ok(Err(error)) => ReachError::of(error, host, &place, is_only_ipv6),
             Err(_elapsed) if is_only_ipv6 => ReachError::OnlyIpv6(host.to_owned()),
             Err(_elapsed) => ReachError::Silent(place.clone()),
         };
@@ -224,6 +233,18 @@ mod tests {
         for url in ["", "a.example", "ftp://a.example", "https://u:p@a.example", "/realtime/v1"] {
             assert_eq!(place(url), None, "{url}");
         }
+    }
+
+    /// Supabase's direct addresses are.
+    #[test]
+    fn a_host_with_ipv6_alone_is_named_where_there_is_no_way_to_it() {
+        let of = |kind: io::ErrorKind, is_only_ipv6| {
+            ReachError::of(kind.into(), "db.example", "db.example:5432", is_only_ipv6).to_string()
+        };
+        let unreachable = io::ErrorKind::NetworkUnreachable;
+        assert!(of(unreachable, true).starts_with("db.example has only IPv6 addresses"));
+        assert!(of(unreachable, false).starts_with("no connection to db.example:5432"));
+        assert!(of(io::ErrorKind::ConnectionRefused, true).contains("is refused"));
     }
 
     #[test]

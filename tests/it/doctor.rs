@@ -21,6 +21,7 @@ use tokio::{
 
 use crate::support::{
     client::Client,
+    folder::Folder,
     postgres::Database,
     process::{Said, Scratch, run},
     server::{TestServer, config},
@@ -195,6 +196,7 @@ async fn a_healthy_system_is_well_in_every_check_and_exits_0() {
     found.says("dry-run-payment-processing", &["UPDATE would tell payment_status_changed"]);
     found.says("token", &["role anon", "read allowed: grant 1"]);
     found.says("client-address", &["127.0.0.1", "nothing in front"]);
+    found.says("wal-level", &["logical", "does not matter"]);
     found.says("end-to-end", &[CANARY_EID, "ms"]);
 
     // Nothing is left behind.
@@ -204,6 +206,11 @@ async fn a_healthy_system_is_well_in_every_check_and_exits_0() {
         ("history", "select count(*) from tidegate.broadcast_history"),
         ("failures", "select count(*) from tidegate.trigger_failures"),
         ("payments", "select count(*) from payment_processing where status <> 'pending'"),
+        (
+            "statistics",
+            "select sum(n_tup_ins)::bigint from pg_stat_user_tables
+            where relname in ('votes', 'bids', 'art_media')",
+        ),
     ] {
         assert_eq!(scene.database.value::<i64>(count).await, 0, "{what}");
     }
@@ -211,7 +218,7 @@ async fn a_healthy_system_is_well_in_every_check_and_exits_0() {
     let said = scene.said(&[], &[]).await;
     assert_eq!((said.code, &*said.err), (Some(0), ""));
     assert!(said.out.starts_with("database\n  ok       database-reachable "), "{}", said.out);
-    assert!(said.out.ends_with(" 0 warnings, 0 failed, 1 skipped\n"), "{}", said.out);
+    assert!(said.out.ends_with(" warnings: 0, failed: 0, skipped: 1\n"), "{}", said.out);
     scene.stop().await;
 }
 
@@ -712,6 +719,46 @@ async fn a_dry_run_needs_a_role_that_may_write_and_leaves_alone_what_no_rollback
     scene.stop().await;
 }
 
+/// Of rolled back writes, and of a few more, nobody should be told.
+#[tokio::test]
+async fn a_table_that_is_written_and_not_told_of_is_named() {
+    let mut scene = Scene::start_with(|config| {
+        config.metrics.database_interval = Duration::from_millis(50);
+    })
+    .await;
+    let looked = "tidegate_database_last_look_timestamp_seconds";
+    scene.server.metric_reaches(looked, 1.0).await;
+    scene
+        .database
+        .run(
+            "alter table event_artists disable trigger cache_invalidate_event_artists_trigger;
+            insert into event_artists (event_id)
+                select '00000000-0000-4000-8000-000000003028' from generate_series(1, 6);
+            alter table event_artists enable trigger cache_invalidate_event_artists_trigger",
+        )
+        .await;
+    scene
+        .server
+        .metric_reaches("tidegate_database_writes_total{table=\"event_artists\"}", 6.0)
+        .await;
+    let found = scene.found().await;
+    found.are(&[("no-notifications", "warning")]);
+    found.says("no-notifications", &["tells of event_artists (", "trigger-failures"]);
+    scene.stop().await;
+}
+
+/// Five seconds are given to whoever accepts a connection and says nothing.
+#[tokio::test]
+async fn a_server_that_says_nothing_is_not_waited_for() {
+    let scene = Scene::start().await;
+    let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("postgres://u@{}/d", silent.local_addr().unwrap());
+    let found = scene.examined(&[], &[("TIDEGATE_NOTIFY_DATABASE_URL", &url)]).await;
+    found.are(&[("listen-reachable", "failed"), ("no-notifications", "failed")]);
+    found.says("listen-reachable", &["says nothing", "TIDEGATE_NOTIFY_DATABASE_URL"]);
+    scene.stop().await;
+}
+
 #[tokio::test]
 async fn a_listen_that_is_deaf_is_named_with_its_likely_cause() {
     let mut scene = Scene::start().await;
@@ -949,6 +996,37 @@ async fn clients_whose_address_does_not_arrive_are_told_of() {
     scene.stop().await;
 }
 
+/// As in production: TLS ends in front of the gateway.
+#[tokio::test]
+async fn a_front_with_tls_is_passed_if_its_certificate_is_trusted() {
+    let scene = Scene::start().await;
+    let folder = Folder::new();
+    folder.make_certificates();
+    let (acceptor, to) = (folder.acceptor(), scene.server.public);
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let mut front = JoinSet::new();
+    front.spawn(async move {
+        loop {
+            let (client, _) = listener.accept().await.unwrap();
+            let Ok(mut client) = acceptor.accept(client).await else { continue };
+            let mut server = TcpStream::connect(to).await.unwrap();
+            drop(tokio::io::copy_bidirectional(&mut client, &mut server).await);
+        }
+    });
+    let url = format!("https://localhost:{port}");
+    let found = scene.examined(&["--url", &url, "--ca-file", &folder.path("ca.crt")], &[]).await;
+    // It names nobody.
+    found.are(&[("client-address", "warning")]);
+    found.says("websocket-upgrade", &["101 at wss://localhost"]);
+    for authority in [&["--ca-file", &folder.path("other.crt")][..], &[]] {
+        let found = scene.examined(&[&["--url", &url], authority].concat(), &[]).await;
+        found.are(&[("websocket-upgrade", "failed"), ("no-notifications", "failed")]);
+        found.says("websocket-upgrade", &["no TLS with wss://localhost", "--ca-file"]);
+    }
+    scene.stop().await;
+}
+
 fn trusting(config: &mut Config) {
     config.network.trusted_proxies = vec!["127.0.0.1/32".parse().unwrap()];
 }
@@ -989,7 +1067,22 @@ async fn a_front_that_ends_idle_connections_or_swallows_frames_is_named() {
 
 #[tokio::test]
 async fn too_many_notifications_are_explained() {
-    let scene = Scene::start().await;
+    let mut scene = Scene::start().await;
+    scene
+        .database
+        .run(
+            "create function former() returns trigger language plpgsql set search_path = '' as $$
+            begin
+                perform pg_notify('cache_invalidate_AB3028', '{}');
+                return null;
+            end $$;
+            create trigger former after insert on votes for each row execute function former()",
+        )
+        .await;
+    let found = scene.found().await;
+    found.are(&[("too-many-notifications", "warning")]);
+    found.says("too-many-notifications", &["public.former on votes", "drop those triggers"]);
+    scene.database.run("drop trigger former on votes").await;
     let plain = Scratch::new(
         "[[topic]]\nname = \"cache\"\npattern = [\"cache_invalidate_{eid}\"]\nlisten = \"cache_invalidate_{eid}\"\n\
          event = \"cache_invalidation\"\nread = [{ role = [\"anon\"] }]\n",
@@ -1037,6 +1130,13 @@ async fn news_of_another_event_is_explained() {
     let found = scene.found().await;
     found.are(&[("wrong-event", "warning")]);
     found.says("wrong-event", &["by their UUID", "00000000-0000-4000-8000-000000003028"]);
+    client.close().await;
+
+    let mut client = Client::connect(&scene.server, V2).await;
+    client.join("cache_invalidate_AB9999").await;
+    let found = scene.found().await;
+    found.are(&[("wrong-event", "warning")]);
+    found.says("wrong-event", &["knows no event of: AB9999", "subscribe by the event's eid"]);
     client.close().await;
     scene
         .database

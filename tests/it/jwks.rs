@@ -18,14 +18,7 @@ use tokio::{
     task::JoinSet,
     time::{interval, timeout},
 };
-use tokio_rustls::{
-    TlsAcceptor,
-    rustls::{
-        ServerConfig,
-        crypto::aws_lc_rs,
-        pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
-    },
-};
+use tokio_rustls::TlsAcceptor;
 
 use crate::{
     jws,
@@ -77,15 +70,7 @@ impl KeyServer {
     async fn start(folder: &Folder, says: Says) -> Self {
         let listener = TcpListener::bind("0.0.0.0:0").await.unwrap();
         let port = listener.local_addr().unwrap().port();
-        let certificate = CertificateDer::from_pem_file(folder.path("server.crt")).unwrap();
-        let key = PrivateKeyDer::from_pem_file(folder.path("server.key")).unwrap();
-        let tls = ServerConfig::builder_with_provider(Arc::new(aws_lc_rs::default_provider()))
-            .with_safe_default_protocol_versions()
-            .unwrap()
-            .with_no_client_auth()
-            .with_single_cert(vec![certificate], key)
-            .unwrap();
-        let acceptor = TlsAcceptor::from(Arc::new(tls));
+        let acceptor = folder.acceptor();
         let says = Arc::new(Mutex::new(says));
         let (count, asked) = watch::channel(0);
         let (mut tasks, said) = (JoinSet::new(), Arc::clone(&says));
