@@ -173,6 +173,10 @@ begin
                         v_constraint = constraint_name, v_column = column_name;
                     v_message := coalesce(v_message, concat_ws(
                         ' ', sqlstate, nullif(v_constraint, ''), nullif(v_column, '')));
+                    -- A table that is locked stays so.
+                    if sqlstate = '55P03' then
+                        v_outcome := 'refused';
+                    end if;
             end;
         end loop;
         if v_outcome is null then

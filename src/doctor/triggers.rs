@@ -234,6 +234,9 @@ fn told(tried: &Tried, setting: &str) -> Seen {
             format!("{operation} of {table} tells nobody: {}", said(message)),
             "mend what the trigger names; rows without an event tell nobody",
         ),
+        Outcome::Refused if message.starts_with("55P03") => {
+            Seen::skipped(format!("{table} is locked by another session (55P03)"))
+        }
         Outcome::Refused => Seen::skipped(format!(
             "Postgres refuses what was tried ({}), and there is no row to update",
             said(message)

@@ -1,6 +1,6 @@
 //! `tidegate doctor`: all is well, and then one thing after the other is broken and named.
 
-use std::{collections::BTreeMap, net::SocketAddr, path::Path, time::Duration};
+use std::{collections::BTreeMap, net::SocketAddr, path::Path, process::Stdio, time::Duration};
 
 use serde_json::{Value, json};
 use tidegate::{
@@ -17,16 +17,20 @@ use tokio::{
         tcp::{OwnedReadHalf, OwnedWriteHalf},
     },
     task::JoinSet,
+    time::timeout,
 };
 
 use crate::support::{
     client::Client,
     folder::Folder,
     postgres::Database,
-    process::{Said, Scratch, run},
-    server::{TestServer, config},
+    process::{BINARY, Said, Scratch, command, run},
+    server::{DEADLINE, TestServer, config},
     token::{self, SECRET},
 };
+
+const PRODUCTION: &str = include_str!("../../migrations/examples/production_tables.sql");
+const SEED: &str = include_str!("../../migrations/examples/seed_tables.sql");
 
 /// An event with a row in each table.
 const ROWS: &str = "
@@ -55,11 +59,14 @@ impl Scene {
     }
 
     async fn start_with(change: impl FnOnce(&mut Config)) -> Self {
+        Self::start_on(PRODUCTION, ROWS, change).await
+    }
+
+    /// With these tables and rows.
+    async fn start_on(tables: &str, rows: &str, change: impl FnOnce(&mut Config)) -> Self {
         let mut database = Database::create().await;
-        let tables =
-            Path::new(env!("CARGO_MANIFEST_DIR")).join("migrations/examples/production_tables.sql");
-        database.run(&std::fs::read_to_string(tables).unwrap()).await;
-        database.run(ROWS).await;
+        database.run(tables).await;
+        database.run(rows).await;
         db::migrate(&Secret::from(database.url())).await.unwrap();
         // What was written before is not what is looked at.
         database.run("truncate tidegate.broadcast_history").await;
@@ -757,6 +764,55 @@ async fn a_server_that_says_nothing_is_not_waited_for() {
     found.are(&[("listen-reachable", "failed"), ("no-notifications", "failed")]);
     found.says("listen-reachable", &["says nothing", "TIDEGATE_NOTIFY_DATABASE_URL"]);
     scene.stop().await;
+}
+
+#[tokio::test]
+async fn a_dry_run_fits_the_seeds_tables_and_goes_round_what_postgres_refuses() {
+    let rows = "
+        insert into events (id, eid) values ('00000000-0000-4000-8000-000000003028', 'AB3028');
+        insert into art (event_id, round, easel)
+            values ('00000000-0000-4000-8000-000000003028', 2, 'A');
+    ";
+    let mut scene = Scene::start_on(SEED, rows, |_| {}).await;
+    let found = scene.found().await;
+    found.are(&[]);
+    found.says("dry-run-votes", &["INSERT would tell vote_cast of AB3028"]);
+    found.says("dry-run-bids", &["INSERT would tell bid_placed", "/live/event/AB3028-2-A/bids"]);
+    found.says("dry-run-media", &["INSERT would tell media_updated of AB3028"]);
+    found.says("dry-run-artwork-offers", &["there is no table"]);
+
+    scene.database.run("alter table votes add column \"paid by\" text not null").await;
+    let found = scene.found().await;
+    found.are(&[]);
+    assert_eq!(found.row("dry-run-votes")["status"], "skipped");
+    found.says("dry-run-votes", &["23502 paid by", "no row to update"]);
+    scene.database.run("insert into votes (art_id, \"paid by\") select id, 'card' from art").await;
+    let found = scene.found().await;
+    found.are(&[]);
+    found.says("dry-run-votes", &["UPDATE would tell vote_cast of AB3028"]);
+
+    scene.database.run("begin; lock table bids in access exclusive mode").await;
+    let found = scene.found().await;
+    found.are(&[]);
+    assert_eq!(found.row("dry-run-bids")["status"], "skipped");
+    found.says("dry-run-bids", &["bids is locked by another session"]);
+    scene.database.run("rollback").await;
+    scene.stop().await;
+}
+
+/// Other users of the machine see arguments, and not what a command reads.
+#[tokio::test]
+async fn a_token_may_be_read_from_standard_input() {
+    let token = token::with_claims(json!({ "role": "authenticated", "sub": "somebody" }));
+    let variables = [("TIDEGATE_JWT_SECRET", SECRET)];
+    let mut command = command(BINARY, &["doctor", "--token", "-"], &variables);
+    let mut child = command.stdin(Stdio::piped()).spawn().unwrap();
+    let mut input = child.stdin.take().unwrap();
+    input.write_all(format!("{token}\n").as_bytes()).await.unwrap();
+    drop(input);
+    let output = timeout(DEADLINE, child.wait_with_output()).await.unwrap().unwrap();
+    let out = String::from_utf8(output.stdout).unwrap();
+    assert!(out.contains("verified, role authenticated, of a person"), "{out}");
 }
 
 #[tokio::test]
