@@ -155,6 +155,16 @@ pub(crate) async fn powers(session: &mut PgConnection) -> Result<Vec<String>, sq
             WHERE c.relowner <> me.oid AND NOT me.rolsuper
                 AND has_table_privilege(c.oid, 'INSERT, UPDATE, DELETE, TRUNCATE')
             HAVING count(*) > 0
+        UNION ALL SELECT 'may change what the history says' FROM me
+            WHERE NOT me.rolsuper AND (
+                EXISTS (
+                    SELECT FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+                    WHERE n.nspname = 'tidegate' AND c.relname = 'broadcast_history'
+                        AND has_table_privilege(c.oid, 'INSERT, UPDATE, TRUNCATE'))
+                OR EXISTS (
+                    SELECT FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace
+                    WHERE n.nspname = 'tidegate' AND p.proname = 'forget_person'
+                        AND has_function_privilege(p.oid, 'EXECUTE')))
         UNION ALL SELECT 'is a member of ' || string_agg(r.rolname, ', ' ORDER BY r.rolname)
             FROM me JOIN pg_auth_members m ON m.member = me.oid JOIN pg_roles r ON r.oid = m.roleid
             WHERE NOT me.rolsuper AND r.rolname NOT IN ('anon', 'authenticated') HAVING count(*) > 0

@@ -626,6 +626,53 @@ async fn each_trigger_that_is_missing_or_disabled_is_named_by_its_table() {
     scene.stop().await;
 }
 
+/// Whoever takes the gateway over may read the history, and not rewrite it.
+#[tokio::test]
+async fn a_role_that_may_change_the_history_is_named() {
+    let mut scene = Scene::start().await;
+    for right in
+        ["update on tidegate.broadcast_history", "execute on function tidegate.forget_person"]
+    {
+        scene.database.run(&format!("grant {right} to tidegate")).await;
+        let found = scene.found().await;
+        found.are(&[("role-least-privilege", "warning")]);
+        found.says("role-least-privilege", &["tidegate may change what the history says"]);
+        scene.database.run(&format!("revoke {right} from tidegate")).await;
+    }
+    scene.found().await.are(&[]);
+    scene.stop().await;
+}
+
+/// Rows of a partition are told as those of their table, and a trigger that is disabled on one
+/// partition alone leaves its rows untold.
+#[tokio::test]
+async fn a_table_of_partitions_is_well_until_one_of_them_is_silent() {
+    let mut scene = Scene::start().await;
+    scene
+        .database
+        .run(
+            "alter table votes rename to old_votes;
+            create table votes (like old_votes including defaults) partition by list (round);
+            create table votes_1 partition of votes for values in (1);
+            create table votes_2 partition of votes for values in (2);
+            drop table old_votes;
+            select enable_cache_invalidation()",
+        )
+        .await;
+    let found = scene.found().await;
+    found.are(&[]);
+    found.says("dry-run-votes", &["INSERT would tell vote_cast of AB3028"]);
+    scene.database.run("alter table votes_2 disable trigger all").await;
+    let found = scene.found().await;
+    found.are(&[
+        ("trigger-coverage", "failed"),
+        ("dry-run-votes", "failed"),
+        ("no-notifications", "failed"),
+    ]);
+    found.says("trigger-coverage", &["votes INSERT, votes UPDATE, votes DELETE"]);
+    scene.stop().await;
+}
+
 #[tokio::test]
 async fn functions_that_are_not_this_versions_or_not_safe_are_named() {
     let mut scene = Scene::start().await;
