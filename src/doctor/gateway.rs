@@ -270,7 +270,7 @@ async fn keys(patient: &Patient, metrics: &Metrics) -> (Seen, Option<Verifier>) 
         )
     } else if !can_verify {
         Seen::failed(
-            "there is no key that a token could be verified with",
+            "the settings have no key that a token could be verified with",
             "set TIDEGATE_JWT_SECRET to the project's JWT secret, or TIDEGATE_JWKS__URL",
         )
     } else if let Some((reason, count)) = unusable {
@@ -348,7 +348,7 @@ fn mend(error: &TokenError) -> &'static str {
             "set TIDEGATE_JWT_SECRET to the secret of the project that made the token"
         }
         TokenError::NoSigner { .. } => {
-            "set TIDEGATE_JWKS__URL to the key set of the project that made the token"
+            "set TIDEGATE_JWT_SECRET or TIDEGATE_JWKS__URL to that of the project that made the token"
         }
         TokenError::Issuer => "add the token's `iss` to auth.issuers",
         TokenError::Audience => "add the token's `aud` to auth.audiences",
