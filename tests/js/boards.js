@@ -70,7 +70,7 @@ async function draw() {
       const answers = [];
       for (const target of panel.targets) {
         const expr = filled(target.expr, RATE_INTERVAL);
-        const series = target.instant ? await prometheus.query(expr) : await prometheus.range(expr, start, end);
+        const series = target.instant ? await prometheus.query(expr, end) : await prometheus.range(expr, start, end);
         answers.push({ target, series });
       }
       panels.push({ panel, answers });

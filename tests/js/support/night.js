@@ -14,6 +14,9 @@ import { lasting, within } from './wait.js';
 const POLICIES = new URL('../../../migrations/examples/private_channels.sql', import.meta.url);
 const MEMBER = '00000000-0000-4000-8000-000000000001';
 
+/** As clients beat; a socket that is silent for 90 s is closed. */
+const HEARTBEAT = 25_000;
+
 /** Between two writes: faster than any room, slow enough for windows to open. */
 const PACE = 150;
 
@@ -26,6 +29,7 @@ export class Night {
   #clients = [];
   #sockets = [];
   #isOver = false;
+  #beating;
   #writing;
   #paused = false;
 
@@ -47,6 +51,7 @@ export class Night {
         await client.join(`cache_invalidate_${it.events[0].eid}`);
       }
       for (const gateway of it.gateways) await it.crowd(gateway, 20);
+      it.#beating = setInterval(() => it.#beat(), HEARTBEAT);
       it.#writing = it.#write();
     } catch (error) {
       await it.stop();
@@ -126,11 +131,16 @@ export class Night {
 
   async stop() {
     this.#isOver = true;
+    clearInterval(this.#beating);
     await this.#writing;
     for (const socket of this.#sockets) socket.close();
     await Promise.all(this.#clients.map((client) => client.close()));
     for (const gateway of this.gateways) await gateway.kill();
     await this.stage?.stop();
+  }
+
+  #beat() {
+    for (const socket of this.#sockets) socket.send(null, 'beat', 'phoenix', 'heartbeat', {});
   }
 
   async #write() {

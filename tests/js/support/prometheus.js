@@ -55,8 +55,8 @@ export class Prometheus {
   }
 
   /** The series of an expression: `{ metric, value: [time, text] }`. */
-  async query(query) {
-    return (await this.api('query', { query })).result;
+  async query(query, time = Date.now() / 1000) {
+    return (await this.api('query', { query, time })).result;
   }
 
   /** The series of an expression over a time: `{ metric, values: [[time, text], …] }`. */
