@@ -8,7 +8,7 @@
 
 use std::{
     cmp::Reverse,
-    collections::{HashMap, HashSet},
+    collections::{BinaryHeap, HashMap, HashSet},
 };
 
 use crate::{
@@ -81,21 +81,21 @@ impl Busiest {
     fn give_places(&mut self, events: &HashMap<&str, Row>, max: usize) {
         self.places.retain(|eid| events.contains_key(&**eid));
         let row = |eid: &str| events.get(eid).copied().unwrap_or_default();
-        let mut candidates: Vec<_> = events
+        // Few of thousands are looked at, so that they are not sorted.
+        let mut candidates: BinaryHeap<_> = events
             .iter()
-            .map(|(eid, row)| (*eid, row))
             .filter(|(eid, row)| row.viewers > 0 && may_have_a_place(eid))
-            .filter(|(eid, _)| !self.places.contains(*eid))
+            .filter(|(eid, _)| !self.places.contains(**eid))
+            .map(|(eid, row)| rank(eid, row))
             .collect();
-        candidates.sort_unstable_by_key(|(eid, row)| Reverse(rank(eid, row)));
-        for (eid, candidate) in candidates {
+        while let Some((_, _, Reverse(eid))) = candidates.pop() {
             if self.places.len() >= max {
                 let weakest = self.places.iter().min_by(|a, b| {
                     let (of_a, of_b) = (row(a), row(b));
                     rank(a, &of_a).cmp(&rank(b, &of_b))
                 });
                 // Nor will one that is less busy find a place.
-                let Some(weakest) = weakest.filter(|it| candidate.displaces(&row(it))).cloned()
+                let Some(weakest) = weakest.filter(|it| row(eid).displaces(&row(it))).cloned()
                 else {
                     break;
                 };
