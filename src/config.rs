@@ -798,6 +798,14 @@ mod tests {
     }
 
     #[test]
+    fn the_database_is_looked_at_every_second_at_most() {
+        for (interval, is_right) in [("1s", true), ("1h", true), ("999ms", false), ("0s", false)] {
+            let loaded = load(&[("TIDEGATE_METRICS__DATABASE_INTERVAL", interval)]);
+            assert_eq!(loaded.is_ok(), is_right, "{interval}");
+        }
+    }
+
+    #[test]
     fn so_many_events_may_have_series_and_no_more() {
         for (max, is_right) in [("0", true), ("1000", true), ("1001", false), ("-1", false)] {
             let loaded = load(&[("TIDEGATE_METRICS__EVENTS_MAX", max)]);

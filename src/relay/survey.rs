@@ -60,6 +60,13 @@ struct Counted {
     recorded: Option<String>,
 }
 
+impl Counted {
+    /// Whether what is counted in this run goes on from here.
+    fn is_comparable(&self, run: &str) -> bool {
+        self.run == run && self.at.elapsed() < COMPARED
+    }
+}
+
 impl Survey {
     async fn round(&mut self, services: &Services, pool: &PgPool) {
         let limit = services.config.relay.connect_timeout;
@@ -96,7 +103,7 @@ impl Survey {
         metrics.database_notify_queue.set(server.notify_queue);
 
         let before = self.counted.as_ref();
-        let before = before.filter(|it| it.run == server.run && it.at.elapsed() < COMPARED);
+        let before = before.filter(|it| it.is_comparable(&server.run));
         // After the statistics, which are late: what they count has been written down by now.
         let since = before.and_then(|it| it.recorded.as_deref());
         let recorded = match db::recorded(&mut session, since).await {
@@ -209,5 +216,23 @@ fn count_writes(metrics: &Metrics, before: &[Table], tables: &[Table]) {
             let counter = metrics.database_writes.with_label_values(&[table.name]);
             counter.inc_by(table.writes.saturating_sub(before.writes));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::time::advance;
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn counts_go_on_in_the_same_run_and_not_after_five_minutes() {
+        let counted =
+            Counted { run: "a".to_owned(), at: Instant::now(), tables: Vec::new(), recorded: None };
+        assert!(counted.is_comparable("a") && !counted.is_comparable("b"));
+        advance(COMPARED - Duration::from_millis(1)).await;
+        assert!(counted.is_comparable("a"));
+        advance(Duration::from_millis(1)).await;
+        assert!(!counted.is_comparable("a"));
     }
 }
