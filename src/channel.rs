@@ -7,11 +7,10 @@
 
 mod private;
 
-use std::{sync::Arc, time::Duration};
+use std::{iter, sync::Arc, time::Duration};
 
 use serde_json::Value;
 use tokio::time::Instant;
-use tokio_tungstenite::tungstenite::Message as Frame;
 
 use crate::{
     audit::{Audit, Caller},
@@ -21,7 +20,7 @@ use crate::{
     limits::Limited,
     merge::{self, CatchUp, Cause, Event, Known, Why},
     metrics::{Dropped, OpenChannel},
-    outbox::Outbox,
+    outbox::{Outbox, Replaceable, TopicId},
     protocol::{
         error_code::{ErrorCode, Refusal, error_reply},
         message::{Json, Message, Payload, Ref, TOPIC_PREFIX},
@@ -129,12 +128,8 @@ pub(crate) struct Context<'a> {
 
 impl Context<'_> {
     pub(crate) fn push(&self, push: &Push<'_>) {
-        self.send(self.outbox.serializer().encode(push));
-    }
-
-    fn send(&self, frame: Frame) {
         // An overflowed outbox ends its connection, which counts it.
-        let _ = self.outbox.push(frame);
+        let _ = self.outbox.push(self.outbox.serializer().encode(push));
     }
 }
 
@@ -292,13 +287,15 @@ impl Channel {
         };
         let outbox = context.outbox;
         while let Some(catch_up) = event.catch_up(known, covered_since, outbox, subscription) {
-            let CatchUp { broadcast, cause, method, messages } = catch_up;
+            let CatchUp { broadcast, cause, method, since, messages } = catch_up;
             let metrics = &services.metrics;
             metrics.catch_ups.with_label_values(&[cause.kind(), method.kind()]).inc();
             metrics.invalidations_sent.with_label_values(&[Why::CatchUp.kind()]).inc();
             let serializer = outbox.serializer();
             if let Some(frame) = serializer.encode_broadcast(&self.topic, &broadcast) {
-                context.send(frame);
+                // Who is too slow for this, too, is told the same later.
+                let replaceable = Replaceable { topic: self.topic_id(context), since };
+                let _ = outbox.push_all(iter::once(frame), None, Some(replaceable));
             }
             // A message that left in between may stand before this one, which would make the
             // client forget it: then once more, with its endpoints.
@@ -306,6 +303,19 @@ impl Channel {
                 break;
             }
         }
+    }
+
+    /// Tells a client that has fallen behind on the topic what has changed since; one that listens
+    /// to another is told nothing.
+    pub(crate) fn conflate(&self, context: Context<'_>, behind: Replaceable) {
+        if self.topic_id(context) == behind.topic && self.event.is_some() && self.is_subscribed() {
+            context.services.metrics.conflations.inc();
+            self.catch_up(context, Known::Behind(behind.since));
+        }
+    }
+
+    fn topic_id(&self, context: Context<'_>) -> TopicId {
+        context.services.hub.topic_id(&self.key)
     }
 
     /// Whether the database tells of the topic.

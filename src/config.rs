@@ -219,6 +219,9 @@ pub struct Limits {
     /// A write that takes longer ends the connection.
     #[serde(deserialize_with = "duration")]
     pub write_timeout: Duration,
+    /// The same where nothing waits but what one invalidation can take the place of.
+    #[serde(deserialize_with = "duration")]
+    pub merged_write_timeout: Duration,
 }
 
 /// The database link.
@@ -475,6 +478,7 @@ impl Config {
             ("limits.message_timeout", self.limits.message_timeout),
             ("limits.silence_timeout", self.limits.silence_timeout),
             ("limits.write_timeout", self.limits.write_timeout),
+            ("limits.merged_write_timeout", self.limits.merged_write_timeout),
             ("relay.heartbeat_interval", self.relay.heartbeat_interval),
             ("relay.heartbeat_timeout", self.relay.heartbeat_timeout),
             ("relay.connect_timeout", self.relay.connect_timeout),

@@ -26,9 +26,10 @@ use tokio_tungstenite::{
 
 use crate::{
     audit::Audit,
+    config::Limits,
     limits::{Metered, is_unfinished},
     metrics::Counted,
-    outbox::{Committed, Ended, Outbox},
+    outbox::{Committed, Drained, Ended, Outbox, Queued},
     protocol::message::Message,
     server::Services,
     socket::{Due, Socket},
@@ -165,7 +166,7 @@ type Received = Option<Result<Frame, WsError>>;
 /// What the loop can be woken by.
 enum Event {
     Received(Received),
-    Drained(Result<Option<Committed>, Ended>),
+    Drained(Result<Drained, Ended>),
     Due(Due),
     Tick,
 }
@@ -252,11 +253,15 @@ impl Connection {
                 () = &mut tick => Event::Tick,
             };
             let step = match event {
-                Event::Drained(Ok(_)) if batch.is_empty() => {
+                Event::Drained(Ok(Drained::Nudged)) => {
                     self.socket.review();
                     Ok(())
                 }
-                Event::Drained(Ok(committed)) => {
+                Event::Drained(Ok(Drained::Behind(replaceable))) => {
+                    self.socket.conflate(replaceable);
+                    Ok(())
+                }
+                Event::Drained(Ok(Drained::Frames(committed))) => {
                     if let Err(reason) = self.write(&mut batch, committed).await {
                         return reason;
                     }
@@ -346,27 +351,29 @@ impl Connection {
     /// Writes a batch, the oldest of which was committed then.
     async fn write(
         &mut self,
-        batch: &mut Vec<Frame>,
+        batch: &mut Vec<Queued>,
         committed: Option<Committed>,
     ) -> Result<(), CloseReason> {
         let metrics = &self.services.metrics;
         metrics.frames_out.inc_by(batch.len() as u64);
-        metrics.bytes_out.inc_by(batch.iter().map(Frame::len).sum::<usize>() as u64);
+        metrics.bytes_out.inc_by(batch.iter().map(|it| it.frame.len()).sum::<usize>() as u64);
+        let is_replaceable = batch.iter().all(|it| it.replaceable.is_some());
         let (websocket, mut is_stalled) = (&mut self.websocket, false);
         let written = {
             let mut write = pin!(async {
-                for frame in batch.drain(..) {
+                for Queued { frame, .. } in batch.drain(..) {
                     websocket.feed(frame).await?;
                 }
                 websocket.flush().await
             });
             // Nearly every write fits into the system's buffer: only one that does not needs a
-            // timer.
+            // timer, and room for it.
             match write.as_mut().now_or_never() {
-                Some(written) => Ok(written),
+                Some(written) => Some(written),
                 None => {
                     is_stalled = true;
-                    timeout(self.services.config.limits.write_timeout, write).await
+                    let limits = &self.services.config.limits;
+                    Box::pin(in_time(write, &self.outbox, limits, is_replaceable)).await
                 }
             }
         };
@@ -377,18 +384,21 @@ impl Connection {
         if batch.capacity() > BATCH_KEPT {
             *batch = Vec::new();
         }
-        match written {
-            Ok(Ok(())) => {
+        let result = match written {
+            Some(Ok(())) => {
                 if let Some(committed) = committed {
                     self.services.metrics.count_write(committed);
                 }
                 Ok(())
             }
-            Ok(Err(error)) => Err(broken(&error)),
-            Err(_elapsed) => {
-                Err(self.outbox.ended().map_or(CloseReason::WriteTimeout, CloseReason::from))
-            }
+            Some(Err(error)) => Err(broken(&error)),
+            None => Err(self.outbox.ended().map_or(CloseReason::WriteTimeout, CloseReason::from)),
+        };
+        if is_stalled && result.is_err() {
+            // What it has not read may have changed long before it was last heard of.
+            self.outbox.end(Ended::SlowConsumer);
         }
+        result
     }
 
     fn tick(&mut self) -> Result<(), CloseReason> {
@@ -409,6 +419,33 @@ impl Connection {
         let empty = self.socket.empty_since().map(|since| since + limits.no_channel_timeout);
         let tick = Instant::now() + self.socket.next_tick(limits.silence_timeout);
         tick.min(silence).min(empty.unwrap_or(silence))
+    }
+}
+
+/// What a write comes to that does not fit into the system's buffer; nothing if it takes too long.
+/// A client has longer as long as everything that waits for it is replaceable: then nobody misses
+/// anything by waiting, and to be closed makes old clients deaf.
+///
+/// The write is not dropped before it has ended, unless the connection is given up.
+async fn in_time<W: Future>(
+    mut write: Pin<&mut W>,
+    outbox: &Outbox,
+    limits: &Limits,
+    is_replaceable: bool,
+) -> Option<W::Output> {
+    let mut has_longer = is_replaceable;
+    let longest = if has_longer { limits.merged_write_timeout } else { limits.write_timeout };
+    let mut deadline = Instant::now() + longest;
+    loop {
+        tokio::select! {
+            biased;
+            written = write.as_mut() => return Some(written),
+            () = outbox.holds_up(), if has_longer => {
+                has_longer = false;
+                deadline = deadline.min(Instant::now() + limits.write_timeout);
+            }
+            () = sleep_until(deadline) => return None,
+        }
     }
 }
 

@@ -372,5 +372,5 @@ fn send(services: &Services, Heal { outbox, topics }: Heal) {
         })
     });
     // A full outbox closes its own connection.
-    let _ = outbox.push_all(frames, None);
+    let _ = outbox.push_all(frames, None, None);
 }

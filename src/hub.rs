@@ -8,6 +8,7 @@ use std::{
     array,
     collections::{HashMap, hash_map::RandomState},
     hash::BuildHasher,
+    slice,
     sync::{Arc, OnceLock, Weak},
 };
 
@@ -16,7 +17,7 @@ use slab::Slab;
 use tokio_tungstenite::tungstenite::Message as Frame;
 
 use crate::{
-    outbox::{Committed, Outbox},
+    outbox::{Committed, Outbox, Replaceable, Since, TopicId},
     protocol::{
         message::TOPIC_PREFIX,
         payload::Privacy,
@@ -64,6 +65,15 @@ impl std::ops::AddAssign for FannedOut {
     }
 }
 
+/// Whom a fan-out is for, and how.
+#[derive(Debug, Clone, Copy)]
+enum Push {
+    ToAll,
+    ToAllBut(usize),
+    /// To all, as far as they can keep up.
+    Replaceably(Replaceable),
+}
+
 /// A place among a topic's subscribers; dropping it unsubscribes.
 #[derive(Debug)]
 pub struct Subscription {
@@ -97,7 +107,27 @@ impl Hub {
         broadcasts: &[Broadcast],
         committed: Option<Committed>,
     ) -> FannedOut {
-        self.fan_out(key, broadcasts, committed, None).await
+        self.fan_out(key, broadcasts, committed, Push::ToAll).await
+    }
+
+    /// Pushes a message that an invalidation of all that has changed since then can take the place
+    /// of: who is too slow for it is told that instead.
+    pub async fn publish_replaceable(
+        &self,
+        key: &TopicKey,
+        broadcast: &Broadcast,
+        committed: Option<Committed>,
+        since: Since,
+    ) -> FannedOut {
+        let replaceable = Replaceable { topic: self.topic_id(key), since };
+        self.fan_out(key, slice::from_ref(broadcast), committed, Push::Replaceably(replaceable))
+            .await
+    }
+
+    /// The topic in a few bytes.
+    #[must_use]
+    pub fn topic_id(&self, key: &TopicKey) -> TopicId {
+        TopicId::of_hash(self.hasher.hash_one(key))
     }
 
     /// Subscribers of the topic.
@@ -119,13 +149,18 @@ impl Hub {
         key: &TopicKey,
         broadcasts: &[Broadcast],
         committed: Option<Committed>,
-        except: Option<usize>,
+        push: Push,
     ) -> FannedOut {
         let Some(subscribers) = self.shard(key).lock().get(key).map(Arc::clone) else {
             return FannedOut::default();
         };
         let topic = format!("{TOPIC_PREFIX}{}", key.sub_topic);
         let frames = Frames { topic: &topic, broadcasts, v1: OnceLock::new(), v2: OnceLock::new() };
+        let (except, replaceable) = match push {
+            Push::ToAll => (None, None),
+            Push::ToAllBut(slot) => (Some(slot), None),
+            Push::Replaceably(replaceable) => (None, Some(replaceable)),
+        };
         let (mut result, mut pushed) = (FannedOut::default(), 0);
         for (slot, outbox) in subscribers.iter() {
             if pushed >= PUSHES_PER_YIELD {
@@ -139,7 +174,8 @@ impl Hub {
             let frames = frames.get(outbox.serializer());
             pushed += frames.len();
             // A full outbox closes its own connection; the others must not notice.
-            result.deliveries += outbox.push_all(frames.iter().cloned(), committed).unwrap_or(0);
+            let queued = outbox.push_all(frames.iter().cloned(), committed, replaceable);
+            result.deliveries += queued.unwrap_or(0);
         }
         result
     }
@@ -154,7 +190,7 @@ impl Hub {
 impl Subscription {
     /// Pushes `broadcasts` to the topic's other subscribers.
     pub async fn publish_to_others(&self, broadcasts: &[Broadcast]) -> FannedOut {
-        self.hub.fan_out(&self.key, broadcasts, None, Some(self.slot)).await
+        self.hub.fan_out(&self.key, broadcasts, None, Push::ToAllBut(self.slot)).await
     }
 
     /// What it is subscribed to.
@@ -205,7 +241,10 @@ impl Frames<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{outbox::Backlogs, protocol::message::Json};
+    use crate::{
+        outbox::{Backlogs, Queued},
+        protocol::message::Json,
+    };
 
     fn key(sub_topic: &str) -> TopicKey {
         TopicKey { sub_topic: sub_topic.into(), privacy: Privacy::Public }
@@ -227,12 +266,8 @@ mod tests {
         assert_eq!(hub.publish(&key("other"), &broadcast, None).await, FannedOut::default());
         let mut batch = Vec::new();
         b.drain(&mut batch).await.unwrap();
-        assert_eq!(
-            batch,
-            [Frame::text(
-                r#"{"ref":null,"event":"broadcast","payload":{},"topic":"realtime:room"}"#
-            )]
-        );
+        let text = r#"{"ref":null,"event":"broadcast","payload":{},"topic":"realtime:room"}"#;
+        assert_eq!(batch, [Queued { frame: Frame::text(text), replaceable: None }]);
     }
 
     #[tokio::test]

@@ -10,6 +10,7 @@ mod told;
 
 use std::{
     collections::{BinaryHeap, HashMap},
+    iter, slice,
     sync::Arc,
     time::Duration,
 };
@@ -28,8 +29,9 @@ pub(crate) use self::{
     told::{Count, MINUTE, Told},
 };
 use crate::{
-    hub::FannedOut,
-    protocol::{message::TOPIC_PREFIX, serializer::Broadcast},
+    hub::{FannedOut, TopicKey},
+    outbox::Replaceable,
+    protocol::{message::TOPIC_PREFIX, payload::Privacy, serializer::Broadcast},
     relay::LinkError,
     server::Services,
     topic_rules::{Captures, Rule},
@@ -51,6 +53,8 @@ pub enum Cause {
     Returned,
     /// A client of which nothing is known.
     Unknown,
+    /// A client that has fallen too far behind.
+    SlowClient,
     /// A join before the event's LISTEN was active.
     LateListen,
     /// The first session of this process.
@@ -76,6 +80,7 @@ impl Cause {
             Self::Held,
             Self::Returned,
             Self::Unknown,
+            Self::SlowClient,
             Self::LateListen,
             Self::Start,
             Self::Restored,
@@ -103,6 +108,7 @@ impl Cause {
             Self::Held => "held",
             Self::Returned => "returned",
             Self::Unknown => "unknown",
+            Self::SlowClient => "slow_client",
             Self::LateListen => "late_listen",
             Self::Start => "start",
             Self::Link(kind) => kind,
@@ -225,7 +231,7 @@ impl Events {
                 return None;
             }
         }
-        let event = Arc::new(Event::new(rule, merge, captures));
+        let event = Arc::new(Event::new(rule, merge, captures, self.started));
         let held = Held { event: Arc::clone(&event), used: now, muted_until: None };
         state.events.insert(key, held);
         Some(event)
@@ -376,22 +382,26 @@ pub(crate) async fn flush(services: &Services) {
 }
 
 async fn send(services: &Services, event: &Event, outgoing: Outgoing) {
-    let (metrics, started) = (&services.metrics, Instant::now());
+    let (metrics, hub, started) = (&services.metrics, &services.hub, Instant::now());
     let mut fanned_out = FannedOut::default();
     for topic in event.topics() {
-        let broadcasts = std::slice::from_ref(&outgoing.broadcast);
-        fanned_out += services.hub.publish(topic, broadcasts, outgoing.committed).await;
+        let Outgoing { broadcast, committed, since, .. } = &outgoing;
+        fanned_out += match *since {
+            Some(since) => hub.publish_replaceable(topic, broadcast, *committed, since).await,
+            None => hub.publish(topic, slice::from_ref(broadcast), *committed).await,
+        };
     }
     let mut repeats = 0;
     let repeated = &metrics.invalidations_sent.with_label_values(&[Why::Repeat.kind()]);
-    for event::Repeat { outbox, sub_topic, broadcast } in event.repeats(&outgoing) {
+    for event::Repeat { outbox, sub_topic, broadcast, since } in event.repeats(&outgoing) {
         let topic = format!("{TOPIC_PREFIX}{sub_topic}");
         if let Some(frame) = outbox.serializer().encode_broadcast(&topic, &broadcast) {
+            let key = TopicKey { sub_topic, privacy: Privacy::Public };
+            let replaceable = since.map(|since| Replaceable { topic: hub.topic_id(&key), since });
             // A full outbox closes its own connection.
-            if outbox.push(frame).is_ok() {
-                repeated.inc();
-                repeats += 1;
-            }
+            let queued = outbox.push_all(iter::once(frame), None, replaceable).unwrap_or(0);
+            repeated.inc_by(queued as u64);
+            repeats += queued;
         }
     }
     let mut sent = outgoing.sent;

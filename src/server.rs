@@ -107,7 +107,7 @@ pub struct Services {
     /// Names this process among the gateways of its database.
     pub(crate) gateway: Uuid,
     /// How much may wait for a client.
-    pub(crate) backlogs: Arc<Backlogs>,
+    pub backlogs: Arc<Backlogs>,
     /// Open sockets, so that a drain finds them.
     pub(crate) sockets: Mutex<Slab<Arc<Outbox>>>,
     /// The sockets' tasks.

@@ -24,7 +24,7 @@ use crate::{
     lost_sockets::ClientKey,
     merge::Known,
     metrics::Dropped,
-    outbox::Outbox,
+    outbox::{Outbox, Replaceable},
     protocol::{
         error_code::{ErrorCode, Refusal, error_reply},
         message::{Message, Payload, Ref, TOPIC_PREFIX},
@@ -397,6 +397,23 @@ impl Socket {
             self.settle(&topic, fate);
         }
         self.note_expiry();
+    }
+
+    /// Tells the client what has changed on a topic whose messages it was too slow for.
+    pub fn conflate(&self, behind: Replaceable) {
+        for slot in self.channels.values() {
+            let channel = match slot {
+                Slot::Joined(channel) => Some(channel),
+                Slot::Waiting(waiting) => match &waiting.who {
+                    // It is still heard.
+                    Who::Joining(joining) => joining.replaced.as_ref(),
+                    Who::Channel(channel) => Some(channel),
+                },
+            };
+            if let Some(channel) = channel {
+                channel.conflate(self.context(), behind);
+            }
+        }
     }
 
     /// When the connection was upgraded.
@@ -774,13 +791,15 @@ impl Socket {
 impl Drop for Socket {
     fn drop(&mut self) {
         let lost = self.held.iter().filter(|(_, hold)| **hold == Hold::Asked);
+        let is_behind = self.outbox.is_behind();
         for (sub_topic, _) in lost {
             let heard = match self.channels.get(&*format!("{TOPIC_PREFIX}{sub_topic}")) {
                 Some(Slot::Joined(channel)) => channel.is_subscribed(),
                 Some(Slot::Waiting(_)) | None => false,
             };
-            // Nobody knows how long who was never answered had been away before.
-            let last_heard = heard.then_some(self.last_data);
+            // Nobody knows how long who was never answered had been away before, nor what of it has
+            // reached who was too slow.
+            let last_heard = (heard && !is_behind).then_some(self.last_data);
             self.services.lost_sockets.record(self.client, sub_topic, last_heard);
         }
     }

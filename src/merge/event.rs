@@ -24,7 +24,7 @@ use super::{
 use crate::{
     hub::{Subscription, TopicKey},
     limits::{Limiter, TokioClock},
-    outbox::{Committed, Departure, Outbox},
+    outbox::{Committed, Departure, Outbox, Since},
     protocol::{payload::Privacy, serializer::Broadcast},
     topic_rules::{Captures, EID, Merge, Rule},
 };
@@ -58,6 +58,8 @@ pub(crate) struct Event {
     resync: Endpoints,
     /// None where the rule's window is zero.
     window: Option<Limiter>,
+    /// When the server did.
+    started: Instant,
     state: Mutex<State>,
 }
 
@@ -65,7 +67,7 @@ pub(crate) struct Event {
 struct State {
     /// When each endpoint last changed; none for one that is only known to exist.
     endpoints: HashMap<Box<str>, Option<Instant>>,
-    /// What changed before this may not be noted.
+    /// What changed up to this may not be noted.
     forgotten: Option<Instant>,
     pending: Option<Pending>,
     /// What the whole event was sent within `carry`, by its own messages.
@@ -147,6 +149,8 @@ struct CaughtUp {
     life: Weak<()>,
     sub_topic: Arc<str>,
     endpoints: Arc<Endpoints>,
+    /// Not later than the first change of these.
+    since: Since,
 }
 
 /// How the database has notified an invalidation.
@@ -193,6 +197,8 @@ pub(crate) enum Known {
     Held,
     /// Its earlier socket held this topic and has missed nothing before.
     Since(Instant),
+    /// It reads so slowly that something was dropped.
+    Behind(Since),
     /// Nothing.
     Nothing,
 }
@@ -214,6 +220,8 @@ pub(crate) struct Outgoing {
     pub(crate) sent: Sent,
     /// The oldest of what it is made of.
     pub(crate) committed: Option<Committed>,
+    /// Not later than the first change that it tells of; none if nothing could take its place.
+    pub(crate) since: Option<Since>,
     /// How long its window has made it wait, if it has.
     pub(crate) waited: Option<Duration>,
 }
@@ -225,6 +233,7 @@ pub(crate) struct Repeat {
     pub(crate) outbox: Arc<Outbox>,
     pub(crate) sub_topic: Arc<str>,
     pub(crate) broadcast: Broadcast,
+    pub(crate) since: Option<Since>,
 }
 
 /// A message to one client that has joined.
@@ -233,6 +242,7 @@ pub(crate) struct CatchUp {
     pub(crate) broadcast: Broadcast,
     pub(crate) cause: Cause,
     pub(crate) method: Method,
+    pub(crate) since: Since,
     /// How many messages the whole event had been sent.
     pub(crate) messages: u64,
 }
@@ -257,7 +267,12 @@ pub(crate) struct Summary {
 
 impl Event {
     /// An event of which nothing is known.
-    pub(crate) fn new(rule: &Arc<Rule>, merge: &Merge, captures: &Captures) -> Self {
+    pub(crate) fn new(
+        rule: &Arc<Rule>,
+        merge: &Merge,
+        captures: &Captures,
+        started: Instant,
+    ) -> Self {
         let key =
             |sub_topic: String| TopicKey { sub_topic: sub_topic.into(), privacy: Privacy::Public };
         let quota = Quota::with_period(merge.window).map(|it| it.allow_burst(NonZeroU32::MIN));
@@ -269,6 +284,7 @@ impl Event {
             window: quota.map(|quota| RateLimiter::direct_with_clock(quota, TokioClock)),
             merge: merge.clone(),
             rule: Arc::clone(rule),
+            started,
             state: Mutex::default(),
         }
     }
@@ -441,7 +457,7 @@ impl Event {
         let mut broadcasts: Vec<(&Endpoints, Broadcast)> = Vec::new();
         let mut repeats = Vec::new();
         // Each client is in the list once, so one stamp does for all.
-        for CaughtUp { outbox, life, sub_topic, endpoints, .. } in &state.caught_up {
+        for CaughtUp { outbox, life, sub_topic, endpoints, since, .. } in &state.caught_up {
             let is_needed = life.strong_count() > 0 && !endpoints.is_subset(message);
             let Some(outbox) = outbox.upgrade().filter(|_| is_needed) else {
                 continue;
@@ -454,7 +470,8 @@ impl Event {
                 broadcasts.len() - 1
             });
             let broadcast = broadcasts[place].1.clone();
-            repeats.push(Repeat { outbox, sub_topic: Arc::clone(sub_topic), broadcast });
+            let since = outgoing.since.map(|it| it.min(*since));
+            repeats.push(Repeat { outbox, sub_topic: Arc::clone(sub_topic), broadcast, since });
         }
         repeats
     }
@@ -495,17 +512,20 @@ impl Event {
             Known::Fresh => (Cause::Fresh, now.checked_sub(FRESH)),
             Known::Held => (Cause::Held, now.checked_sub(FRESH)),
             Known::Since(since) => (Cause::Returned, Some(since)),
+            Known::Behind(since) => (Cause::SlowClient, since.moment(self.started)),
             Known::Nothing => (Cause::Unknown, None),
         };
         let mut state = self.state.lock();
         let reaches = |since: &Instant| {
             covered_since.is_some_and(|covered| covered <= *since)
-                && state.forgotten.is_none_or(|forgotten| forgotten <= *since)
+                && state.forgotten.is_none_or(|forgotten| forgotten < *since)
         };
-        let (mut endpoints, method) = match since.filter(reaches) {
+        let since = since.filter(reaches);
+        let (mut endpoints, method) = match since {
             Some(since) => (state.changed_since(since), Method::Exact),
             None => (self.complete(&state), Method::Complete),
         };
+        let since = since.map_or(Since::EVER, |it| Since::at(it, self.started));
         if endpoints.is_empty() {
             return None;
         }
@@ -531,8 +551,9 @@ impl Event {
             life: subscription.life(),
             sub_topic: Arc::clone(sub_topic),
             endpoints,
+            since,
         });
-        Some(CatchUp { broadcast, cause, method, messages: state.messages })
+        Some(CatchUp { broadcast, cause, method, since, messages: state.messages })
     }
 
     /// How many messages the whole event was sent.
@@ -582,6 +603,9 @@ impl Event {
 
     fn compose(&self, state: &mut State, pending: Pending, now: Instant) -> Outgoing {
         let is_complete = pending.is_complete;
+        // What is not noted could not be told afterwards.
+        let is_noted = state.forgotten.is_none() && (is_complete || !pending.endpoints.is_empty());
+        let since = is_noted.then(|| Since::at(pending.first, self.started));
         let own = if is_complete { self.complete(state) } else { pending.endpoints };
         state.forget_carried(now, self.merge.carry);
         let mut endpoints = own.clone();
@@ -626,7 +650,7 @@ impl Event {
             Some(newest) if is_as_it_came => newest.broadcast.clone(),
             newest => self.write(newest.as_ref(), &sent, &sent.endpoints, state.next_stamp()),
         };
-        Outgoing { broadcast, newest: pending.newest, sent, committed, waited }
+        Outgoing { broadcast, newest: pending.newest, sent, committed, waited, since }
     }
 
     /// The newest message, or a catch-up where there is none, with these endpoints.
@@ -779,7 +803,7 @@ mod tests {
         let mut merge = rule.merge.clone().unwrap();
         assert_eq!((merge.window, merge.carry), (WINDOW, CARRY));
         change(&mut merge);
-        Event::new(&rule, &merge, &[(EID.into(), "AB3028".into())].into())
+        Event::new(&rule, &merge, &[(EID.into(), "AB3028".into())].into(), Instant::now())
     }
 
     fn user(payload: &str) -> Broadcast {
@@ -1652,5 +1676,79 @@ mod tests {
                 .unwrap();
             runtime.block_on(play(steps));
         }
+    }
+
+    /// An event whose server has run for ten seconds, and that time.
+    async fn event_of_a_running_server() -> (Event, Instant) {
+        let (event, started) = (event(), Instant::now());
+        advance(Duration::from_secs(10)).await;
+        (event, started)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_takes_a_messages_place_reaches_back_to_its_first_change() {
+        let (event, started) = event_of_a_running_server().await;
+        event.tell(&["/before"]);
+        assert_eq!(event.sends().await.outgoing.since, Some(Since::at(Instant::now(), started)));
+        advance(Duration::from_secs(10)).await;
+        let first_change = Instant::now();
+        event.mute(Some(first_change + Duration::from_secs(3600)));
+        event.tell(&["/a"]);
+        advance(Duration::from_secs(60)).await;
+        event.tell(&["/b"]);
+        let out = event.sends().await;
+        assert_eq!(out.endpoints(), ["/a", "/b"]);
+        let since = out.outgoing.since.unwrap();
+        assert_eq!(since, Since::at(first_change, started));
+        advance(Duration::from_secs(60)).await;
+        let (viewer, catch_up) = event.join(Known::Behind(since), Some(started));
+        let CatchUp { broadcast, cause, method, since: again, .. } = catch_up.unwrap();
+        assert_eq!((cause, method), (Cause::SlowClient, Method::Exact));
+        assert_eq!((listed(&broadcast), again), (vec!["/a".to_owned(), "/b".to_owned()], since));
+        // What was not heard, or is of ever, is told as a whole.
+        for (since, covered_since) in [(since, Instant::now()), (Since::EVER, started)] {
+            let catch_up = viewer.join(&event, Known::Behind(since), Some(covered_since)).unwrap();
+            assert_eq!((catch_up.method, catch_up.since), (Method::Complete, Since::EVER));
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_message_to_who_was_just_caught_up_reaches_back_as_far_as_the_catch_up() {
+        let (event, started) = event_of_a_running_server().await;
+        event.tell(&["/a"]);
+        event.sends().await;
+        let a = Since::at(Instant::now() - SETTLE, started);
+        advance(2 * CARRY).await;
+        let (_fresh, caught_up) = event.join(Known::Fresh, Some(started));
+        let (_unknown, complete) = event.join(Known::Nothing, None);
+        let asked =
+            Instant::now().checked_sub(FRESH).map_or(Since::EVER, |it| Since::at(it, started));
+        assert!(asked <= a, "what it is told of has changed since");
+        assert_eq!((caught_up.unwrap().since, complete.unwrap().since), (asked, Since::EVER));
+        event.tell(&["/b"]);
+        let out = event.sends().await;
+        let repeated: Vec<_> = out.repeats.iter().map(|it| it.since).collect();
+        assert_eq!(repeated, [Some(asked), Some(Since::EVER)]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn nothing_takes_the_place_of_what_could_not_be_told_afterwards() {
+        let (event, started) = event_of_a_running_server().await;
+        // It names nothing.
+        event.tell(&[]);
+        assert_eq!(event.sends().await.outgoing.since, None);
+        let texts: Vec<_> = (0..ENDPOINTS_MAX).map(|number| format!("/{number}")).collect();
+        for part in texts.chunks(ENDPOINTS_MAX / 4) {
+            event.tell(&part.iter().map(String::as_str).collect::<Vec<_>>());
+        }
+        let since = event.sends().await.outgoing.since;
+        assert!(since.is_some());
+        // It is not remembered.
+        advance(CARRY).await;
+        event.tell(&["/one/too/many"]);
+        let forgotten = Since::at(Instant::now(), started);
+        assert_eq!(event.sends().await.outgoing.since, None);
+        let (_viewer, catch_up) = event.join(Known::Behind(forgotten), Some(started));
+        assert_eq!(catch_up.unwrap().method, Method::Complete);
     }
 }

@@ -384,7 +384,7 @@ impl Peer {
                     }
                 };
                 match timeout(DEADLINE, next).await {
-                    Ok(None) => received.extend(batch),
+                    Ok(None) => received.extend(batch.into_iter().map(|it| it.frame)),
                     Ok(Some(due)) => socket.answer(due).await,
                     Err(_elapsed) => panic!("{at}: nothing arrives"),
                 }

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use tidegate::{
     auth::{jwt::unix_now, secret::Secret},
     hub::TopicKey,
-    outbox::{Backlogs, Outbox},
+    outbox::{Backlogs, Outbox, Queued},
     protocol::{
         message::Json,
         payload::Privacy,
@@ -114,7 +114,8 @@ async fn the_reply_precedes_every_broadcast_however_many_are_sent() {
         socket.handle([Serializer::V2.decode(frame).unwrap()]).await;
         let mut batch = Vec::new();
         outbox.drain(&mut batch).await.unwrap();
-        early = batch.into_iter().next().filter(|it| !it.to_text().unwrap().contains("phx_reply"));
+        let first = batch.into_iter().next().map(|it| it.frame);
+        early = first.filter(|it| !it.to_text().unwrap().contains("phx_reply"));
         if early.is_some() {
             break;
         }
@@ -490,7 +491,7 @@ async fn who_joins_during_a_drain_is_told_that_the_server_restarts() {
     socket.answer(due).await;
     let mut batch = Vec::new();
     outbox.drain(&mut batch).await.unwrap();
-    let [Frame::Text(text)] = batch.as_slice() else { panic!("{batch:?}") };
+    let [Queued { frame: Frame::Text(text), .. }] = batch.as_slice() else { panic!("{batch:?}") };
     let reason = "RealtimeRestarting: Realtime is restarting, please standby";
     let expected = refused("1", "realtime:room", reason);
     assert_eq!(serde_json::from_str::<Value>(text).unwrap(), expected);

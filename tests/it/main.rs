@@ -45,6 +45,7 @@ mod reload;
 mod revocation;
 mod secrets;
 mod security;
+mod slow_consumer;
 mod support;
 mod survey;
 mod tidy;

@@ -9,7 +9,7 @@ use tidegate::{
     config::Config,
     db,
     lost_sockets::ClientKey,
-    outbox::{Backlogs, Outbox},
+    outbox::{Backlogs, Drained, Outbox},
     protocol::serializer::Serializer::V1,
     server::Services,
     socket::Socket,
@@ -59,8 +59,18 @@ impl Page {
 
     /// Opens a socket with this token.
     pub(crate) fn with_token(services: &Arc<Services>, client: ClientKey, token: &str) -> Self {
+        Self::reading(services, client, token, 1 << 20)
+    }
+
+    /// Opens a socket with the anon key, for which only so many bytes may wait. It reads when it is
+    /// looked at, and not before.
+    pub(crate) fn slow(services: &Arc<Services>, client: ClientKey, bytes_max: usize) -> Self {
+        Self::reading(services, client, &token::of_role("anon"), bytes_max)
+    }
+
+    fn reading(services: &Arc<Services>, client: ClientKey, token: &str, bytes_max: usize) -> Self {
         let token = services.verifier.verify(token, unix_now()).unwrap();
-        let outbox = Arc::new(Outbox::new(V1, &Backlogs::of_at_most(1 << 20)));
+        let outbox = Arc::new(Outbox::new(V1, &Backlogs::of_at_most(bytes_max)));
         let socket =
             Socket::new(Arc::clone(services), Arc::clone(&outbox), token, client, client::caller());
         Self { socket, outbox, arrived: VecDeque::new(), opened: Instant::now() }
@@ -128,10 +138,11 @@ impl Page {
             let tick = Instant::now() + self.socket.next_tick(TICK_MAX);
             tokio::select! {
                 biased;
-                drained = self.outbox.drain(&mut batch) => {
-                    drained.unwrap();
-                    self.arrived.extend(batch);
-                }
+                drained = self.outbox.drain(&mut batch) => match drained.unwrap() {
+                    Drained::Frames(_) => self.arrived.extend(batch.into_iter().map(|it| it.frame)),
+                    Drained::Behind(replaceable) => self.socket.conflate(replaceable),
+                    Drained::Nudged => self.socket.review(),
+                },
                 due = self.socket.due() => self.socket.answer(due).await,
                 () = sleep_until(tick) => self.socket.tick(),
                 () = sleep_until(until) => return None,
