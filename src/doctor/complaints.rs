@@ -82,7 +82,7 @@ fn none(report: &Report<'_>, database: &Database, gateway: &Gateway) -> Seen {
     if !silent.is_empty() {
         return Seen::warning(
             format!("since the gateway started, no notification tells of {}", silent.join(", ")),
-            "see trigger-failures; writes that were rolled back, and rows without an event, tell nobody",
+            "see trigger-failures; writes that were rolled back, and rows without an event, tell nobody; Postgres counts late, so if the gateway has just started, look again in a minute",
         );
     }
     let heard =
