@@ -52,9 +52,9 @@ const LIFETIME_BUCKETS: [f64; 9] =
 const WINDOW_BUCKETS: [f64; 15] =
     [0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.25, 3.5, 4.0, 5.0, 10.0];
 /// From a commit to a socket: latencies of what left at once, and the window of what waited.
-const WRITE_BUCKETS: [f64; 20] = [
-    0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0,
-    3.25, 3.5, 4.0, 5.0, 10.0,
+const WRITE_BUCKETS: [f64; 21] = [
+    0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 1.5, 2.0,
+    2.5, 3.0, 3.25, 3.5, 4.0, 5.0, 10.0,
 ];
 /// Receivers of one fan-out.
 const RECEIVERS_BUCKETS: [f64; 11] =
