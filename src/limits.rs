@@ -20,7 +20,7 @@ use tokio::time::{Instant, sleep};
 
 pub use self::{addresses::Address, origins::Origin};
 pub(crate) use self::{
-    addresses::{Addresses, client_ip},
+    addresses::{Addresses, client_ip, is_trusted},
     metered::{Metered, is_unfinished},
     origins::Origins,
 };

@@ -218,14 +218,19 @@ impl Rule {
     /// which are one event, `sub_topic` first; of any other itself.
     #[must_use]
     pub fn topics(&self, sub_topic: &str, captures: &Captures) -> Vec<TopicKey> {
-        let key =
-            |sub_topic: &str| TopicKey { sub_topic: sub_topic.into(), privacy: Privacy::Public };
-        let spellings = if self.listen.is_some() { &*self.pattern } else { &[] };
-        let others = spellings
-            .iter()
-            .map(|pattern| pattern.fill(captures))
-            .filter(|spelling| spelling != sub_topic);
-        std::iter::once(key(sub_topic)).chain(others.map(|spelling| key(&spelling))).collect()
+        let mut topics = vec![TopicKey { sub_topic: sub_topic.into(), privacy: Privacy::Public }];
+        if self.listen.is_some() {
+            topics.extend(self.spellings(captures).filter(|it| *it.sub_topic != *sub_topic));
+        }
+        topics
+    }
+
+    /// The public topics that spell these captures, one for each pattern.
+    pub fn spellings(&self, captures: &Captures) -> impl Iterator<Item = TopicKey> {
+        self.pattern.iter().map(|pattern| TopicKey {
+            sub_topic: pattern.fill(captures).into(),
+            privacy: Privacy::Public,
+        })
     }
 
     /// What is wrong with the rule itself; empty if nothing is.

@@ -19,6 +19,7 @@ use super::Refused;
 use crate::{
     audit::Caller,
     http::{Answer, object},
+    limits::is_trusted,
 };
 
 /// So many visits are remembered.
@@ -59,13 +60,13 @@ impl Visits {
     ) {
         let nonce = user_agent.strip_prefix(PREFIX).and_then(|it| Uuid::try_parse(it).ok());
         let Some(nonce) = nonce else { return };
-        let is_trusted = trusted.iter().any(|network| network.contains(&peer.ip().to_canonical()));
+        let peer = SocketAddr::new(peer.ip().to_canonical(), peer.port());
+        let is_trusted = is_trusted(peer.ip(), trusted);
         let forwarded = match (headers.contains_key("x-forwarded-for"), is_trusted) {
             (true, true) => "believed",
             (true, false) => "ignored",
             (false, _) => "none",
         };
-        let peer = SocketAddr::new(peer.ip().to_canonical(), peer.port());
         let mut visits = self.0.lock();
         if visits.len() == VISITS_MAX {
             visits.pop_front();

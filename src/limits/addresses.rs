@@ -50,13 +50,18 @@ pub(crate) fn client_ip(peer: IpAddr, headers: &HeaderMap, trusted: &[IpNet]) ->
     // Several headers are one list. What is not text is an entry that is no address.
     let values = headers.get_all("x-forwarded-for").iter().rev();
     for entry in values.flat_map(|value| value.to_str().unwrap_or_default().rsplit(',')) {
-        if !trusted.iter().any(|network| network.contains(&client)) {
+        if !is_trusted(client, trusted) {
             break;
         }
         let Some(named) = forwarded(entry.trim()) else { break };
         client = named;
     }
     client
+}
+
+/// Whether a proxy of these networks speaks from there.
+pub(crate) fn is_trusted(address: IpAddr, trusted: &[IpNet]) -> bool {
+    trusted.iter().any(|network| network.contains(&address))
 }
 
 /// `192.0.2.1`, `192.0.2.1:80`, `2001:db8::1`, `[2001:db8::1]`, `[2001:db8::1]:80`.

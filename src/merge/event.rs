@@ -25,7 +25,7 @@ use crate::{
     hub::{Subscription, TopicKey},
     limits::{Limiter, TokioClock},
     outbox::{Committed, Departure, Outbox, Since},
-    protocol::{payload::Privacy, serializer::Broadcast},
+    protocol::serializer::Broadcast,
     topic_rules::{Captures, EID, Merge, Rule},
 };
 
@@ -273,13 +273,11 @@ impl Event {
         captures: &Captures,
         started: Instant,
     ) -> Self {
-        let key =
-            |sub_topic: String| TopicKey { sub_topic: sub_topic.into(), privacy: Privacy::Public };
         let quota = Quota::with_period(merge.window).map(|it| it.allow_burst(NonZeroU32::MIN));
         Self {
             eid: captures.get(EID).cloned().unwrap_or_default(),
             channel: rule.listen.as_ref().map_or_else(String::new, |it| it.fill(captures)).into(),
-            topics: rule.pattern.iter().map(|pattern| key(pattern.fill(captures))).collect(),
+            topics: rule.spellings(captures).collect(),
             resync: rule.resync.iter().map(|pattern| pattern.fill(captures).into()).collect(),
             window: quota.map(|quota| RateLimiter::direct_with_clock(quota, TokioClock)),
             merge: merge.clone(),

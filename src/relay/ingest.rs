@@ -207,9 +207,7 @@ fn committed(metrics: &Metrics, payload: &str, received: Instant) -> Option<Inst
 /// Whether somebody here has joined the event, under any spelling of any rule that merges.
 fn has_viewers(services: &Services, eid: &str) -> bool {
     services.rules().merged(eid).any(|(rule, captures)| {
-        let first = rule.pattern.first().map(|pattern| pattern.fill(&captures));
-        let topics = first.map(|first| rule.topics(&first, &captures)).unwrap_or_default();
-        topics.iter().any(|topic| services.hub.subscriber_count(topic) > 0)
+        rule.spellings(&captures).any(|topic| services.hub.subscriber_count(&topic) > 0)
     })
 }
 
