@@ -39,31 +39,26 @@
 //! payload never re-serialised; nobody waits for a slow client; what is dropped, refused or closed
 //! has a named reason and a counter.
 
+pub mod access;
 pub mod admin;
-pub mod audit;
 pub mod auth;
-pub mod authorization;
 pub mod bench;
-mod channel;
-pub mod config;
-pub mod connection;
+pub mod cli;
 pub mod db;
 pub mod demo;
-pub mod deployed;
 pub mod doctor;
-pub mod explain;
-mod healing;
 pub mod http;
 pub mod hub;
+pub mod invalidation;
 pub mod limits;
-pub mod lost_sockets;
-pub mod merge;
 pub mod metrics;
-pub mod outbox;
+pub mod policies;
 pub mod protocol;
+pub mod recovery;
 pub mod relay;
-pub mod reload;
-mod rest;
+pub mod secret;
 pub mod server;
 pub mod socket;
-pub mod topic_rules;
+pub mod telemetry;
+mod upkeep;
+mod wire_client;

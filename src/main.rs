@@ -13,16 +13,19 @@ use std::{
 
 use clap::{Parser, Subcommand};
 use tidegate::{
-    admin::command::{self, CommandError},
-    audit::{self, AuditLog},
-    auth::{revocations::By, secret::Secret, sign::sign_role},
+    admin::client::{self, CommandError},
+    auth::{revocations::By, sign::sign_role},
     bench,
-    config::{Config, Effective},
+    cli::explain::explain,
     db, demo,
     doctor::{self, DoctorError},
-    explain::explain,
     protocol::payload::Privacy,
-    server::{Server, forbid_core_files, raise_file_limit},
+    secret::Secret,
+    server::{
+        Server, forbid_core_files, raise_file_limit,
+        settings::{Config, Effective},
+    },
+    telemetry::audit::{self, AuditLog},
 };
 use tokio::{
     runtime::Builder,
@@ -200,16 +203,16 @@ async fn run(cli: Cli) -> Result<u8, Failure> {
         }
         Command::Invalidate { eid, endpoint } => {
             let (config, _) = settings()?;
-            let asked = command::invalidate(&config, &eid, endpoint.as_deref()).await;
+            let asked = client::invalidate(&config, &eid, endpoint.as_deref()).await;
             println!("{}", asked.map_err(unasked)?);
         }
         Command::Mute { eid, length } => {
             let (config, _) = settings()?;
-            println!("{}", command::mute(&config, &eid, length).await.map_err(unasked)?);
+            println!("{}", client::mute(&config, &eid, length).await.map_err(unasked)?);
         }
         Command::Revoke { claim, value, length } => {
             let (config, _) = settings()?;
-            let asked = command::revoke(&config, claim, &value, length).await;
+            let asked = client::revoke(&config, claim, &value, length).await;
             println!("{}", asked.map_err(unasked)?);
         }
         Command::Config { topic: Some(topic), token, private, .. } => {

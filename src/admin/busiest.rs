@@ -12,9 +12,9 @@ use std::{
 };
 
 use crate::{
-    merge::Tally,
+    access::rule::NOTIFY_CHANNEL_BYTES_MAX,
+    invalidation::Tally,
     metrics::{Metrics, OTHER_EVENTS},
-    topic_rules::NOTIFY_CHANNEL_BYTES_MAX,
 };
 
 /// Who has a place.

@@ -26,7 +26,7 @@ use super::{Refused, body, fields};
 use crate::{
     db,
     http::{Answer, Ask, content, object},
-    merge::{
+    invalidation::{
         self, Cause, Count, ENDPOINT_BYTES_MAX, Endpoints, Event, Heard, MINUTE, Method, Sent,
         Summary, Told,
     },
@@ -137,7 +137,7 @@ pub(super) async fn invalidate(
     let mut viewers = 0;
     for event in &events {
         viewers += viewer_count(services, event);
-        merge::offer_gap(services, event, Cause::Operator, missed.as_ref(), Instant::now());
+        invalidation::offer_gap(services, event, Cause::Operator, missed.as_ref(), Instant::now());
     }
     tracing::info!(eid, endpoint, viewers, "an operator has invalidated for this gateway");
     let what = endpoint.as_deref().unwrap_or("everything of the event");

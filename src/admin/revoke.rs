@@ -12,7 +12,6 @@ use tokio::time::timeout;
 
 use super::{Refused, body, fields};
 use crate::{
-    audit::{Audit, Caller},
     auth::{
         jwt::unix_now,
         revocations::{By, Full, Revocation, Stored, VALUE_BYTES_MAX},
@@ -20,6 +19,7 @@ use crate::{
     db,
     http::{Answer, Ask, object},
     server::Services,
+    telemetry::audit::{Audit, Caller},
 };
 
 /// Longest revocation: ten years, as long as an anon key lives.

@@ -34,10 +34,14 @@ use tokio_rustls::{
 };
 
 use super::{
+    authenticator::Verifier,
     keys::{DocumentError, Origin, Published},
-    verifier::Verifier,
 };
-use crate::{config::Jwks, metrics::Metrics, relay::ingest::unix_seconds, server::Services};
+use crate::{
+    metrics::Metrics,
+    relay::ingest::unix_seconds,
+    server::{Services, settings::Jwks},
+};
 
 /// Between two looks at the file.
 const LOOK_INTERVAL: Duration = Duration::from_secs(2);

@@ -14,8 +14,8 @@ use serde_json::{Map, Value};
 use super::{
     json,
     jwt::{Header, TokenError},
-    secret::Secret,
 };
+use crate::secret::Secret;
 
 /// Most keys of a document.
 const KEYS_MAX: usize = 64;

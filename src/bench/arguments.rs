@@ -8,7 +8,8 @@ use std::{
 
 use clap::{Args, ValueEnum};
 
-use super::{BenchError, FILES_BESIDES, TOPIC_PREFIX, message::Vsn};
+use super::{BenchError, FILES_BESIDES, TOPIC_PREFIX};
+use crate::wire_client::message::Vsn;
 
 /// Puts a load of viewers on any server of this protocol and measures it.
 ///

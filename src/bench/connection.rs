@@ -22,11 +22,10 @@ use tokio::{
 };
 use tokio_tungstenite::tungstenite::handshake::{client::generate_key, derive_accept_key};
 
-use super::{
-    Load,
+use super::{Load, tally::Failure};
+use crate::wire_client::{
     frame::{Frame, FrameReader, push_pong},
     message::{Event, Join, merged_count},
-    tally::Failure,
 };
 
 /// As realtime-js since 2.11.8.

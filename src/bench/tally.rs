@@ -19,7 +19,8 @@ use tokio::{
     time::{Instant, timeout},
 };
 
-use super::{frame::FrameError, latency::Latencies, message::Stamps};
+use super::latency::Latencies;
+use crate::wire_client::{frame::FrameError, message::Stamps};
 
 /// Most kinds of failure that are told apart; the rest is `other`.
 const FAILURE_KINDS_MAX: usize = 64;

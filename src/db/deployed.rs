@@ -1,223 +1,351 @@
-//! What the database has of ours, and what it counts: statements that only read.
+//! What this version's migrations make, and whether the database has it: a trigger for every
+//! operation on every table, the functions to the letter, the migrations.
 //!
-//! Invariant: the gateway's own role may run them all, and of the application's tables they read
-//! what catalogs and statistics say.
+//! Invariants: the functions are read from the embedded SQL itself, so that there is no second list
+//! of them; a look reads catalogs, statistics and `tidegate.migrations`, for which the gateway's own
+//! role suffices, and waits for no lock on a table.
 
-use std::time::Duration;
+use std::fmt;
 
-use sqlx::{PgConnection, PgPool, Postgres, Row, Transaction, postgres::types::Oid};
+use sqlx::{PgConnection, postgres::types::Oid};
 
-/// A transaction that reads, each of whose statements may take `limit` and wait for no lock longer.
-pub(crate) async fn begin_reading(
-    pool: &PgPool,
-    limit: Duration,
-) -> Result<Transaction<'static, Postgres>, sqlx::Error> {
-    let mut transaction = pool.begin().await?;
-    sqlx::query(
-        "SELECT set_config('transaction_read_only', 'on', true),
-            set_config('statement_timeout', $1, true), set_config('lock_timeout', $1, true)",
-    )
-    .bind(limit.as_millis().max(1).to_string())
-    .execute(&mut *transaction)
-    .await?;
-    Ok(transaction)
+use crate::db;
+
+/// What writes do to a row.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Operation {
+    /// INSERT.
+    Insert,
+    /// UPDATE.
+    Update,
+    /// DELETE.
+    Delete,
 }
 
-/// The server as it runs.
-#[derive(Debug)]
-pub(crate) struct Server {
-    /// Tells this run of this database from any other, and the statistics from those after a reset.
-    pub(crate) run: String,
-    /// How full the queue of notifications is, from 0 to 1.
-    pub(crate) notify_queue: f64,
+impl Operation {
+    /// The metric's label, and the word of SQL.
+    #[must_use]
+    pub fn kind(self) -> &'static str {
+        match self {
+            Self::Insert => "INSERT",
+            Self::Update => "UPDATE",
+            Self::Delete => "DELETE",
+        }
+    }
+
+    /// Its bit in `pg_trigger.tgtype`.
+    fn bit(self) -> i32 {
+        match self {
+            Self::Insert => 4,
+            Self::Delete => 8,
+            Self::Update => 16,
+        }
+    }
 }
 
-/// Which server this is, and how it fares.
-pub(crate) async fn server(session: &mut PgConnection) -> Result<Server, sqlx::Error> {
-    let row = sqlx::query(
-        "SELECT concat_ws(' ', d.oid, pg_postmaster_start_time(), pg_stat_get_db_stat_reset_time(d.oid)),
-            pg_notification_queue_usage()
-        FROM pg_database d WHERE d.datname = current_database()",
-    )
-    .fetch_one(session)
-    .await?;
-    Ok(Server { run: row.try_get(0)?, notify_queue: row.try_get(1)? })
+/// A trigger that the system file makes if its table exists.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Trigger {
+    /// In schema `public`.
+    pub table: &'static str,
+    /// What it is called.
+    pub name: &'static str,
+    /// Which writes it tells of.
+    pub operations: &'static [Operation],
 }
 
-/// What triggers have written down.
-#[derive(Debug)]
-pub(crate) struct Recorded {
-    /// What this has counted, as `pg_snapshot` writes it.
-    pub(crate) seen: String,
-    /// New rows of the history, by the table that caused them.
-    pub(crate) history: Vec<(Option<String>, u64)>,
-    /// New failures.
-    pub(crate) failures: u64,
-    /// When the oldest row of the history was written, seconds since 1970.
-    pub(crate) oldest: Option<f64>,
+const WRITTEN: &[Operation] = &[Operation::Insert, Operation::Update];
+const ALL: &[Operation] = &[Operation::Insert, Operation::Update, Operation::Delete];
+const UPDATED: &[Operation] = &[Operation::Update];
+
+/// Every trigger of the system file.
+pub const TRIGGERS: [Trigger; 9] = [
+    trigger("art", "cache_invalidate_art_trigger", WRITTEN),
+    trigger("votes", "cache_invalidate_votes_trigger", ALL),
+    trigger("bids", "cache_invalidate_bids_trigger", WRITTEN),
+    trigger("art_media", "cache_invalidate_media_trigger", ALL),
+    trigger("event_artists", "cache_invalidate_event_artists_trigger", ALL),
+    trigger("round_contestants", "cache_invalidate_round_contestants_trigger", ALL),
+    trigger("artwork_offers", "cache_invalidate_artwork_offers_trigger", ALL),
+    trigger("payment_processing", "cache_invalidate_payment_processing_trigger", UPDATED),
+    trigger("events", "cache_invalidate_events_trigger", UPDATED),
+];
+
+const fn trigger(
+    table: &'static str,
+    name: &'static str,
+    operations: &'static [Operation],
+) -> Trigger {
+    Trigger { table, name, operations }
 }
 
-/// What triggers have written down that `since` had not seen, as `pg_snapshot` writes it: each row
-/// once, whatever the order of ids and commits; nothing if there is no `since`.
-pub(crate) async fn recorded(
-    session: &mut PgConnection,
-    since: Option<&str>,
-) -> Result<Recorded, sqlx::Error> {
-    let rows = sqlx::query(
-        "SELECT pg_current_snapshot()::text, h.table_name, count(h.id),
-            (SELECT count(*) FROM tidegate.trigger_failures f
-                WHERE f.xact >= pg_snapshot_xmin($1::pg_snapshot)
-                    AND NOT pg_visible_in_snapshot(f.xact, $1::pg_snapshot)),
-            (SELECT extract(epoch FROM min(at))::float8 FROM tidegate.broadcast_history)
-        FROM (VALUES (1)) AS always LEFT JOIN tidegate.broadcast_history h
-            ON h.xact >= pg_snapshot_xmin($1::pg_snapshot)
-                AND NOT pg_visible_in_snapshot(h.xact, $1::pg_snapshot)
-        GROUP BY h.table_name",
-    )
-    .bind(since)
-    .fetch_all(session)
-    .await?;
-    let first = rows.first().ok_or(sqlx::Error::RowNotFound)?;
-    let count = |row: &sqlx::postgres::PgRow, index: usize| {
-        Ok::<_, sqlx::Error>(u64::try_from(row.try_get::<i64, _>(index)?).unwrap_or(0))
+/// A function as the migrations define it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Function {
+    /// With its schema: `tidegate.publish`.
+    pub name: &'static str,
+    /// The types of its arguments, as Postgres prints them: `text, text, jsonb`.
+    arguments: String,
+    /// As `pg_proc.prosrc` has it.
+    body: &'static str,
+    is_definer: bool,
+    /// As `pg_proc.proconfig` has it: `search_path=""`.
+    settings: Vec<String>,
+}
+
+impl Function {
+    /// Every function of the migrations and the system file; the last definition of one counts.
+    #[must_use]
+    pub fn all() -> Vec<Self> {
+        let mut all: Vec<Self> = Vec::new();
+        for sql in db::schema_files().chain([db::SYSTEM_SQL]) {
+            // What stands within another statement is made for others, under conditions.
+            for definition in sql.split("\ncreate or replace function ").skip(1) {
+                let Some(function) = Self::read(definition) else { continue };
+                all.retain(|it| it.name != function.name);
+                all.push(function);
+            }
+        }
+        all
+    }
+
+    /// `name(arguments) returns … as $$body$$;`
+    fn read(definition: &'static str) -> Option<Self> {
+        let (name, rest) = definition.split_once('(')?;
+        let (arguments, rest) = rest.split_once(')')?;
+        let (head, rest) = rest.split_once("as $$")?;
+        let (body, _) = rest.split_once("$$")?;
+        let types = arguments.split(',').filter_map(|argument| {
+            let (_name, kind) = argument.trim().split_once(' ')?;
+            Some(kind.split(" default ").next().unwrap_or(kind))
+        });
+        let settings = head.lines().filter_map(|line| {
+            let (name, value) = line.strip_prefix("set ")?.split_once(" = ")?;
+            let value = value.trim_matches('\'');
+            // A list of names, of which the empty one is quoted.
+            Some(format!("{name}={}", if value.is_empty() { "\"\"" } else { value }))
+        });
+        Some(Self {
+            name,
+            arguments: types.collect::<Vec<_>>().join(", "),
+            body,
+            is_definer: head.lines().any(|line| line == "security definer"),
+            settings: settings.collect(),
+        })
+    }
+
+    /// In what the database's function differs, of the functions of this name.
+    fn drift(&self, found: &[db::FoundFunction]) -> Option<Drift> {
+        let same = found.iter().find(|it| it.name == self.name && it.arguments == self.arguments);
+        let Some(found) = same else { return Some(Drift::Missing) };
+        // A file may have been run from where lines end otherwise.
+        if found.body.replace('\r', "") != self.body {
+            Some(Drift::Body)
+        } else if found.is_definer != self.is_definer {
+            Some(Drift::Security)
+        } else if found.settings != self.settings {
+            Some(Drift::Settings)
+        } else {
+            None
+        }
+    }
+}
+
+/// In what a function is not this version's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Drift {
+    /// There is none of the name and the arguments.
+    Missing,
+    /// Its text.
+    Body,
+    /// Whether it runs as its owner: SECURITY DEFINER.
+    Security,
+    /// Its settings: a pinned `search_path`, a `lock_timeout`.
+    Settings,
+}
+
+impl fmt::Display for Drift {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Missing => "missing",
+            Self::Body => "another text",
+            Self::Security => "not SECURITY DEFINER as it should be, or the other way round",
+            Self::Settings => "its search_path is not pinned, or another setting differs",
+        })
+    }
+}
+
+/// A table of [`TRIGGERS`] that exists.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Table {
+    /// In schema `public`.
+    pub name: &'static str,
+    /// The operations that no trigger tells of, on the table or on one of its partitions. A trigger
+    /// that is disabled, or for replicas alone, or for some columns or rows alone, or calls another
+    /// function, tells of nothing.
+    pub missing: Vec<Operation>,
+    /// Rows written by the operations that a trigger should tell of, as Postgres' statistics count
+    /// them; also by transactions that were rolled back.
+    pub(crate) writes: u64,
+    /// Itself and its partitions, whose rows these are.
+    pub(crate) relations: Vec<Oid>,
+}
+
+/// What the database has of the migrations of schema `tidegate`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Migrations {
+    /// They can be read.
+    Known {
+        /// The numbers of this version's that are not there, or are there with another text.
+        pending: Vec<i64>,
+        /// Whether there are later ones: the gateway is older than its database.
+        is_newer: bool,
+    },
+    /// The role may not read them: before migration 6, or where the role was made later.
+    Unreadable,
+}
+
+impl Migrations {
+    /// How many are pending; one at least where that cannot be read, because running `tidegate
+    /// migrate` is the remedy then, too.
+    #[must_use]
+    pub fn pending_count(&self) -> usize {
+        match self {
+            Self::Known { pending, .. } => pending.len(),
+            Self::Unreadable => 1,
+        }
+    }
+}
+
+/// What the database has of what this version's migrations make.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Deployed {
+    /// In the order of [`TRIGGERS`].
+    pub tables: Vec<Table>,
+    /// Every function, and in what it is not this version's.
+    pub functions: Vec<(&'static str, Option<Drift>)>,
+    /// The gateway's own schema.
+    pub migrations: Migrations,
+}
+
+impl Deployed {
+    /// Looks.
+    ///
+    /// # Errors
+    /// The session is lost, or a statement was cut off.
+    pub async fn look(session: &mut PgConnection) -> Result<Self, sqlx::Error> {
+        let names = TRIGGERS.map(|it| it.table);
+        let found = db::tables(session, &names).await?;
+        let tables = TRIGGERS.iter().filter_map(|trigger| {
+            let table = found.iter().find(|it| it.name == trigger.table)?;
+            let is_missing = |it: &&Operation| table.told & it.bit() == 0;
+            Some(Table {
+                name: trigger.table,
+                missing: trigger.operations.iter().filter(is_missing).copied().collect(),
+                writes: trigger.operations.iter().map(|it| table.written(*it)).sum(),
+                relations: table.relations.clone(),
+            })
+        });
+        let tables = tables.collect();
+        let expected = Function::all();
+        let names: Vec<_> = expected.iter().map(|it| it.name).collect();
+        let found = db::functions(session, &names).await?;
+        let functions = expected.iter().map(|it| (it.name, it.drift(&found))).collect();
+        Ok(Self { tables, functions, migrations: migrations(session).await? })
+    }
+
+    /// The operations that no trigger tells of: table and operation.
+    pub fn missing_triggers(&self) -> impl Iterator<Item = (&'static str, Operation)> {
+        self.tables.iter().flat_map(|it| it.missing.iter().map(|operation| (it.name, *operation)))
+    }
+
+    /// The functions that are not this version's.
+    pub fn drifted(&self) -> impl Iterator<Item = (&'static str, Drift)> {
+        self.functions.iter().filter_map(|(name, drift)| Some((*name, (*drift)?)))
+    }
+}
+
+async fn migrations(session: &mut PgConnection) -> Result<Migrations, sqlx::Error> {
+    let Some(applied) = db::applied_migrations(session).await? else {
+        return Ok(Migrations::Unreadable);
     };
-    Ok(Recorded {
-        seen: first.try_get(0)?,
-        history: rows
-            .iter()
-            .map(|row| Ok((row.try_get(1)?, count(row, 2)?)))
-            .collect::<Result<_, sqlx::Error>>()?,
-        failures: count(first, 3)?,
-        oldest: first.try_get(4)?,
+    let expected = db::migrations();
+    let is_pending = |it: &&sqlx::migrate::Migration| {
+        let is_it = |(version, checksum): &(i64, Vec<u8>)| {
+            *version == it.version && **checksum == *it.checksum
+        };
+        !applied.iter().any(is_it)
+    };
+    let newest = expected.iter().map(|it| it.version).max();
+    Ok(Migrations::Known {
+        pending: expected.iter().filter(is_pending).map(|it| it.version).collect(),
+        is_newer: applied.iter().map(|(version, _)| *version).max() > newest,
     })
 }
 
-/// A table, what triggers of ours tell of it, and what has been written to it.
-#[derive(Debug)]
-pub(crate) struct FoundTable {
-    pub(crate) name: String,
-    /// Itself and its partitions.
-    pub(crate) relations: Vec<Oid>,
-    /// The operations that it and each of its partitions have a trigger for, as bits of `tgtype`.
-    pub(crate) told: i32,
-    pub(crate) inserted: i64,
-    pub(crate) updated: i64,
-    pub(crate) deleted: i64,
+impl db::FoundTable {
+    fn written(&self, operation: Operation) -> u64 {
+        let count = match operation {
+            Operation::Insert => self.inserted,
+            Operation::Update => self.updated,
+            Operation::Delete => self.deleted,
+        };
+        u64::try_from(count).unwrap_or(0)
+    }
 }
 
-/// Those of the tables in schema `public` that exist. A partition's rows are written and told of by
-/// itself, so all must have the triggers, and their counts are summed.
-pub(crate) async fn tables(
-    session: &mut PgConnection,
-    names: &[&str],
-) -> Result<Vec<FoundTable>, sqlx::Error> {
-    let rows = sqlx::query(
-        "WITH RECURSIVE part AS (
-            SELECT c.relname::text AS name, c.oid, c.relkind
-            FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-            WHERE n.nspname = 'public' AND c.relname = ANY ($1) AND c.relkind IN ('r', 'p')
-            UNION ALL
-            SELECT p.name, c.oid, c.relkind
-            FROM part p
-            JOIN pg_inherits i ON i.inhparent = p.oid AND p.relkind = 'p'
-            JOIN pg_class c ON c.oid = i.inhrelid
-        )
-        SELECT p.name, array_agg(p.oid ORDER BY p.oid), bit_and(coalesce((
-                SELECT bit_or(t.tgtype::integer)
-                FROM pg_trigger t
-                JOIN pg_proc f ON f.oid = t.tgfoid
-                JOIN pg_namespace n ON n.oid = f.pronamespace
-                WHERE t.tgrelid = p.oid AND n.nspname = 'tidegate' AND f.proname = 'cache_invalidation'
-                    -- Enabled, for each row, after it, whatever its columns and values.
-                    AND t.tgenabled IN ('O', 'A') AND t.tgtype::integer & 67 = 1
-                    AND t.tgattr::text = '' AND t.tgqual IS NULL
-            ), 0)),
-            sum(pg_stat_get_tuples_inserted(p.oid))::bigint,
-            sum(pg_stat_get_tuples_updated(p.oid))::bigint,
-            sum(pg_stat_get_tuples_deleted(p.oid))::bigint
-        FROM part p
-        GROUP BY p.name",
-    )
-    .bind(names)
-    .fetch_all(session)
-    .await?;
-    rows.iter()
-        .map(|row| {
-            Ok(FoundTable {
-                name: row.try_get(0)?,
-                relations: row.try_get(1)?,
-                told: row.try_get(2)?,
-                inserted: row.try_get(3)?,
-                updated: row.try_get(4)?,
-                deleted: row.try_get(5)?,
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_triggers_are_those_that_the_system_file_makes() {
+        let made: Vec<_> = db::SYSTEM_SQL
+            .lines()
+            .filter(|line| line.contains("_trigger', '"))
+            .map(|line| line.trim().trim_end_matches(','))
+            .collect();
+        let expected: Vec<_> = TRIGGERS
+            .iter()
+            .map(|it| {
+                // In the order in which Postgres prints them.
+                let mut operations = it.operations.to_vec();
+                operations.sort_by_key(|it| it.bit());
+                let operations: Vec<_> = operations.iter().map(|it| it.kind()).collect();
+                format!("('{}', '{}', '{}')", it.table, it.name, operations.join(" OR "))
             })
-        })
-        .collect()
-}
+            .collect();
+        assert_eq!(made, expected);
+    }
 
-/// A function as the catalog has it.
-#[derive(Debug)]
-pub(crate) struct FoundFunction {
-    /// With its schema.
-    pub(crate) name: String,
-    /// The types of its arguments.
-    pub(crate) arguments: String,
-    pub(crate) body: String,
-    pub(crate) is_definer: bool,
-    /// `name=value`.
-    pub(crate) settings: Vec<String>,
-}
-
-/// The functions of these names, with their schemas, whatever their arguments.
-pub(crate) async fn functions(
-    session: &mut PgConnection,
-    names: &[&str],
-) -> Result<Vec<FoundFunction>, sqlx::Error> {
-    let rows = sqlx::query(
-        "SELECT n.nspname || '.' || p.proname, oidvectortypes(p.proargtypes), p.prosrc, p.prosecdef,
-            coalesce(p.proconfig, '{}')
-        FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace
-        WHERE n.nspname IN ('tidegate', 'public') AND n.nspname || '.' || p.proname = ANY ($1)",
-    )
-    .bind(names)
-    .fetch_all(session)
-    .await?;
-    rows.iter()
-        .map(|row| {
-            Ok(FoundFunction {
-                name: row.try_get(0)?,
-                arguments: row.try_get(1)?,
-                body: row.try_get(2)?,
-                is_definer: row.try_get(3)?,
-                settings: row.try_get(4)?,
-            })
-        })
-        .collect()
-}
-
-/// The migrations that have run, number and checksum; none if the role may not read them.
-pub(crate) async fn applied_migrations(
-    session: &mut PgConnection,
-) -> Result<Option<Vec<(i64, Vec<u8>)>>, sqlx::Error> {
-    let is_readable = sqlx::query_scalar(
-        "SELECT has_schema_privilege(n.oid, 'USAGE') AND has_table_privilege(c.oid, 'SELECT')
-        FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-        WHERE n.nspname = 'tidegate' AND c.relname = 'migrations'",
-    )
-    .fetch_optional(&mut *session)
-    .await?;
-    match is_readable {
-        None => Ok(Some(Vec::new())),
-        Some(false) => Ok(None),
-        Some(true) => {
-            let rows =
-                sqlx::query("SELECT version, checksum FROM tidegate.migrations WHERE success")
-                    .fetch_all(session)
-                    .await?;
-            rows.iter()
-                .map(|row| Ok((row.try_get(0)?, row.try_get(1)?)))
-                .collect::<Result<_, _>>()
-                .map(Some)
+    #[test]
+    fn every_function_of_the_files_is_read() {
+        let all = Function::all();
+        let definitions: usize = db::schema_files()
+            .chain([db::SYSTEM_SQL])
+            .map(|sql| sql.matches("\ncreate or replace function ").count())
+            .sum();
+        assert_eq!(all.len(), definitions, "a function is defined twice, or not read");
+        for function in &all {
+            let (schema, _) = function.name.split_once('.').unwrap();
+            assert!(["tidegate", "public"].contains(&schema), "{}", function.name);
+            assert!(function.body.starts_with('\n') && function.body.ends_with('\n'));
+            assert_eq!(function.settings[0], "search_path=\"\"", "{}", function.name);
         }
+        let named = |name| all.iter().find(|it| it.name == name).unwrap();
+        let trigger = named("tidegate.cache_invalidation");
+        assert!(trigger.is_definer && trigger.arguments.is_empty());
+        assert_eq!(trigger.settings, ["search_path=\"\"", "lock_timeout=50ms"]);
+        let manual = named("public.manual_cache_invalidation");
+        assert_eq!(manual.arguments, "text, text");
+        assert!(!named("tidegate.publish").is_definer);
+        assert_eq!(named("tidegate.insert_probes").arguments, "text, text[]");
+    }
+
+    #[test]
+    fn migrations_that_cannot_be_read_are_to_be_run() {
+        assert_eq!(Migrations::Unreadable.pending_count(), 1);
+        let none = Migrations::Known { pending: Vec::new(), is_newer: false };
+        assert_eq!(none.pending_count(), 0);
     }
 }

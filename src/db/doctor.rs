@@ -6,7 +6,7 @@ use std::time::Duration;
 use serde::Deserialize;
 use sqlx::{Executor, PgConnection, Row};
 
-use crate::deployed::TRIGGERS;
+use super::deployed::TRIGGERS;
 
 /// Tries a change of each table; the transaction around it rolls back.
 const DRY_RUN: &str = include_str!("dry_run.sql");

@@ -22,12 +22,13 @@ use super::{
     target::{ReachError, Target},
 };
 use crate::{
-    admin::{self, command},
+    admin::client,
     bench::{
         connection::{Answer, upgrade},
         tally::Failure,
     },
     db,
+    http::visits,
 };
 
 /// For the answer to an upgrade: a refused one waits up to 1.5 s.
@@ -131,7 +132,7 @@ async fn open(
         .finish();
     let path = format!("{}/websocket?{query}", target.path);
     let host = format!("{}:{}", target.host, target.port);
-    let user_agent = admin::visits::user_agent(nonce);
+    let user_agent = visits::user_agent(nonce);
     let asked = timeout(UPGRADE_TIMEOUT, upgrade(&mut stream, &host, &path, &user_agent)).await;
     let answer = match asked {
         Ok(Ok(answer)) => answer,
@@ -221,7 +222,7 @@ async fn address(
         return Seen::skipped("the operators' address does not answer: see gateway-admin");
     }
     let target = format!("/visits/{nonce}");
-    let visit = match command::get(&patient.config, &target, 4096).await {
+    let visit = match client::get(&patient.config, &target, 4096).await {
         Ok(answer) => serde_json::from_slice::<Value>(answer.body()).unwrap_or_default(),
         Err(error) => return Seen::skipped(said(&error.to_string())),
     };
@@ -375,7 +376,7 @@ async fn lost(patient: &Patient, gateway: &Gateway, left: &str) -> Seen {
         return Seen::failed(format!("{what}{left}"), "see gateway-admin, and then gateway-link");
     }
     let target = format!("/events/{CANARY_EID}/history?minutes=1");
-    let answer = command::get(&patient.config, &target, 1 << 20).await;
+    let answer = client::get(&patient.config, &target, 1 << 20).await;
     let history: Value =
         answer.ok().and_then(|it| serde_json::from_slice(it.body()).ok()).unwrap_or_default();
     let is_sent = history["messages"].as_array().is_some_and(|it| !it.is_empty());

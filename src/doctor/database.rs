@@ -14,12 +14,12 @@ use super::{
     target::{ReachError, reach},
 };
 use crate::{
-    auth::secret::Secret,
     db::{
         self,
         doctor::{Kept, Server},
     },
     relay::ingest::unix_seconds,
+    secret::Secret,
 };
 
 /// For a server that has taken the connection to let somebody in.

@@ -11,18 +11,20 @@ use super::{
     report::said,
 };
 use crate::{
-    admin::command::{self, CommandError},
+    access::{
+        decision::{Action, Asked},
+        rule::TopicRules,
+    },
+    admin::client::{self, CommandError},
     auth::{
+        authenticator::Verifier,
         jwks,
         jwt::{Token, TokenError, unix_now},
         keys::SECRET_BYTES_MIN,
-        verifier::Verifier,
     },
-    authorization::{Action, Asked},
     metrics::Metrics,
     protocol::payload::{OPAQUE_KEY_PREFIX, Privacy},
     relay::ingest::unix_seconds,
-    topic_rules::TopicRules,
 };
 
 /// Most that is read of one answer: the metrics of twenty events, or a thousand live events.
@@ -80,7 +82,7 @@ pub(super) async fn examine(
 ) -> io::Result<Gateway> {
     let mut gateway = Gateway::default();
     let asked = unix_seconds();
-    match command::get(&patient.config, "/readyz", ANSWER_BYTES_MAX).await {
+    match client::get(&patient.config, "/readyz", ANSWER_BYTES_MAX).await {
         Ok(answer) => {
             let answered = unix_seconds();
             gateway.is_open = true;
@@ -116,7 +118,7 @@ pub(super) async fn examine(
 
 /// What the gateway shows, or nothing.
 async fn text(patient: &Patient, target: &str) -> String {
-    let answer = command::get(&patient.config, target, ANSWER_BYTES_MAX).await;
+    let answer = client::get(&patient.config, target, ANSWER_BYTES_MAX).await;
     let body = answer.ok().filter(|it| it.status() == StatusCode::OK).map(Response::into_body);
     String::from_utf8_lossy(&body.unwrap_or_default()).into_owned()
 }
@@ -259,8 +261,7 @@ async fn keys(patient: &Patient, metrics: &Metrics) -> (Seen, Option<Verifier>) 
             (reason.kind(), metrics.jwks_keys_unusable.with_label_values(&[reason.kind()]).get())
         })
         .find(|(_, count)| *count > 0);
-    let is_short =
-        |it: &&crate::auth::secret::Secret| (1..SECRET_BYTES_MIN).contains(&it.expose().len());
+    let is_short = |it: &&crate::secret::Secret| (1..SECRET_BYTES_MIN).contains(&it.expose().len());
     let can_verify = secrets.iter().any(|it| !it.is_empty()) || count("file") + count("url") > 0;
     let seen = if let Err(error) = read {
         let why = error.source().map(|it| format!(": {it}")).unwrap_or_default();

@@ -16,9 +16,9 @@ use super::{
     report::said,
 };
 use crate::{
+    access::rule::Rule,
     db,
     relay::{canary, ingest::STATS_CHANNEL},
-    topic_rules::Rule,
 };
 
 /// For a notification to arrive; the gateway's canary is given no less.

@@ -15,12 +15,12 @@ use tokio::{
 
 use super::{CANARY_EID, target::Stream};
 use crate::{
-    bench::{
+    bench::tally::Failure,
+    protocol::message::TOPIC_PREFIX,
+    wire_client::{
         frame::{Frame, FrameReader, push_pong},
         message::{Event, Join, Vsn},
-        tally::Failure,
     },
-    protocol::message::TOPIC_PREFIX,
 };
 
 /// For the answer to a join, which production clients await for 2 s.

@@ -8,12 +8,10 @@ use super::{
     database::{Database, Unasked, connect},
     report::said,
 };
-use crate::{
-    db::{
-        self,
-        doctor::{Outcome, Tried},
-    },
+use crate::db::{
+    self,
     deployed::{Deployed, Drift, Migrations},
+    doctor::{Outcome, Tried},
 };
 
 /// For all tables together; each statement of the server's ends earlier.

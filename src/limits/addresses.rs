@@ -16,7 +16,7 @@ use prometheus::{IntCounter, IntCounterVec};
 use tokio::time::Instant;
 
 use super::{BURST_SECONDS, Limited, Limiter, SWEEP_INTERVAL, limiter};
-use crate::config;
+use crate::server::settings;
 
 /// Of the remembered addresses, so large a part is forgotten at once.
 const BATCH_PART: usize = 16;
@@ -103,7 +103,7 @@ struct Entry {
 
 impl Addresses {
     /// Nobody is known yet.
-    pub(crate) fn new(limits: &config::Limits, limited: &IntCounterVec) -> Self {
+    pub(crate) fn new(limits: &settings::Limits, limited: &IntCounterVec) -> Self {
         let state = State { entries: HashMap::new(), crowded_at: limits.addresses_max };
         Self {
             state: Mutex::new(state),
@@ -209,9 +209,9 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::{config::Config, metrics::Metrics};
+    use crate::{metrics::Metrics, server::settings::Config};
 
-    fn addresses(set: impl FnOnce(&mut config::Limits)) -> Addresses {
+    fn addresses(set: impl FnOnce(&mut settings::Limits)) -> Addresses {
         let mut limits = Config::defaults().limits;
         set(&mut limits);
         Addresses::new(&limits, &Metrics::new().limited)

@@ -11,18 +11,20 @@ use std::{
 
 use tokio::{sync::mpsc, time::Instant};
 
-use super::clock;
+use super::clock_offset;
 use crate::{
     db::REVOCATIONS_CHANNEL,
-    healing,
-    hub::FannedOut,
-    merge::{self, Notified},
+    hub::{
+        FannedOut,
+        outbox::{Committed, Departure},
+    },
+    invalidation::{self, Notified},
     metrics::Metrics,
-    outbox::{Committed, Departure},
     protocol::{
         message::{Json, UserBroadcast, UserPayload},
         serializer::Broadcast,
     },
+    recovery::healing,
     server::Services,
 };
 
@@ -179,7 +181,7 @@ async fn ingest(services: &Services, channel: &str, payloads: Vec<(String, Insta
     if let Some(event) = &source.event {
         let offered = broadcasts.len();
         let notified = Notified { pid, committed: oldest };
-        broadcasts = merge::offer(services, event, broadcasts, Some(notified));
+        broadcasts = invalidation::offer(services, event, broadcasts, Some(notified));
         count("event", Outcome::Offered, offered - broadcasts.len());
         healing::name_event(services, event.eid());
     }
@@ -199,7 +201,7 @@ async fn ingest(services: &Services, channel: &str, payloads: Vec<(String, Insta
 /// When a payload was committed, by our clock, if its stamp tells; measures what it took to come.
 fn committed(metrics: &Metrics, payload: &str, received: Instant) -> Option<Instant> {
     let received_at = unix_seconds() - received.elapsed().as_secs_f64();
-    let age = clock::age(payload, received_at, metrics.database_clock_offset.get())?;
+    let age = clock_offset::age(payload, received_at, metrics.database_clock_offset.get())?;
     metrics.commit_to_received.observe(age.as_secs_f64());
     received.checked_sub(age)
 }

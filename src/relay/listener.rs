@@ -21,15 +21,15 @@ use tokio::{
 
 use super::{
     canary::{self, Canary, Good, Look},
-    clock::Clocks,
-    history,
+    clock_offset::Clocks,
+    gaps,
     ingest::{self, Notification, STATS_CHANNEL},
 };
 use crate::{
-    auth::secret::Secret,
     db::{self, REVOCATIONS_CHANNEL},
-    merge::{self, Cause},
+    invalidation::{self, Cause},
     metrics::Metrics,
+    secret::Secret,
     server::Services,
 };
 
@@ -341,7 +341,7 @@ impl Session {
         let this = now.clone();
         self.run(|listener| {
             Box::pin(async move {
-                history::catch_up(services, listener, cause, covered, good.as_ref(), &this).await
+                gaps::catch_up(services, listener, cause, covered, good.as_ref(), &this).await
             })
         })
         .await?;
@@ -366,7 +366,7 @@ impl Session {
             return Ok(());
         }
         let since = &good.snapshot;
-        self.run(|listener| Box::pin(history::catch_up_failures(services, listener, since, look)))
+        self.run(|listener| Box::pin(gaps::catch_up_failures(services, listener, since, look)))
             .await?;
         services.metrics.relay_gap_open.set(0);
         Ok(())
@@ -399,10 +399,10 @@ impl Session {
             })
             .await?;
             let sources = channels.iter().filter_map(|it| services.listens.source(it)).collect();
-            self.run(|listener| Box::pin(history::learn(services, listener, sources))).await?;
+            self.run(|listener| Box::pin(gaps::learn(services, listener, sources))).await?;
             for source in services.listens.activate(channels) {
                 if let Some(event) = source.event.as_ref().filter(|event| event.take_owed()) {
-                    merge::offer_gap(services, event, cause, None, Instant::now());
+                    invalidation::offer_gap(services, event, cause, None, Instant::now());
                 }
             }
         }

@@ -15,7 +15,7 @@ use tokio::{
     time::Instant,
 };
 
-use crate::{hub::TopicKey, merge::Event, topic_rules::NOTIFY_CHANNEL_BYTES_MAX};
+use crate::{access::rule::NOTIFY_CHANNEL_BYTES_MAX, hub::TopicKey, invalidation::Event};
 
 /// Most UNLISTENs of one look, each an exchange with the server while joins wait for theirs.
 const UNLISTENS_MAX: usize = 16;

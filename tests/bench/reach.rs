@@ -12,8 +12,9 @@ use std::process::Stdio;
 
 use serde_json::Value;
 use tidegate::{
-    auth::{jwt::unix_now, secret::Secret, sign::sign},
+    auth::{jwt::unix_now, sign::sign},
     demo::cluster::Cluster,
+    secret::Secret,
 };
 use tokio::{
     io::{AsyncBufReadExt, BufReader},

@@ -10,7 +10,7 @@ use std::{
 };
 
 use sqlx::{Connection as _, PgConnection, postgres::PgListener};
-use tidegate::{auth::secret::Secret, db, demo::cluster::Cluster};
+use tidegate::{db, demo::cluster::Cluster, secret::Secret};
 use tokio::time::timeout;
 
 const TABLES: &str =

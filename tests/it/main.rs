@@ -1,5 +1,5 @@
 //! Behaviour, tested against a real server on a port of its own and, where it matters, a real
-//! Postgres.
+//! Postgres. The folders are the rooms of `src`.
 
 #![expect(
     clippy::unwrap_used,
@@ -7,45 +7,76 @@
     reason = "the exception for tests does not reach their helpers"
 )]
 
-mod access_token;
-mod admin;
-mod audit;
-mod authorization;
-mod bad_input;
-mod broadcast;
-mod broadcast_private;
-mod catch_up;
-mod commands;
-mod conformance;
-mod database_history;
-mod database_link;
-mod database_notify;
-mod database_objects;
-mod demo;
-mod deployed;
-mod doctor;
-mod drain;
-mod events;
-mod gaps;
-mod grafana;
-mod handshake;
-mod healing;
-mod hostile_notify;
-mod http_broadcast;
-mod join;
-mod jwks;
-mod jws;
-mod leave;
-mod limits;
-mod metrics;
-mod policies;
-mod privacy;
-mod readme;
-mod reload;
-mod revocation;
-mod secrets;
-mod security;
-mod slow_consumer;
 mod support;
-mod survey;
-mod tidy;
+
+mod protocol {
+    mod bad_input;
+    mod conformance;
+}
+mod auth {
+    mod jwks;
+    mod jws;
+    mod revocation;
+    mod secrets;
+}
+mod access {
+    pub(super) mod authorization;
+}
+mod limits {
+    mod rates;
+}
+mod invalidation {
+    mod catch_up;
+    mod events;
+}
+mod recovery {
+    mod healing;
+}
+mod db {
+    mod database_history;
+    mod database_objects;
+    mod deployed;
+    mod policies;
+    mod privacy;
+}
+mod relay {
+    mod database_link;
+    mod database_notify;
+    mod gaps;
+    mod hostile_notify;
+}
+mod upkeep {
+    mod survey;
+}
+mod socket {
+    mod access_token;
+    mod broadcast;
+    mod broadcast_private;
+    mod join;
+    mod leave;
+    mod slow_consumer;
+}
+mod http {
+    mod handshake;
+    mod http_broadcast;
+}
+mod admin {
+    mod audit;
+    pub(super) mod metrics;
+    mod routes;
+}
+mod server {
+    mod commands;
+    mod drain;
+    mod reload;
+}
+mod commands {
+    mod demo;
+    mod doctor;
+}
+mod papers {
+    mod docs;
+    mod grafana;
+    mod security;
+    mod tidy;
+}

@@ -5,7 +5,9 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use futures_util::{SinkExt, StreamExt};
 use serde_json::{Value, json};
-use tidegate::{audit::Caller, lost_sockets::ClientKey, protocol::serializer::Serializer};
+use tidegate::{
+    protocol::serializer::Serializer, recovery::lost_sockets::ClientKey, telemetry::audit::Caller,
+};
 use tokio::{net::TcpStream, time::timeout};
 use tokio_tungstenite::{
     WebSocketStream, client_async,

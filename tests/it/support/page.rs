@@ -5,13 +5,13 @@ use std::{collections::VecDeque, net::IpAddr, sync::Arc, time::Duration};
 
 use serde_json::{Value, json};
 use tidegate::{
-    auth::{jwt::unix_now, secret::Secret},
-    config::Config,
+    auth::jwt::unix_now,
     db,
-    lost_sockets::ClientKey,
-    outbox::{Backlogs, Drained, Outbox},
+    hub::outbox::{Backlogs, Drained, Outbox},
     protocol::serializer::Serializer::V1,
-    server::Services,
+    recovery::lost_sockets::ClientKey,
+    secret::Secret,
+    server::{Services, settings::Config},
     socket::Socket,
 };
 use tokio::time::{Instant, sleep_until, timeout};

@@ -4,15 +4,12 @@ use std::{sync::Arc, time::Duration};
 
 use serde_json::Value;
 use tidegate::{
-    auth::{
-        jwt::unix_now,
-        policies::{Allowed, Asking, AuthorizeError},
-        secret::Secret,
-    },
-    config::Config,
+    auth::jwt::unix_now,
     db,
     demo::cluster::Cluster,
-    server::Services,
+    policies::{Allowed, Asking, AuthorizeError},
+    secret::Secret,
+    server::{Services, settings::Config},
 };
 
 use super::{server::config, system::migration, token};

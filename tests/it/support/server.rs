@@ -4,10 +4,9 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use serde_json::{Value, json};
 use tidegate::{
-    auth::secret::Secret,
-    config::Config,
-    server::{Server, Services},
-    topic_rules::Rule,
+    access::rule::Rule,
+    secret::Secret,
+    server::{Server, Services, settings::Config},
 };
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},

@@ -1,7 +1,10 @@
 //! Tokens of every kind that tests need.
 
 use serde_json::{Value, json};
-use tidegate::auth::{jwt::unix_now, secret::Secret, sign::sign};
+use tidegate::{
+    auth::{jwt::unix_now, sign::sign},
+    secret::Secret,
+};
 
 use super::private::{MEMBER, READER};
 

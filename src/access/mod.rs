@@ -1,0 +1,4 @@
+//! Topic → rule → decision: who may read and write what.
+
+pub mod decision;
+pub mod rule;

@@ -1,0 +1,273 @@
+//! What people say when it does not work, answered from everything that was seen: no notifications,
+//! too many, data that does not refresh, news of another event.
+
+use std::{io, time::Duration};
+
+use serde_json::Value;
+use uuid::Uuid;
+
+use super::{
+    Check, Patient, Report, Seen, Status,
+    database::{Database, ago},
+    gateway::Gateway,
+    report::said,
+};
+use crate::db::{self, deployed::TRIGGERS};
+
+/// What no notification gets past: the first that has failed is the reason.
+const PATH: [Check; 14] = [
+    Check::DatabaseReachable,
+    Check::DatabasePrimary,
+    Check::NotifyQueue,
+    Check::TriggerCoverage,
+    Check::DryRunVotes,
+    Check::DryRunBids,
+    Check::DryRunMedia,
+    Check::DryRunArt,
+    Check::ListenReachable,
+    Check::ListenArrives,
+    Check::GatewayLink,
+    Check::WebsocketUpgrade,
+    Check::ClientJoin,
+    Check::EndToEnd,
+];
+/// A message that the gateway has not heard of for so long is lost; a canary would have found out.
+const LATE: f64 = 30.0;
+/// So many rows of a table may be written and not told of: some are rolled back, those of the
+/// doctor's own dry run among them.
+const UNTOLD_MAX: f64 = 5.0;
+/// Production pages wait so long for further messages, each of which begins the wait anew.
+const CLIENT_WAIT: Duration = Duration::from_millis(2500);
+/// Of all sockets, at most so many may be suspected of being deaf.
+const DEAF_PART: f64 = 0.1;
+
+/// Answers the complaints.
+pub(super) async fn examine(
+    patient: &Patient,
+    report: &mut Report<'_>,
+    database: &mut Database,
+    gateway: &Gateway,
+) -> io::Result<()> {
+    let seen = none(report, database, gateway);
+    report.note(Check::NoNotifications, seen)?;
+    let doubles = database.ask(async |it| db::doctor::doubles(it).await).await.unwrap_or_default();
+    let seen = too_many(patient, database, gateway, &doubles);
+    report.note(Check::TooManyNotifications, seen)?;
+    report.note(Check::NotRefreshing, not_refreshing(patient, gateway))?;
+    report.note(Check::WrongEvent, wrong_event(report, database, gateway))
+}
+
+fn none(report: &Report<'_>, database: &Database, gateway: &Gateway) -> Seen {
+    if let Some(cause) = PATH.iter().find(|check| report.status(**check) == Status::Failed) {
+        return Seen::failed(
+            format!("nothing gets past {}: {}", cause.name(), report.saw(*cause)),
+            format!("mend {} first", cause.name()),
+        );
+    }
+    let count = |name, table: &str| gateway.sum(name, &[("table", table)]).unwrap_or(0.0);
+    let silent: Vec<_> = TRIGGERS
+        .iter()
+        // Of payments only their end is told.
+        .filter(|it| it.table != "payment_processing")
+        .map(|it| {
+            (
+                it.table,
+                count("tidegate_database_writes_total", it.table),
+                count("tidegate_database_history_rows_total", it.table),
+            )
+        })
+        .filter(|(_, written, told)| *written > UNTOLD_MAX && *told <= 0.0)
+        .map(|(table, written, _)| format!("{table} ({written} rows written)"))
+        .collect();
+    if !silent.is_empty() {
+        return Seen::warning(
+            format!("since the gateway started, no notification tells of {}", silent.join(", ")),
+            "see trigger-failures; writes that were rolled back, and rows without an event, tell nobody; Postgres counts late, so if the gateway has just started, look again in a minute",
+        );
+    }
+    let heard =
+        gateway.sum("tidegate_relay_last_notification_timestamp_seconds", &[]).unwrap_or(0.0);
+    let newest = database.kept.as_ref().and_then(|it| it.newest);
+    let started = gateway.sum("process_start_time_seconds", &[]);
+    let now = crate::relay::ingest::unix_seconds();
+    let heard_ago = (heard > 0.0).then_some(now - heard);
+    match (newest, gateway.is_open) {
+        (Some(newest), true)
+            if newest > LATE
+                && heard_ago.is_none_or(|it| it > newest + LATE)
+                && started.is_some_and(|it| now - it > newest + LATE) =>
+        {
+            Seen::failed(
+                format!(
+                    "the last message was written {} ago, and the gateway has not heard of it",
+                    ago(newest)
+                ),
+                "see gateway-link; TIDEGATE_NOTIFY_DATABASE_URL and TIDEGATE_DATABASE_URL must be one database",
+            )
+        }
+        (Some(newest), true) => Seen::ok(format!(
+            "the last message was written {} ago; the gateway last heard one {}",
+            ago(newest),
+            heard_ago.map_or("never".to_owned(), |it| format!("{} ago", ago(it)))
+        )),
+        (None, true) if database.kept.is_some() => {
+            Seen::ok("nothing stands in the way, and nothing has been written yet")
+        }
+        (_, _) => Seen::skipped("the history or the gateway cannot be looked at"),
+    }
+}
+
+fn too_many(patient: &Patient, database: &Database, gateway: &Gateway, doubles: &[String]) -> Seen {
+    let plain: Vec<_> = patient
+        .config
+        .topic
+        .iter()
+        .filter(|rule| rule.event.as_deref() == Some("cache_invalidation"))
+        .filter(|rule| rule.merge.as_ref().is_none_or(|it| it.window.is_zero()))
+        .map(|rule| &*rule.name)
+        .collect();
+    if !plain.is_empty() {
+        return Seen::warning(
+            format!("topic rule {} sends every notification as it comes", plain.join(", ")),
+            "give it merge = { window = \"3s\", carry = \"5s\", union = \"endpoints\" }",
+        );
+    }
+    if !doubles.is_empty() {
+        return Seen::warning(
+            format!("other triggers notify the same channels, too: {}", said(&doubles.join(", "))),
+            "drop those triggers: each change is told twice, and what has no id is not in the history",
+        );
+    }
+    let sockets = gateway.sum("tidegate_connections", &[]).unwrap_or(0.0);
+    let viewers = |event: &Value| event["viewers"].as_f64().unwrap_or(0.0);
+    let crowded = gateway.events.iter().find(|event| viewers(event) > sockets && sockets > 0.0);
+    if let Some(event) = crowded {
+        return Seen::warning(
+            format!(
+                "{} has {} channels on {sockets} sockets: pages subscribe to one event more than once",
+                said(event["eid"].as_str().unwrap_or_default()),
+                viewers(event)
+            ),
+            "in the page: one subscription for each event, and removeChannel when a component unmounts",
+        );
+    }
+    if !gateway.is_open && database.kept.is_none() {
+        return Seen::skipped("neither the history nor the gateway can be looked at");
+    }
+    let busiest = match database.kept.as_ref().map(|it| it.busiest.as_ref()) {
+        Some(Some((eid, count))) => format!("at most {count} messages a minute, of {}", said(eid)),
+        Some(None) => "no message within an hour".to_owned(),
+        None => "the history cannot be looked at".to_owned(),
+    };
+    let merged = gateway.sum("tidegate_invalidations_merged_total", &[]);
+    let merged =
+        merged.map_or(String::new(), |it| format!(", and {it} have left as part of another"));
+    Seen::ok(format!("{busiest}; each event's viewers get one message per window{merged}"))
+}
+
+fn not_refreshing(patient: &Patient, gateway: &Gateway) -> Seen {
+    let quick = patient.config.topic.iter().find(|rule| {
+        let window = rule.merge.as_ref().map(|it| it.window);
+        window.is_some_and(|it| !it.is_zero() && it < CLIENT_WAIT)
+    });
+    if let Some(rule) = quick {
+        return Seen::warning(
+            format!(
+                "topic rule {}: its window is shorter than pages wait, so they forget messages",
+                rule.name
+            ),
+            "give it a window of 3s",
+        );
+    }
+    if !gateway.is_open {
+        return Seen::skipped("the operators' address does not answer: see gateway-admin");
+    }
+    let muted: Vec<_> = gateway
+        .events
+        .iter()
+        .filter(|event| !event["muted_for"].is_null())
+        .filter_map(|event| event["eid"].as_str())
+        .take(5)
+        .collect();
+    if let Some(first) = muted.first() {
+        return Seen::warning(
+            format!("muted: {}", said(&muted.join(", "))),
+            format!("tidegate mute {} --for 0s", said(first)),
+        );
+    }
+    let sockets = gateway.sum("tidegate_connections", &[]).unwrap_or(0.0);
+    let deaf = gateway.sum("tidegate_deaf_suspects", &[]).unwrap_or(0.0);
+    if deaf > 1.0 && deaf > sockets * DEAF_PART {
+        return Seen::warning(
+            format!(
+                "{deaf} of {sockets} sockets may be deaf: pages that lost their connection and did not join again"
+            ),
+            "upgrade supabase-js to 2.54 or newer; meanwhile the gateway heals them",
+        );
+    }
+    let dropped = gateway.sum("tidegate_endpoints_dropped_total", &[]).unwrap_or(0.0);
+    if dropped > 0.0 {
+        return Seen::warning(
+            format!("{dropped} endpoints were dropped: null, empty or too long"),
+            "mend what notifies: each endpoint is a text such as /live/event/AB3028",
+        );
+    }
+    Seen::ok(
+        "what is sent can be used: nothing muted, nobody deaf, endpoints as pages know them; what a page \
+         makes of it (onInvalidation, a cache of /live/, errors in its console) only the page shows",
+    )
+}
+
+fn wrong_event(report: &Report<'_>, database: &Database, gateway: &Gateway) -> Seen {
+    let foreign = database.kept.as_ref().and_then(|it| it.foreign.as_ref());
+    if let Some((eid, endpoint)) = foreign {
+        return Seen::failed(
+            format!("a message of {} names {}", said(eid), said(endpoint)),
+            "mend what writes it, see function-drift; run `tidegate migrate`",
+        );
+    }
+    let joined: Vec<_> = gateway
+        .events
+        .iter()
+        .filter(|event| event["viewers"].as_u64().is_some_and(|it| it > 0))
+        .filter_map(|event| Some((event["eid"].as_str()?, event["never_published"] == true)))
+        .collect();
+    let list = |events: Vec<&str>| said(&events.into_iter().take(3).collect::<Vec<_>>().join(", "));
+    let by_uuid: Vec<_> = joined
+        .iter()
+        .filter(|(eid, _)| Uuid::try_parse(eid).is_ok())
+        .map(|(eid, _)| *eid)
+        .collect();
+    if !by_uuid.is_empty() {
+        return Seen::warning(
+            format!(
+                "pages have joined events by their UUID, which hear nothing: {}",
+                list(by_uuid)
+            ),
+            "in the page: subscribe by the event's eid, such as AB3028",
+        );
+    }
+    let in_vain: Vec<_> =
+        joined.iter().filter(|(_, is_in_vain)| *is_in_vain).map(|(eid, _)| *eid).collect();
+    if !in_vain.is_empty() {
+        return Seen::warning(
+            format!("pages have joined what the database knows no event of: {}", list(in_vain)),
+            "in the page: subscribe by the event's eid, such as AB3028",
+        );
+    }
+    let looked = match (&database.kept, gateway.is_open) {
+        (Some(_), true) => {
+            "no message of the last hour names another event's endpoint, and each event that is joined is one of the database's"
+        }
+        (Some(_), false) => "no message of the last hour names another event's endpoint",
+        (None, true) => "no event is joined by its UUID",
+        (None, false) => {
+            return Seen::skipped("neither the history nor the gateway can be looked at");
+        }
+    };
+    let tried = match report.status(Check::DryRunVotes) {
+        Status::Ok => "; nor does the vote that was tried",
+        Status::Warning | Status::Failed | Status::Skipped => "",
+    };
+    Seen::ok(format!("{looked}{tried}"))
+}

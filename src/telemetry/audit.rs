@@ -1,0 +1,301 @@
+//! The audit log: who came, what they were let do or refused, and what operators did, as one JSON
+//! object per line.
+//!
+//! Invariants: only this file speaks on its target, and only that is written to the audit log; a
+//! line holds names and reasons, never a token, a key, a query string or a payload; whatever text a
+//! client chose is cut, and escaped as JSON, so that an event is one line (CWE-117); while the log
+//! is off, an event costs a look at a flag.
+//!
+//! | `event` | when | with, beside `connection`, `address`, `role` and `sub` as far as they are known |
+//! |---|---|---|
+//! | `start` | the server begins | `gateway`, `version` |
+//! | `connect` | an upgrade has succeeded | |
+//! | `refuse_upgrade` | it has not | `reason`, `fault` |
+//! | `join` | a join is answered | `topic`, `result`, `rule`, `because`; or the `reason` of a refusal |
+//! | `leave` | a channel ends before its connection | `topic`, `reason` |
+//! | `token` | a channel is decided about anew, and it or its token changes | `topic`, `result`, `rule`, `because`, `fault` |
+//! | `refuse_broadcast` | a channel may not send | `topic`, `rule`, `count` of those that came together |
+//! | `rest` | a REST broadcast | `topic`, `result`, `rule`, `because`, `fault` |
+//! | `close` | a connection ends, its channels with it | `reason`, `code` |
+//! | `admin` | an operator's call; a look at metrics or health only if it is refused | `method`, `route`, `status` |
+//! | `revoke` | an operator revokes tokens | `by`, `value`, `result` |
+//! | `reload` | settings and keys are read again | `result` |
+//!
+//! `result` and `because` are those of [`Decision`]; `fault` is what is wrong with the token that
+//! was offered, or why the policies of a private channel have not allowed it. Where a join or a
+//! token is refused, `role` and `sub` are those that hold otherwise: of the connection's token, or
+//! the channel's.
+//!
+//! A file may be rotated with `copytruncate`, or renamed and then [reopened](AuditLog::reopen),
+//! which SIGHUP does.
+
+use std::{
+    borrow::Cow,
+    fs::{File, OpenOptions},
+    io::{self, Write},
+    net::IpAddr,
+    os::unix::fs::OpenOptionsExt,
+    path::PathBuf,
+    sync::Arc,
+};
+
+use parking_lot::RwLock;
+use tracing::{Level, Metadata, Subscriber};
+use tracing_subscriber::{
+    Layer,
+    filter::{FilterFn, LevelFilter, Targets, filter_fn},
+    fmt::{self, MakeWriter},
+    registry::LookupSpan,
+};
+
+use crate::{
+    access::decision::{Because, Decision, Verdict},
+    auth::jwt::Token,
+};
+
+/// Where audit events go, and nothing else does.
+const TARGET: &str = "super::audit";
+/// The setting that means standard output.
+const STANDARD_OUTPUT: &str = "-";
+/// A text of a client's is cut there.
+const TEXT_BYTES_MAX: usize = 256;
+
+/// Who is at the other end: the client's address, and the number of its connection once it has one.
+#[derive(Debug, Clone, Copy)]
+pub struct Caller {
+    address: IpAddr,
+    connection: Option<u64>,
+}
+
+impl Caller {
+    /// Somebody who asks from here.
+    #[must_use]
+    pub fn at(address: IpAddr) -> Self {
+        Self { address: address.to_canonical(), connection: None }
+    }
+
+    /// Where from.
+    #[must_use]
+    pub fn address(self) -> IpAddr {
+        self.address
+    }
+
+    /// The same, on the connection of this number.
+    #[must_use]
+    pub fn on(self, connection: u64) -> Self {
+        Self { connection: Some(connection), ..self }
+    }
+}
+
+/// What has happened; the module's table says when and what the fields mean.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Audit<'a> {
+    Start { gateway: uuid::Uuid },
+    Connect,
+    RefuseUpgrade { reason: &'static str, fault: Option<&'static str> },
+    Join { topic: &'a str, result: Verdict, rule: Option<&'a str>, because: &'a Because },
+    RefuseJoin { topic: &'a str, reason: &'a str },
+    Leave { topic: &'a str, reason: &'static str },
+    Token { topic: &'a str, decision: &'a Decision, fault: Option<&'static str> },
+    RefuseBroadcast { topic: &'a str, rule: Option<&'a str>, count: usize },
+    Rest { topic: &'a str, decision: &'a Decision, fault: Option<&'static str> },
+    RefuseRest { fault: &'static str },
+    Close { reason: &'static str, code: &'static str },
+    Admin { method: &'a str, route: &'static str, status: u16 },
+    Revoke { by: &'static str, value: &'a str, result: &'static str },
+    Reload { result: &'static str },
+}
+
+impl Audit<'_> {
+    /// Notes it: who did it, unless it was nobody, and with which token, as far as it is known.
+    pub(crate) fn note(self, caller: impl Into<Option<Caller>>, token: Option<&Token>) {
+        if !tracing::enabled!(target: TARGET, Level::INFO) {
+            return;
+        }
+        let caller = caller.into();
+        let sub = token.and_then(|it| it.claims.text_at(std::iter::once("sub".to_owned())));
+        macro_rules! line {
+            ($event:literal $($field:tt)*) => {
+                tracing::info!(
+                    target: TARGET,
+                    event = $event,
+                    connection = caller.and_then(|it| it.connection),
+                    address = caller.map(|it| tracing::field::display(it.address)),
+                    role = token.map(|it| text(&it.claims.role)).as_deref(),
+                    sub = sub.map(text).as_deref()
+                    $($field)*
+                )
+            };
+        }
+        match self {
+            Self::Start { gateway } => {
+                line!("start", gateway = %gateway, version = env!("CARGO_PKG_VERSION"));
+            }
+            Self::Connect => line!("connect"),
+            Self::RefuseUpgrade { reason, fault } => line!("refuse_upgrade", reason, fault),
+            Self::Join { topic, result, rule, because } => {
+                let result = result.kind();
+                line!("join", topic = &*text(topic), result, rule, because = %because);
+            }
+            Self::RefuseJoin { topic, reason } => {
+                line!("join", topic = &*text(topic), result = "refused", reason);
+            }
+            Self::Leave { topic, reason } => line!("leave", topic = &*text(topic), reason),
+            Self::Token { topic, decision, fault } => {
+                let Decision { verdict, because, .. } = decision;
+                let (result, rule) = (verdict.kind(), decision.rule_name());
+                line!("token", topic = &*text(topic), result, rule, because = %because, fault);
+            }
+            Self::RefuseBroadcast { topic, rule, count } => {
+                line!("refuse_broadcast", topic = &*text(topic), rule, count);
+            }
+            Self::Rest { topic, decision, fault } => {
+                let Decision { verdict, because, .. } = decision;
+                let (result, rule) = (verdict.kind(), decision.rule_name());
+                line!("rest", topic = &*text(topic), result, rule, because = %because, fault);
+            }
+            Self::RefuseRest { fault } => line!("rest", result = "refused", fault),
+            Self::Close { reason, code } => line!("close", reason, code),
+            Self::Admin { method, route, status } => {
+                line!("admin", method = &*text(method), route, status);
+            }
+            Self::Revoke { by, value, result } => {
+                line!("revoke", by, value = &*text(value), result);
+            }
+            Self::Reload { result } => line!("reload", result),
+        }
+    }
+}
+
+/// A text that somebody else chose, as far as it is shown. JSON escapes the old control characters;
+/// those beyond are taken for commands by terminals, too.
+fn text(text: &str) -> Cow<'_, str> {
+    let text = text.get(..text.floor_char_boundary(TEXT_BYTES_MAX)).unwrap_or_default();
+    let is_command = |c: char| c.is_control() && !c.is_ascii_control() || c == '\u{7f}';
+    if text.contains(is_command) {
+        text.replace(is_command, "\u{fffd}").into()
+    } else {
+        text.into()
+    }
+}
+
+/// Keeps audit events out of another log.
+#[must_use]
+pub fn is_elsewhere() -> FilterFn<fn(&Metadata<'_>) -> bool> {
+    let is_elsewhere: fn(&Metadata<'_>) -> bool = |metadata| metadata.target() != TARGET;
+    // Without the hint all levels would be looked at, whatever the other log's filter is.
+    filter_fn(is_elsewhere).with_max_level_hint(LevelFilter::TRACE)
+}
+
+/// Why there is no audit log.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot write the audit log {} (audit_log)", path.display())]
+pub struct AuditError {
+    path: PathBuf,
+    #[source]
+    source: io::Error,
+}
+
+/// The open audit log.
+#[derive(Debug)]
+pub enum AuditLog {
+    /// Standard output.
+    StandardOutput,
+    /// A file.
+    File {
+        /// Its name.
+        path: PathBuf,
+        /// Open for appending.
+        file: RwLock<Arc<File>>,
+    },
+}
+
+impl AuditLog {
+    /// Opens what the setting names: a file, made readable for its owner alone if it is new, or `-`
+    /// for standard output; nothing if it is empty.
+    ///
+    /// # Errors
+    /// [`AuditError`] if the file cannot be opened for appending.
+    pub fn open(setting: &str) -> Result<Option<Arc<Self>>, AuditError> {
+        Ok(match setting {
+            "" => None,
+            STANDARD_OUTPUT => Some(Arc::new(Self::StandardOutput)),
+            path => {
+                let path = PathBuf::from(path);
+                let file = RwLock::new(Arc::new(append(&path)?));
+                Some(Arc::new(Self::File { path, file }))
+            }
+        })
+    }
+
+    /// Opens the file again by its name, because it may have been renamed.
+    ///
+    /// # Errors
+    /// [`AuditError`] if it cannot be opened; what was open stays so.
+    pub fn reopen(&self) -> Result<(), AuditError> {
+        match self {
+            Self::StandardOutput => {}
+            Self::File { path, file } => {
+                let fresh = Arc::new(append(path)?);
+                *file.write() = fresh;
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes the audit events, and nothing else. A line that cannot be written is named on standard
+    /// error.
+    #[must_use]
+    pub fn layer<S>(self: Arc<Self>) -> impl Layer<S> + Send + Sync
+    where
+        S: Subscriber + for<'a> LookupSpan<'a>,
+    {
+        fmt::layer()
+            .json()
+            .flatten_event(true)
+            .with_level(false)
+            .with_target(false)
+            .with_current_span(false)
+            .with_span_list(false)
+            .with_writer(Writers(self))
+            .with_filter(Targets::new().with_target(TARGET, Level::INFO))
+    }
+}
+
+fn append(path: &PathBuf) -> Result<File, AuditError> {
+    OpenOptions::new()
+        .append(true)
+        .create(true)
+        .mode(0o600)
+        .open(path)
+        .map_err(|source| AuditError { path: path.clone(), source })
+}
+
+struct Writers(Arc<AuditLog>);
+
+impl MakeWriter<'_> for Writers {
+    type Writer = Box<dyn Write>;
+
+    fn make_writer(&self) -> Self::Writer {
+        match &*self.0 {
+            AuditLog::StandardOutput => Box::new(io::stdout()),
+            AuditLog::File { file, .. } => Box::new(Arc::clone(&file.read())),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_long_text_is_cut_between_characters() {
+        assert_eq!(text(&"é".repeat(200)), "é".repeat(128));
+        assert_eq!(text(&format!("a{}", "é".repeat(200))), format!("a{}", "é".repeat(127)));
+    }
+
+    #[test]
+    fn what_a_terminal_takes_for_a_command_is_not_shown() {
+        assert_eq!(text("a\u{9b}31m\u{7f}b\nc"), "a\u{fffd}31m\u{fffd}b\nc");
+    }
+}

@@ -1,0 +1,3 @@
+//! What is measured and logged, without knowing of what.
+
+pub mod audit;
