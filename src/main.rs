@@ -19,7 +19,7 @@ use tidegate::{
     cli::explain::explain,
     db, demo,
     doctor::{self, DoctorError},
-    protocol::payload::Privacy,
+    protocol::topic::Privacy,
     secret::Secret,
     server::{
         Server, forbid_core_files, raise_file_limit,

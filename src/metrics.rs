@@ -6,10 +6,9 @@
 use std::{sync::Arc, time::Duration};
 
 use prometheus::{
-    Counter, Encoder, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge,
-    IntGaugeVec, Opts, Registry, TextEncoder,
+    Counter, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge,
+    IntGaugeVec, Opts,
     core::{AtomicF64, GenericGauge, GenericGaugeVec},
-    process_collector::ProcessCollector,
 };
 
 use tokio::time::Instant;
@@ -29,10 +28,11 @@ use crate::{
     invalidation::{BadEndpoint, Cause, Method, Tally, Why},
     limits::Limited,
     policies::{AuthorizeError, Question},
-    protocol::{error_code::ErrorCode, message::Malformed, payload::Generation},
+    protocol::{error_code::ErrorCode, generation::Generation, message::Malformed},
     relay::{LinkError, Outcome},
     server::reload::ReloadError,
     socket::channel::EndReason,
+    telemetry::metrics::Registry,
     upkeep::survey,
 };
 
@@ -186,7 +186,8 @@ impl RefusedUpgrade {
 /// The metrics of one server.
 #[derive(Debug)]
 pub struct Metrics {
-    registry: Registry,
+    /// Where they are registered, and those of the rooms.
+    pub(crate) registry: Registry,
     /// Open sockets.
     pub connections: IntGauge,
     /// Sockets that may be open at once.
@@ -730,11 +731,7 @@ impl Metrics {
                 "Tasks that are ready and that no worker has taken yet.",
             ),
             tokio_busy: new.seconds("tokio_busy_seconds_total", "Time that workers were busy, of all of them."),
-            registry: {
-                new.build_info();
-                new.process();
-                new.registry
-            },
+            registry: new.registry,
         };
         metrics.start_at_zero();
         metrics
@@ -829,10 +826,7 @@ impl Metrics {
     /// The registry in Prometheus' text format.
     #[must_use]
     pub fn render(&self) -> Vec<u8> {
-        let mut text = Vec::new();
-        // Writing into memory does not fail, and a half-written scrape is better than none.
-        let _ = TextEncoder::new().encode(&self.registry.gather(), &mut text);
-        text
+        self.registry.render()
     }
 
     fn start_at_zero(&self) {
@@ -1010,8 +1004,7 @@ impl Maker {
     }
 
     fn register<M: prometheus::core::Collector + Clone + 'static>(&self, metric: M) -> M {
-        self.registry.register(Box::new(metric.clone())).expect("names are distinct");
-        metric
+        self.registry.register(metric)
     }
 
     fn counter(&self, name: &str, help: &str) -> IntCounter {
@@ -1032,16 +1025,6 @@ impl Maker {
 
     fn gauges(&self, name: &str, help: &str, labels: &[&str]) -> IntGaugeVec {
         self.register(IntGaugeVec::new(Self::opts(name, help), labels).expect("names are valid"))
-    }
-
-    fn build_info(&self) {
-        let info = IntGaugeVec::new(Self::opts("build_info", "Always 1."), &["version"])
-            .expect("names are valid");
-        self.register(info).with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
-    }
-
-    fn process(&self) {
-        self.registry.register(Box::new(ProcessCollector::for_self())).expect("names are distinct");
     }
 
     fn number(&self, name: &str, help: &str) -> GenericGauge<AtomicF64> {

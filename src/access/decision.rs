@@ -8,13 +8,13 @@
 use std::{fmt, sync::Arc};
 
 use super::rule::{Captures, Denied, Found, Grant, Rule, TopicRules};
+use super::settings::Topics;
 use crate::{
     auth::jwt::{Claims, TokenError},
     protocol::{
         error_code::{ErrorCode, Refusal},
-        payload::Privacy,
+        topic::Privacy,
     },
-    server::settings::Topics,
 };
 
 /// What somebody wants to do with a topic.

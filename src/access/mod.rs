@@ -2,3 +2,4 @@
 
 pub mod decision;
 pub mod rule;
+pub mod settings;

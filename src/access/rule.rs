@@ -8,11 +8,11 @@ use std::{collections::BTreeMap, fmt, sync::Arc, time::Duration};
 
 use serde::Deserialize;
 
+use super::settings::Topics;
 use crate::{
     auth::jwt::Claims,
-    hub::TopicKey,
-    protocol::payload::Privacy,
-    server::settings::{self, Topics},
+    clock,
+    protocol::topic::{Privacy, TopicKey},
 };
 
 /// Longest NOTIFY channel: Postgres cuts identifiers there, silently.
@@ -66,12 +66,12 @@ pub struct Rule {
 pub struct Merge {
     /// At most one message per window; well longer than what clients wait after one, for each
     /// further message restarts that wait. `0s` merges only what was sent together.
-    #[serde(deserialize_with = "settings::duration", default = "Merge::default_window")]
+    #[serde(deserialize_with = "clock::duration", default = "Merge::default_window")]
     pub window: Duration,
     /// For so long an endpoint is repeated in every further message, because clients forget a
     /// message that is followed too soon by another: the window, by which a network may delay
     /// one message against the next, and the 2 s that clients wait.
-    #[serde(deserialize_with = "settings::duration", default = "Merge::default_carry")]
+    #[serde(deserialize_with = "clock::duration", default = "Merge::default_carry")]
     pub carry: Duration,
     /// The field of the payload with the list of texts that is united.
     #[serde(default = "Merge::default_union")]

@@ -26,8 +26,8 @@ use serde_json::json;
 use tokio::{net::TcpStream, time::timeout};
 
 use crate::{
+    clock::unix_seconds,
     http::{Answer, Ask, empty, object, text},
-    relay::ingest::unix_seconds,
     secret::Secret,
     server::{Services, reload::ReloadError, settings::ConfigError},
     telemetry::audit::{Audit, Caller},

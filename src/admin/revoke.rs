@@ -12,10 +12,8 @@ use tokio::time::timeout;
 
 use super::{Refused, body, fields};
 use crate::{
-    auth::{
-        jwt::unix_now,
-        revocations::{By, Full, Revocation, Stored, VALUE_BYTES_MAX},
-    },
+    auth::revocations::{By, Full, Revocation, Stored, VALUE_BYTES_MAX},
+    clock::unix_now,
     db,
     http::{Answer, Ask, object},
     server::Services,

@@ -16,7 +16,7 @@ use super::{
     events::{Seen, look},
 };
 use crate::{
-    auth::jwt::unix_now,
+    clock::unix_now,
     http::{Answer, content},
     metrics::Metrics,
     server::Services,

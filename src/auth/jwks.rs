@@ -38,8 +38,8 @@ use super::{
     keys::{DocumentError, Origin, Published},
 };
 use crate::{
+    clock::unix_seconds,
     metrics::Metrics,
-    relay::ingest::unix_seconds,
     server::{Services, settings::Jwks},
 };
 

@@ -25,10 +25,7 @@
 //! Invariants: time is an argument; nothing of a token is believed before its signature; no token,
 //! secret or claim is ever formatted into an error or a log, but the client's own `kid` to itself.
 
-use std::{
-    fmt,
-    time::{Duration, SystemTime, UNIX_EPOCH},
-};
+use std::{fmt, time::Duration};
 
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use serde_json::{Map, Value};
@@ -426,13 +423,6 @@ impl TokenError {
             | Self::KeyGone => self.refuse(),
         }
     }
-}
-
-/// Seconds since 1970.
-#[must_use]
-pub fn unix_now() -> i64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    i64::try_from(since.as_secs()).unwrap_or(i64::MAX)
 }
 
 /// A time among the claims, rounded, in seconds since 1970.

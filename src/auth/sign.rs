@@ -5,7 +5,8 @@ use std::time::Duration;
 use jsonwebtoken::{Algorithm, EncodingKey, Header, encode};
 use serde_json::{Map, Value};
 
-use super::jwt::{TokenError, unix_now};
+use super::jwt::TokenError;
+use crate::clock::unix_now;
 use crate::secret::Secret;
 
 /// Signs `claims` with HS256, for the `token` command, the demo and tests.

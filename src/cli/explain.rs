@@ -5,13 +5,10 @@ use crate::{
         decision::{Action, Asked, Because},
         rule::TopicRules,
     },
-    auth::{
-        authenticator::Verifier,
-        jwks::JwksError,
-        jwt::{TokenError, unix_now},
-    },
+    auth::{authenticator::Verifier, jwks::JwksError, jwt::TokenError},
+    clock::unix_now,
     metrics::Metrics,
-    protocol::{message::TOPIC_PREFIX, payload::Privacy},
+    protocol::topic::{Privacy, TOPIC_PREFIX},
     server::settings::Config,
 };
 

@@ -14,11 +14,11 @@ use super::{
     target::{ReachError, reach},
 };
 use crate::{
+    clock::unix_seconds,
     db::{
         self,
         doctor::{Kept, Server},
     },
-    relay::ingest::unix_seconds,
     secret::Secret,
 };
 

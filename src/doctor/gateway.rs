@@ -19,12 +19,12 @@ use crate::{
     auth::{
         authenticator::Verifier,
         jwks,
-        jwt::{Token, TokenError, unix_now},
+        jwt::{Token, TokenError},
         keys::SECRET_BYTES_MIN,
     },
+    clock::{unix_now, unix_seconds},
     metrics::Metrics,
-    protocol::payload::{OPAQUE_KEY_PREFIX, Privacy},
-    relay::ingest::unix_seconds,
+    protocol::{payload::OPAQUE_KEY_PREFIX, topic::Privacy},
 };
 
 /// Most that is read of one answer: the metrics of twenty events, or a thousand live events.

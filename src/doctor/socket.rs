@@ -16,7 +16,7 @@ use tokio::{
 use super::{CANARY_EID, target::Stream};
 use crate::{
     bench::tally::Failure,
-    protocol::message::TOPIC_PREFIX,
+    protocol::topic::TOPIC_PREFIX,
     wire_client::{
         frame::{Frame, FrameReader, push_pong},
         message::{Event, Join, Vsn},

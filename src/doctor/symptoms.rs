@@ -89,7 +89,7 @@ fn none(report: &Report<'_>, database: &Database, gateway: &Gateway) -> Seen {
         gateway.sum("tidegate_relay_last_notification_timestamp_seconds", &[]).unwrap_or(0.0);
     let newest = database.kept.as_ref().and_then(|it| it.newest);
     let started = gateway.sum("process_start_time_seconds", &[]);
-    let now = crate::relay::ingest::unix_seconds();
+    let now = crate::clock::unix_seconds();
     let heard_ago = (heard > 0.0).then_some(now - heard);
     match (newest, gateway.is_open) {
         (Some(newest), true)

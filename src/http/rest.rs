@@ -23,15 +23,15 @@ use super::{
 use crate::{
     access::decision::{Action, Asked, Decision, Verdict},
     auth::jwt::Token,
-    hub::{FannedOut, TopicKey},
+    hub::FannedOut,
     invalidation,
     limits::{self, TooFast},
     metrics::Dropped,
     policies::{self, Asking, AuthorizeError},
     protocol::{
         message::{FIELD_BYTES_MAX, Json, UserBroadcast, UserPayload},
-        payload::Privacy,
         serializer::Broadcast,
+        topic::{Privacy, TopicKey},
     },
     server::Services,
     telemetry::audit::{Audit, Caller},

@@ -20,9 +20,8 @@ use tokio_tungstenite::tungstenite::Message as Frame;
 
 use self::outbox::{Committed, Outbox, Replaceable, Since, TopicId};
 use crate::protocol::{
-    message::TOPIC_PREFIX,
-    payload::Privacy,
     serializer::{Broadcast, Serializer},
+    topic::{TOPIC_PREFIX, TopicKey},
 };
 
 /// Topics are spread over this many locks.
@@ -39,15 +38,6 @@ pub struct Hub {
 
 /// Copy-on-write: a fan-out walks the list as it was when the fan-out began.
 type Subscribers = Slab<Arc<Outbox>>;
-
-/// A topic as the server knows it: public and private ones of one name are different topics.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub struct TopicKey {
-    /// The client's topic without its `realtime:` prefix.
-    pub sub_topic: Arc<str>,
-    /// Whether the channel was joined with `config.private`.
-    pub privacy: Privacy,
-}
 
 /// What a fan-out came to.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -243,7 +233,7 @@ mod tests {
     use super::*;
     use crate::{
         hub::outbox::{Backlogs, Queued},
-        protocol::message::Json,
+        protocol::{message::Json, topic::Privacy},
     };
 
     fn key(sub_topic: &str) -> TopicKey {

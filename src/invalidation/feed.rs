@@ -23,12 +23,12 @@ use super::{
 };
 use crate::{
     access::rule::{Captures, EID, Merge, Rule},
+    clock::{Limiter, TokioClock},
     hub::{
-        Subscription, TopicKey,
+        Subscription,
         outbox::{Committed, Departure, Outbox, Since},
     },
-    limits::{Limiter, TokioClock},
-    protocol::serializer::Broadcast,
+    protocol::{serializer::Broadcast, topic::TopicKey},
 };
 
 /// How long a message waits for others of its transaction, which arrive together: from the last

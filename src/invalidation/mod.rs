@@ -30,8 +30,11 @@ pub(crate) use self::{
 };
 use crate::{
     access::rule::{Captures, Rule},
-    hub::{FannedOut, TopicKey, outbox::Replaceable},
-    protocol::{message::TOPIC_PREFIX, payload::Privacy, serializer::Broadcast},
+    hub::{FannedOut, outbox::Replaceable},
+    protocol::{
+        serializer::Broadcast,
+        topic::{Privacy, TOPIC_PREFIX, TopicKey},
+    },
     relay::LinkError,
     server::Services,
 };

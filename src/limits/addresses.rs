@@ -15,7 +15,8 @@ use parking_lot::Mutex;
 use prometheus::{IntCounter, IntCounterVec};
 use tokio::time::Instant;
 
-use super::{BURST_SECONDS, Limited, Limiter, SWEEP_INTERVAL, limiter};
+use super::{BURST_SECONDS, Limited, SWEEP_INTERVAL, limiter};
+use crate::clock::Limiter;
 use crate::server::settings;
 
 /// Of the remembered addresses, so large a part is forgotten at once.

@@ -21,7 +21,8 @@ use tokio::{
     time::{Instant, Sleep, sleep_until},
 };
 
-use super::{BURST_SECONDS, Limited, Limiter, limiter};
+use super::{BURST_SECONDS, Limited, limiter};
+use crate::clock::Limiter;
 use crate::server::Services;
 
 /// What a client may send at once beside the largest message.

@@ -10,13 +10,8 @@ mod origins;
 
 use std::{num::NonZeroU32, sync::Arc, time::Duration};
 
-use governor::{
-    Quota, RateLimiter,
-    clock::Clock,
-    middleware::NoOpMiddleware,
-    state::{InMemoryState, NotKeyed},
-};
-use tokio::time::{Instant, sleep};
+use governor::{Quota, RateLimiter, clock::Clock};
+use tokio::time::sleep;
 
 pub use self::{addresses::Address, origins::Origin};
 pub(crate) use self::{
@@ -25,13 +20,10 @@ pub(crate) use self::{
     origins::Origins,
 };
 use crate::{
+    clock::{Limiter, TokioClock},
     metrics::Metrics,
     server::{Services, settings::Config},
 };
-
-/// One rate.
-pub(crate) type Limiter =
-    RateLimiter<NotKeyed, InMemoryState, TokioClock, NoOpMiddleware<std::time::Instant>>;
 
 /// An address or a socket may use up at once what it is allowed in so many seconds.
 const BURST_SECONDS: u32 = 10;
@@ -39,18 +31,6 @@ const BURST_SECONDS: u32 = 10;
 const PROJECT_BURST_SECONDS: u32 = 60;
 /// Between two sweeps. By then every burst has come back, so that nothing is forgotten by them.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(60);
-
-/// The runtime's clock, which tests can pause.
-#[derive(Debug, Clone, Copy, Default)]
-pub(crate) struct TokioClock;
-
-impl Clock for TokioClock {
-    type Instant = std::time::Instant;
-
-    fn now(&self) -> Self::Instant {
-        Instant::now().into_std()
-    }
-}
 
 /// A limit that somebody has met, and what came of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -17,9 +17,6 @@ pub const FIELD_BYTES_MAX: usize = 255;
 /// Deepest nesting of a payload: the default of the common JSON parsers.
 pub const DEPTH_MAX: usize = 128;
 
-/// The prefix of every topic that can be joined.
-pub const TOPIC_PREFIX: &str = "realtime:";
-
 /// A client's message.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Message {

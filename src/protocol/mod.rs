@@ -6,6 +6,8 @@
 
 pub mod binary;
 pub mod error_code;
+pub mod generation;
 pub mod message;
 pub mod payload;
 pub mod serializer;
+pub mod topic;

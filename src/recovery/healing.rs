@@ -30,7 +30,10 @@ use crate::{
     },
     auth::jwt::Token,
     hub::outbox::Outbox,
-    protocol::{message::TOPIC_PREFIX, payload::Privacy, serializer::Push},
+    protocol::{
+        serializer::Push,
+        topic::{Privacy, TOPIC_PREFIX},
+    },
     server::Services,
 };
 

@@ -4,15 +4,13 @@
 //! Invariants: notifications are handled one after the other, in the order in which the session
 //! received them, which is the order of their commits; a payload passes byte for byte.
 
-use std::{
-    sync::Arc,
-    time::{SystemTime, UNIX_EPOCH},
-};
+use std::sync::Arc;
 
 use tokio::{sync::mpsc, time::Instant};
 
 use super::clock_offset;
 use crate::{
+    clock::unix_seconds,
     db::REVOCATIONS_CHANNEL,
     hub::{
         FannedOut,
@@ -228,9 +226,4 @@ fn check(services: &Services, payload: String) -> Result<Json, Outcome> {
     }
     let json = Json::parse(payload.into()).map_err(|_not_json| Outcome::Malformed)?;
     if json.is_object() { Ok(json) } else { Err(Outcome::NotObject) }
-}
-
-/// Seconds since 1970, as timestamps of metrics are.
-pub(crate) fn unix_seconds() -> f64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64()
 }

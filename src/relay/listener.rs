@@ -26,6 +26,7 @@ use super::{
     ingest::{self, Notification, STATS_CHANNEL},
 };
 use crate::{
+    clock::unix_seconds,
     db::{self, REVOCATIONS_CHANNEL},
     invalidation::{self, Cause},
     metrics::Metrics,
@@ -257,7 +258,7 @@ impl Session {
         self.begin(services, link).await?;
         *was_up = true;
         services.metrics.relay_link_up.set(1);
-        services.metrics.relay_last_heartbeat.set(ingest::unix_seconds());
+        services.metrics.relay_last_heartbeat.set(unix_seconds());
         tracing::info!("database link is up");
 
         let mut heartbeat = interval(relay.heartbeat_interval);
@@ -277,7 +278,7 @@ impl Session {
                     Ok(Some(notification)) if notification.channel() == self.own_channel => {
                         if let Some(took) = canary.arrived(notification.payload()) {
                             services.metrics.canary_seconds.observe(took.as_secs_f64());
-                            services.metrics.canary_last.set(ingest::unix_seconds());
+                            services.metrics.canary_last.set(unix_seconds());
                         }
                     }
                     Ok(Some(notification)) => forward(queue, &notification).await,
@@ -299,7 +300,7 @@ impl Session {
                 _ = heartbeat.tick() => {
                     let asked = Instant::now();
                     let theirs = self.run(|listener| Box::pin(db::heartbeat(listener))).await?;
-                    let (ours, metrics) = (ingest::unix_seconds(), &services.metrics);
+                    let (ours, metrics) = (unix_seconds(), &services.metrics);
                     metrics.relay_last_heartbeat.set(ours);
                     let offset = clocks.compare(theirs, ours, asked.elapsed());
                     metrics.database_clock_offset.set(offset);

@@ -33,8 +33,9 @@ use crate::{
     auth::{
         authenticator::Verifier,
         jwks::{self, JwksError},
-        jwt::{Token, TokenError, unix_now},
+        jwt::{Token, TokenError},
     },
+    clock::unix_now,
     db,
     http::{self, visits::Visits},
     hub::{

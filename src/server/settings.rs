@@ -20,7 +20,12 @@ use serde::{Deserialize, Deserializer, de};
 use ipnet::IpNet;
 
 use crate::{
-    access::rule::Rule, db, limits::Origin, protocol::payload::OPAQUE_KEY_PREFIX, secret::Secret,
+    access::{rule::Rule, settings::Topics},
+    clock::duration,
+    db,
+    limits::Origin,
+    protocol::payload::OPAQUE_KEY_PREFIX,
+    secret::Secret,
 };
 
 const DEFAULTS: &str = include_str!("defaults.toml");
@@ -286,16 +291,6 @@ pub struct Drain {
     /// Within so long all sockets are closed, in jittered batches.
     #[serde(deserialize_with = "duration")]
     pub timeout: Duration,
-}
-
-/// Topics that no rule matches.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Topics {
-    /// Whether they are served as ordinary topics.
-    pub allow_other: bool,
-    /// Whether only private channels of them are.
-    pub private_only: bool,
 }
 
 /// Everything that is wrong with the settings.
@@ -734,13 +729,6 @@ fn networks<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<IpNet>, D:
             .ok_or_else(|| de::Error::custom("expected networks such as 10.0.0.0/8"))
     };
     Vec::<String>::deserialize(deserializer)?.into_iter().map(network).collect()
-}
-
-/// Reads a duration as people write it: `3s`, `500ms`.
-pub(crate) fn duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
-    let text = String::deserialize(deserializer)?;
-    humantime::parse_duration(&text)
-        .map_err(|_no_more_to_tell| de::Error::custom("expected a duration such as 500ms, 3s, 10m"))
 }
 
 #[cfg(test)]

@@ -18,7 +18,8 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 use self::channel::{Channel, Context, EndReason, Fate};
 use crate::{
     access::rule::Found,
-    auth::jwt::{Token, unix_now},
+    auth::jwt::Token,
+    clock::unix_now,
     hub::outbox::{Outbox, Replaceable},
     invalidation::Known,
     limits::Limited,
@@ -26,9 +27,11 @@ use crate::{
     policies::{Allowed, Asking, AuthorizeError},
     protocol::{
         error_code::{ErrorCode, Refusal, error_reply},
-        message::{Message, Payload, Ref, TOPIC_PREFIX},
-        payload::{Generation, OK},
+        generation::Generation,
+        message::{Message, Payload, Ref},
+        payload::OK,
         serializer::Push,
+        topic::TOPIC_PREFIX,
     },
     recovery::{
         healing::{FIRST_ROUND, Healing, Suspicion},

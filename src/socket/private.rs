@@ -12,7 +12,7 @@ use crate::{
     policies::{Allowed, Asking, AuthorizeError},
     protocol::{
         error_code::{ErrorCode, Refusal},
-        payload::Privacy,
+        topic::Privacy,
     },
 };
 

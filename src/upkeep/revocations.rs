@@ -8,7 +8,7 @@ use std::{error::Error, sync::Arc, time::Duration};
 use sqlx::PgPool;
 use tokio::time::{sleep, timeout};
 
-use crate::{auth::jwt::unix_now, db, server::Services};
+use crate::{clock::unix_now, db, server::Services};
 
 /// Between two readings, if nobody tells of a change.
 const REREAD: Duration = Duration::from_secs(60);

@@ -11,7 +11,7 @@ use std::{error::Error, sync::Arc, time::Duration};
 use sqlx::PgPool;
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 
-use crate::relay::ingest::unix_seconds;
+use crate::clock::unix_seconds;
 use crate::{
     db::{
         self, Recorded,

@@ -11,11 +11,7 @@ mod writes;
 use std::process::Stdio;
 
 use serde_json::Value;
-use tidegate::{
-    auth::{jwt::unix_now, sign::sign},
-    demo::cluster::Cluster,
-    secret::Secret,
-};
+use tidegate::{auth::sign::sign, clock::unix_now, demo::cluster::Cluster, secret::Secret};
 use tokio::{
     io::{AsyncBufReadExt, BufReader},
     process::{Child, Command},

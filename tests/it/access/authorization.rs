@@ -13,8 +13,9 @@ use tidegate::{
         decision::{Action, Asked},
         rule::TopicRules,
     },
-    auth::jwt::{Claims, TokenError, unix_now},
-    protocol::{payload::Privacy, serializer::Serializer},
+    auth::jwt::{Claims, TokenError},
+    clock::unix_now,
+    protocol::{serializer::Serializer, topic::Privacy},
     server::settings::Config,
 };
 

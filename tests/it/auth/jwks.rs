@@ -6,7 +6,7 @@ use std::{sync::Arc, time::Duration};
 use parking_lot::Mutex;
 use serde_json::{Value, json};
 use tidegate::{
-    auth::jwt::unix_now,
+    clock::unix_now,
     protocol::serializer::Serializer::V2,
     secret::Secret,
     server::{Server, StartError, settings::Config},

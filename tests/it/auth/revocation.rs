@@ -2,7 +2,7 @@
 //! gateway.
 
 use serde_json::{Value, json};
-use tidegate::{auth::jwt::unix_now, db, protocol::serializer::Serializer, secret::Secret};
+use tidegate::{clock::unix_now, db, protocol::serializer::Serializer, secret::Secret};
 
 use crate::support::{
     client::Client,

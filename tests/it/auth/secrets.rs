@@ -11,7 +11,8 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection};
 use tidegate::{
-    auth::{jwt::unix_now, sign::sign},
+    auth::sign::sign,
+    clock::unix_now,
     db,
     protocol::serializer::Serializer::{V1, V2},
     secret::Secret,

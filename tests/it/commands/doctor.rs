@@ -996,7 +996,7 @@ async fn keys_and_tokens_that_are_no_good_are_explained() {
         found.says("token", &words);
         found.says("websocket-upgrade", &["answers 40", "see `token`"]);
     }
-    let now = tidegate::auth::jwt::unix_now();
+    let now = tidegate::clock::unix_now();
     let future = token::with_claims(json!({ "role": "anon", "iat": now + 600 }));
     let found = scene.examined(&["--token", &future], &[]).await;
     found.are(&[("token", "warning")]);

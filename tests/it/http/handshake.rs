@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use serde_json::{Value, json};
-use tidegate::{auth::jwt::unix_now, protocol::serializer::Serializer, secret::Secret};
+use tidegate::{clock::unix_now, protocol::serializer::Serializer, secret::Secret};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,

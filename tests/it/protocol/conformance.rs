@@ -12,7 +12,7 @@ use bytes::Bytes;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tidegate::{
-    auth::jwt::unix_now,
+    clock::unix_now,
     hub::outbox::{Backlogs, Outbox},
     protocol::{
         error_code::ErrorCode,

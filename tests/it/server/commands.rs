@@ -5,7 +5,8 @@ use std::{fs, net::SocketAddr};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use tidegate::{
-    auth::{authenticator::Verifier, jwt::unix_now},
+    auth::authenticator::Verifier,
+    clock::unix_now,
     metrics::Metrics,
     protocol::serializer::Serializer::{V1, V2},
 };

@@ -4,7 +4,8 @@ use std::{fs, path::PathBuf};
 
 use serde_json::json;
 use tidegate::{
-    auth::{jwt::unix_now, sign::sign},
+    auth::sign::sign,
+    clock::unix_now,
     protocol::serializer::Serializer,
     secret::Secret,
     server::{

@@ -6,7 +6,7 @@ use std::time::Duration;
 use futures_util::future::join_all;
 use serde_json::{Value, json};
 use sqlx::{Connection as _, PgConnection};
-use tidegate::{auth::jwt::unix_now, protocol::serializer::Serializer};
+use tidegate::{clock::unix_now, protocol::serializer::Serializer};
 
 use crate::support::{
     client::Client,

@@ -10,15 +10,12 @@ use std::{
 
 use serde_json::{Value, json};
 use tidegate::{
-    auth::jwt::unix_now,
-    hub::{
-        TopicKey,
-        outbox::{Backlogs, Outbox, Queued},
-    },
+    clock::unix_now,
+    hub::outbox::{Backlogs, Outbox, Queued},
     protocol::{
         message::Json,
-        payload::Privacy,
         serializer::{Broadcast, Serializer},
+        topic::{Privacy, TopicKey},
     },
     secret::Secret,
     server::Services,

@@ -5,7 +5,7 @@ use std::{collections::VecDeque, net::IpAddr, sync::Arc, time::Duration};
 
 use serde_json::{Value, json};
 use tidegate::{
-    auth::jwt::unix_now,
+    clock::unix_now,
     db,
     hub::outbox::{Backlogs, Drained, Outbox},
     protocol::serializer::Serializer::V1,

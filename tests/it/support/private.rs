@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use serde_json::Value;
 use tidegate::{
-    auth::jwt::unix_now,
+    clock::unix_now,
     db,
     demo::cluster::Cluster,
     policies::{Allowed, Asking, AuthorizeError},

@@ -1,10 +1,7 @@
 //! Tokens of every kind that tests need.
 
 use serde_json::{Value, json};
-use tidegate::{
-    auth::{jwt::unix_now, sign::sign},
-    secret::Secret,
-};
+use tidegate::{auth::sign::sign, clock::unix_now, secret::Secret};
 
 use super::private::{MEMBER, READER};
 

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, time::Duration};
 
 use serde_json::{Value, json};
 use tidegate::{
-    auth::jwt::unix_now,
+    clock::unix_now,
     protocol::serializer::Serializer::{V1, V2},
     server::Services,
 };

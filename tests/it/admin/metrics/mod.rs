@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 use tidegate::{
-    auth::jwt::unix_now,
+    clock::unix_now,
     db,
     protocol::serializer::Serializer::{V1, V2},
     secret::Secret,
