@@ -41,9 +41,7 @@ fn defaults() -> BTreeMap<String, String> {
 
 #[test]
 fn the_table_of_settings_is_the_codes_own() {
-    let readme = read("README.md");
-    let settings = readme.split("## Settings").nth(1).unwrap().split("\n## ").next().unwrap();
-    assert_eq!(rows(settings), defaults());
+    assert_eq!(rows(&read("docs/reference/settings.md")), defaults());
 }
 
 #[test]
