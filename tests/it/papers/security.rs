@@ -1,6 +1,6 @@
-//! What SECURITY.md says is what the code does: its table of decisions is
-//! `protocol/authorization.json`, every test that it names exists, every setting that it names is
-//! one.
+//! What SECURITY.md and `docs/security/` say is what the code does: the table of decisions is
+//! `protocol/authorization.json`, every test that they name exists, every setting that they name
+//! is one.
 
 use std::{
     collections::BTreeSet,
@@ -16,13 +16,15 @@ fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
-fn paper() -> String {
-    fs::read_to_string(root().join("SECURITY.md")).unwrap()
+fn read(file: &str) -> String {
+    let path = root().join(file);
+    fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
 }
 
-/// The rows of the tables below this heading, cell by cell, without their heads.
-fn rows(paper: &str, heading: &str) -> Vec<Vec<String>> {
-    let text = paper.split(&format!("## {heading}\n")).nth(1);
+/// The rows of the tables below this heading of a page, cell by cell, without their heads.
+fn rows(page: &str, heading: &str) -> Vec<Vec<String>> {
+    let page = read(&format!("docs/security/{page}.md"));
+    let text = page.split(&format!("# {heading}\n")).nth(1);
     let text =
         text.unwrap_or_else(|| panic!("no heading {heading}")).split("\n## ").next().unwrap();
     let lines: Vec<&str> = text.lines().collect();
@@ -62,17 +64,22 @@ fn texts(folder: &str, ending: &str) -> String {
     text
 }
 
-/// The last column of these tables names tests.
-const PROVED: [&str; 5] =
-    ["Threats", "Strange tokens", "What a hostile NOTIFY can do", "Limits", "The database role"];
+/// Pages and their headings: the last column of the tables below names tests.
+const PROVED: [(&str, &str); 5] = [
+    ("threats", "Threats"),
+    ("tokens", "Strange tokens"),
+    ("database", "What a hostile NOTIFY can do"),
+    ("limits", "Limits"),
+    ("database", "The database role"),
+];
 
 #[test]
 fn every_test_that_the_paper_names_exists() {
-    let (paper, rust) = (paper(), texts("src", "rs") + &texts("tests", "rs"));
+    let rust = texts("src", "rs") + &texts("tests", "rs");
     let javascript = texts("tests/js", "js");
     let mut named = 0;
-    for heading in PROVED {
-        for row in rows(&paper, heading) {
+    for (page, heading) in PROVED {
+        for row in rows(page, heading) {
             let proofs: Vec<&str> = quoted(row.last().unwrap()).collect();
             assert!(!proofs.is_empty(), "{heading}: no test is named: {row:?}");
             for proof in proofs {
@@ -88,7 +95,7 @@ fn every_test_that_the_paper_names_exists() {
 
 #[test]
 fn every_threat_has_a_number_and_a_control_and_every_asked_number_a_threat() {
-    let threats = rows(&paper(), "Threats");
+    let threats = rows("threats", "Threats");
     let mut numbers = BTreeSet::new();
     for threat in &threats {
         let [_, cwe, control, _, _] = threat.as_slice() else { panic!("five cells: {threat:?}") };
@@ -114,13 +121,12 @@ fn every_setting_that_the_paper_names_is_one_and_no_limit_is_missing() {
         Some((section, field)) => defaults.get(section).is_some_and(|it| it.get(field).is_some()),
         None => defaults.contains_key(name),
     };
-    let paper = paper();
-    for threat in rows(&paper, "Threats") {
+    for threat in rows("threats", "Threats") {
         for setting in quoted(&threat[3]) {
             assert!(is_setting(setting), "{setting} is no setting: {threat:?}");
         }
     }
-    let limits: BTreeSet<String> = rows(&paper, "Limits")
+    let limits: BTreeSet<String> = rows("limits", "Limits")
         .iter()
         .flat_map(|row| quoted(&row[0]).map(str::to_owned).collect::<Vec<_>>())
         .collect();
@@ -172,10 +178,10 @@ fn decisions() -> Vec<String> {
 /// As `cargo doc` shows it to whoever changes it.
 #[test]
 fn the_answers_to_strange_tokens_are_those_of_the_code() {
-    let source = fs::read_to_string(root().join("src/auth/jwt.rs")).unwrap();
+    let source = read("src/auth/jwt.rs");
     let documented: Vec<&str> =
         source.lines().filter_map(|line| line.strip_prefix("//! | ")).skip(1).collect();
-    let rows = rows(&paper(), "Strange tokens");
+    let rows = rows("tokens", "Strange tokens");
     let shown: Vec<String> = rows.iter().map(|row| format!("{} | {} |", row[0], row[1])).collect();
     assert_eq!(shown, documented);
 }
@@ -183,7 +189,7 @@ fn the_answers_to_strange_tokens_are_those_of_the_code() {
 #[test]
 fn the_table_of_decisions_is_the_one_that_the_function_is_tested_with() {
     let wanted = decisions();
-    let paper = paper();
+    let paper = read("SECURITY.md");
     let text = paper.split("<!-- decisions -->\n").nth(1).expect("the table stands between marks");
     let lines: Vec<&str> =
         text.lines().filter(|line| !line.starts_with("|-")).take(wanted.len()).collect();

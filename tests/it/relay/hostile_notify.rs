@@ -1,5 +1,5 @@
 //! Any role of the database may NOTIFY on any channel. What one that has no other right can bring
-//! about, and what it cannot: SECURITY.md says no more than these tests.
+//! about, and what it cannot: docs/security/database.md says no more than these tests.
 
 use serde_json::{Value, json};
 use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection};
