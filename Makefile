@@ -11,7 +11,7 @@ help:
 	@echo 'make demo    everything on one screen: database, gateway, simulated event, page'
 	@echo 'make test    everything that is tested'
 	@echo 'make check   fmt, clippy, unit tests: no database'
-	@echo 'make bench   the numbers of the README, measured on this machine'
+	@echo 'make bench   the numbers of docs/contribute/performance.md, measured on this machine'
 	@echo 'make boards  the dashboards as pictures in target/boards, after a minute of an event night'
 	@echo 'make chaos   faults drawn at random, and nothing missed: SEED= SECONDS= (random, 300)'
 

@@ -1,4 +1,5 @@
-//! The numbers of the README, measured in one run on this machine: `make bench`.
+//! The numbers of `docs/contribute/performance.md`, measured in one run on this machine:
+//! `make bench`.
 //!
 //! With `--short` each measurement is small and takes a second, so that none of them rots.
 
