@@ -89,19 +89,19 @@ pub struct Services {
     /// Who may; exchanged as a whole when the settings are read again.
     rules: RwLock<Arc<TopicRules>>,
     /// Who somebody is.
-    pub verifier: Verifier,
+    pub verifier: Arc<Verifier>,
     /// Who may what on private channels.
     pub policies: Arc<Policies>,
     /// How much of everything.
-    pub(crate) limits: Limits,
+    pub(crate) limits: Arc<Limits>,
     /// What is wanted from the database.
     pub listens: Arc<Listens>,
     /// What waits for its window, and what has changed of late.
-    pub(crate) events: Events,
+    pub(crate) events: Arc<Events>,
     /// Who was connected and is no more.
-    pub(crate) lost_sockets: LostSockets,
+    pub(crate) lost_sockets: Arc<LostSockets>,
     /// Who may be deaf.
-    pub(crate) healing: Healing,
+    pub(crate) healing: Arc<Healing>,
     /// Which events have series of their own.
     pub(crate) busiest: Mutex<Busiest>,
     /// Somebody has told that the database's revocations have changed.
@@ -142,12 +142,12 @@ impl Services {
         let gauge = |bound: usize| i64::try_from(bound).unwrap_or(i64::MAX);
         metrics.connections_max.set(gauge(config.limits.connections_max));
         metrics.outbox_max.set(gauge(config.limits.outbox_bytes_max));
-        let verifier = Verifier::new(&config, &metrics)?;
+        let verifier = Arc::new(Verifier::new(&config, &metrics)?);
         let rules = TopicRules::new(config.topic.clone(), config.topics);
         let tracker = TaskTracker::new();
         Ok(Arc::new(Self {
             policies: Arc::new(Policies::new(&config, &metrics, &tracker)),
-            limits: Limits::new(&config, &metrics),
+            limits: Arc::new(Limits::new(&config, &metrics)),
             metrics,
             hub: Arc::default(),
             rules: RwLock::new(Arc::new(rules)),
@@ -156,9 +156,12 @@ impl Services {
             reload: Reload::default(),
             verifier,
             listens: Arc::new(Listens::new(config.relay.listens_max)),
-            events: Events::new(config.relay.listens_max),
-            lost_sockets: LostSockets::new(LOST_TOPICS_MAX, config.limits.silence_timeout),
-            healing: Healing::default(),
+            events: Arc::new(Events::new(config.relay.listens_max)),
+            lost_sockets: Arc::new(LostSockets::new(
+                LOST_TOPICS_MAX,
+                config.limits.silence_timeout,
+            )),
+            healing: Arc::default(),
             busiest: Mutex::default(),
             // The settings' check has read the URL.
             pool: db::pool(config.pool_url(), config.relay.connect_timeout).ok(),
