@@ -11,8 +11,6 @@ use prometheus::{
     core::{AtomicF64, GenericGauge, GenericGaugeVec},
 };
 
-use tokio::time::Instant;
-
 use crate::{
     auth::{
         jwks::JwksError,
@@ -21,12 +19,8 @@ use crate::{
     },
     db::deployed::TRIGGERS,
     http::{Route, connection::CloseReason},
-    hub::{
-        FannedOut,
-        outbox::{Committed, Departure},
-    },
+    hub::outbox::{Committed, Departure},
     invalidation::{BadEndpoint, Cause, Method, Tally, Why},
-    limits::Limited,
     policies::{AuthorizeError, Question},
     protocol::{error_code::ErrorCode, generation::Generation, message::Malformed},
     relay::{LinkError, Outcome},
@@ -58,9 +52,6 @@ const WRITE_BUCKETS: [f64; 21] = [
     0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 1.5, 2.0,
     2.5, 3.0, 3.25, 3.5, 4.0, 5.0, 10.0,
 ];
-/// Receivers of one fan-out.
-const RECEIVERS_BUCKETS: [f64; 11] =
-    [0.0, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1_000.0, 3_000.0, 10_000.0, 30_000.0];
 /// Payloads of notifications, of which Postgres takes less than 8,000 bytes.
 const PAYLOAD_BUCKETS: [f64; 8] = [64.0, 128.0, 256.0, 512.0, 1_024.0, 2_048.0, 4_096.0, 8_000.0];
 
@@ -187,11 +178,9 @@ impl RefusedUpgrade {
 #[derive(Debug)]
 pub struct Metrics {
     /// Where they are registered, and those of the rooms.
-    pub(crate) registry: Registry,
+    pub registry: Registry,
     /// Open sockets.
     pub connections: IntGauge,
-    /// Sockets that may be open at once.
-    pub connections_max: IntGauge,
     /// Sockets opened.
     pub connections_accepted: IntCounter,
     /// By [`RefusedUpgrade`].
@@ -214,14 +203,8 @@ pub struct Metrics {
     pub reloads: IntCounterVec,
     /// Revocations that hold, at the time of the scrape.
     pub revocations: IntGauge,
-    /// By [`Limited`]: limiter and effect.
-    pub limited: IntCounterVec,
-    /// Addresses that are remembered, at the time of the scrape.
-    pub addresses: IntGauge,
     /// Joined channels.
     pub channels: IntGauge,
-    /// Topics with a subscriber, at the time of the scrape.
-    pub topics: IntGauge,
     /// By result (`ok`, `withheld`, `error`) and [`ErrorCode`].
     pub joins: IntCounterVec,
     /// From the join's frame to its reply.
@@ -268,14 +251,6 @@ pub struct Metrics {
     pub commit_to_write_at_once: Histogram,
     /// The same of what had to wait for its event's window.
     pub commit_to_write_merged: Histogram,
-    /// Broadcasts of clients over their sockets.
-    pub broadcasts_socket: IntCounter,
-    /// Broadcasts of `POST /api/broadcast`.
-    pub broadcasts_rest: IntCounter,
-    /// Broadcasts of notifications.
-    pub broadcasts_database: IntCounter,
-    /// Invalidations to whole events, each of which stands for one or more.
-    pub broadcasts_merged: IntCounter,
     /// By [`Why`].
     pub invalidations_sent: IntCounterVec,
     /// Invalidations that left as part of another.
@@ -326,16 +301,6 @@ pub struct Metrics {
     pub policy_seconds: HistogramVec,
     /// By [`Question`] and `allowed`, `denied` or [`AuthorizeError::kind`].
     pub policy_questions: IntCounterVec,
-    /// Frames put into outboxes by fan-outs.
-    pub deliveries: IntCounter,
-    /// One fan-out, from its encoding to the last push.
-    pub fanout_seconds: Histogram,
-    /// Subscribers of one fan-out.
-    pub fanout_receivers: Histogram,
-    /// The largest backlog of one socket within the last minute or two.
-    pub outbox_high_water: IntGauge,
-    /// The largest backlog that a socket may have.
-    pub outbox_max: IntGauge,
     /// 1 while the listening session is up.
     pub relay_link_up: IntGauge,
     /// By what ended the session, or the attempt: [`LinkError`].
@@ -403,7 +368,6 @@ impl Metrics {
             "Payload bytes of data frames, by direction.",
             &["direction"],
         );
-        let broadcasts = new.counters("broadcasts_total", "Broadcasts, by source.", &["source"]);
         let commit_to_write = new.histograms(
             "commit_to_write_seconds",
             "From a notification's stamp to the end of the write to a socket, by how it was sent.",
@@ -412,7 +376,6 @@ impl Metrics {
         );
         let metrics = Self {
             connections: new.gauge("connections", "Open sockets."),
-            connections_max: new.gauge("connections_max", "Sockets that may be open at once: limits.connections_max."),
             connections_accepted: new.counter("connections_accepted_total", "Sockets opened."),
             connections_refused: new.counters(
                 "connections_refused_total",
@@ -457,14 +420,7 @@ impl Metrics {
                 &["result"],
             ),
             revocations: new.gauge("revocations", "Revocations that hold."),
-            limited: new.counters(
-                "limited_total",
-                "What met a limit, by limiter and effect.",
-                &["limiter", "effect"],
-            ),
-            addresses: new.gauge("addresses", "Addresses of clients that are remembered."),
             channels: new.gauge("channels", "Joined channels."),
-            topics: new.gauge("topics", "Topics with at least one subscriber."),
             joins: new.counters(
                 "joins_total",
                 "Joins answered, by result and code.",
@@ -539,10 +495,6 @@ impl Metrics {
             ),
             commit_to_write_at_once: commit_to_write.with_label_values(&["at_once"]),
             commit_to_write_merged: commit_to_write.with_label_values(&["merged"]),
-            broadcasts_socket: broadcasts.with_label_values(&["socket"]),
-            broadcasts_rest: broadcasts.with_label_values(&["rest"]),
-            broadcasts_database: broadcasts.with_label_values(&["database"]),
-            broadcasts_merged: broadcasts.with_label_values(&["merged"]),
             invalidations_sent: new.counters(
                 "invalidations_sent_total",
                 "Invalidations sent to events and to single clients, by reason.",
@@ -631,19 +583,6 @@ impl Metrics {
                 "Questions to the policies of private channels, by action and result.",
                 &["action", "result"],
             ),
-            deliveries: new.counter("deliveries_total", "Frames put into outboxes by fan-outs."),
-            fanout_seconds: new
-                .histogram("fanout_seconds", "One fan-out, from encoding to the last push."),
-            fanout_receivers: new.histogram_of(
-                "fanout_receivers",
-                "Sockets that one fan-out reaches.",
-                &RECEIVERS_BUCKETS,
-            ),
-            outbox_high_water: new.gauge(
-                "outbox_high_water_bytes",
-                "The largest backlog of one socket within the last minute or two.",
-            ),
-            outbox_max: new.gauge("outbox_max_bytes", "The largest backlog of a socket: limits.outbox_bytes_max."),
             relay_link_up: new.gauge("relay_link_up", "1 while the listening session is up."),
             relay_reconnects: new.counters(
                 "relay_reconnects_total",
@@ -746,21 +685,6 @@ impl Metrics {
         }
     }
 
-    /// Counts broadcasts that were fanned out together since `started`.
-    pub(crate) fn count_fan_out(
-        &self,
-        broadcasts: &IntCounter,
-        count: usize,
-        fanned_out: FannedOut,
-        started: Instant,
-    ) {
-        self.fanout_seconds.observe(started.elapsed().as_secs_f64());
-        broadcasts.inc_by(count as u64);
-        self.deliveries.inc_by(fanned_out.deliveries as u64);
-        #[expect(clippy::cast_precision_loss, reason = "far below 2^52 subscribers")]
-        self.fanout_receivers.observe(fanned_out.subscribers as f64);
-    }
-
     /// Measures a write that has ended, of what was committed then.
     pub(crate) fn count_write(&self, committed: Committed) {
         let took = match committed.departure {
@@ -803,11 +727,6 @@ impl Metrics {
     /// Counts up to what all workers have been busy since the runtime began.
     pub(crate) fn show_busy(&self, busy: Duration) {
         self.tokio_busy.inc_by((busy.as_secs_f64() - self.tokio_busy.get()).max(0.0));
-    }
-
-    /// Counts what has met a limit.
-    pub(crate) fn count_limited(&self, limited: Limited) {
-        self.limited.with_label_values(&limited.kinds()).inc();
     }
 
     /// Counts a message that is dropped.
@@ -865,9 +784,6 @@ impl Metrics {
         }
         for reason in CloseReason::all() {
             self.connections_closed.with_label_values(&[reason.kind(), reason.code_label()]);
-        }
-        for limited in Limited::ALL {
-            self.limited.with_label_values(&limited.kinds());
         }
         for result in ["ok", "withheld"] {
             self.joins.with_label_values(&[result, ""]);
@@ -1064,12 +980,5 @@ mod tests {
         for name in names {
             assert!(name.starts_with("tidegate_") || name.starts_with("process_"), "{name}");
         }
-    }
-
-    #[test]
-    fn two_servers_of_one_process_count_apart() {
-        let (a, b) = (Metrics::new(), Metrics::new());
-        a.deliveries.inc();
-        assert_eq!((a.deliveries.get(), b.deliveries.get()), (1, 0));
     }
 }

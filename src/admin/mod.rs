@@ -55,7 +55,7 @@ impl Refused {
 /// Serves one connection's requests.
 pub(crate) async fn serve(services: Arc<Services>, stream: TcpStream, caller: Caller) {
     let (head_timeout, stopped) =
-        (services.config.limits.handshake_timeout, services.stopped.clone());
+        (services.limits.settings().handshake_timeout, services.stopped.clone());
     let service = service_fn(|ask| {
         let services = Arc::clone(&services);
         async move { Ok::<_, std::convert::Infallible>(noted(&services, ask, caller).await) }
@@ -188,7 +188,7 @@ fn readiness(services: &Services, strict: bool) -> Answer {
 /// The request's body without the white space around it.
 async fn body(services: &Services, ask: Ask) -> Result<Bytes, Refused> {
     let read = Limited::new(ask.into_body(), BODY_BYTES_MAX).collect();
-    match timeout(services.config.limits.body_timeout, read).await {
+    match timeout(services.limits.settings().body_timeout, read).await {
         Ok(Ok(body)) => {
             let body = body.to_bytes();
             Ok(body.slice_ref(body.trim_ascii()))

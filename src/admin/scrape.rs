@@ -26,14 +26,10 @@ use crate::{
 pub(super) async fn scrape(services: &Services) -> Answer {
     let (metrics, revocations) = (&services.metrics, &services.verifier.revocations);
     revocations.sweep(unix_now());
-    for (gauge, number) in [
-        (&metrics.topics, services.hub.topic_count()),
-        (&metrics.addresses, services.limits.addresses.count()),
-        (&metrics.revocations, revocations.count()),
-        (&metrics.outbox_high_water, services.backlogs.highest()),
-    ] {
-        gauge.set(count(number));
-    }
+    services.hub.show();
+    services.sockets.show();
+    services.limits.show();
+    metrics.revocations.set(count(revocations.count()));
     if let Some(pool) = &services.pool {
         metrics.show_pool(pool.size(), pool.num_idle());
     }

@@ -26,10 +26,10 @@ use tokio_tungstenite::{
 
 use crate::{
     hub::outbox::{Committed, Drained, Ended, Outbox, Queued},
-    limits::{Metered, is_unfinished},
+    limits::{self, Metered, is_unfinished},
     metrics::Counted,
     protocol::message::Message,
-    server::{Services, settings::Limits},
+    server::Services,
     socket::{Due, Socket},
     telemetry::audit::Audit,
 };
@@ -189,7 +189,7 @@ impl Connection {
         outbox: Arc<Outbox>,
         socket: Socket,
     ) -> Self {
-        let limits = &services.config.limits;
+        let limits = services.limits.settings();
         let config = WebSocketConfig::default()
             .read_buffer_size(READ_BUFFER_BYTES)
             .write_buffer_size(WRITE_BUFFER_BYTES)
@@ -205,7 +205,7 @@ impl Connection {
             .max_frame_size(Some(limits.message_bytes_max));
         let counted = Counted::new(&services.metrics.connections);
         services.metrics.connections_accepted.inc();
-        let stream = Metered::new(Arc::clone(&services), stream, &read);
+        let stream = Metered::new(Arc::clone(services.limits.metering()), stream, &read);
         let websocket =
             WebSocketStream::from_partially_read(stream, read, Role::Server, Some(config)).await;
         Self { services, websocket, outbox, socket, last_data: Instant::now(), counted }
@@ -371,7 +371,7 @@ impl Connection {
                 Some(written) => Some(written),
                 None => {
                     is_stalled = true;
-                    let limits = &self.services.config.limits;
+                    let limits = self.services.limits.settings();
                     Box::pin(in_time(write, &self.outbox, limits, is_replaceable)).await
                 }
             }
@@ -401,7 +401,7 @@ impl Connection {
     }
 
     fn tick(&mut self) -> Result<(), CloseReason> {
-        let limits = &self.services.config.limits;
+        let limits = self.services.limits.settings();
         if self.last_data.elapsed() >= limits.silence_timeout {
             return Err(CloseReason::Silent);
         }
@@ -413,7 +413,7 @@ impl Connection {
     }
 
     fn next_tick(&self) -> Instant {
-        let limits = &self.services.config.limits;
+        let limits = self.services.limits.settings();
         let silence = self.last_data + limits.silence_timeout;
         let empty = self.socket.empty_since().map(|since| since + limits.no_channel_timeout);
         let tick = Instant::now() + self.socket.next_tick(limits.silence_timeout);
@@ -429,7 +429,7 @@ impl Connection {
 async fn in_time<W: Future>(
     mut write: Pin<&mut W>,
     outbox: &Outbox,
-    limits: &Limits,
+    limits: &limits::Settings,
     is_replaceable: bool,
 ) -> Option<W::Output> {
     let mut has_longer = is_replaceable;

@@ -7,14 +7,7 @@ pub mod connection;
 mod rest;
 pub(crate) mod visits;
 
-use std::{
-    borrow::Cow,
-    error::Error,
-    net::SocketAddr,
-    pin::Pin,
-    sync::{Arc, atomic::Ordering},
-    time::Duration,
-};
+use std::{borrow::Cow, error::Error, net::SocketAddr, pin::Pin, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use http_body_util::Full;
@@ -39,8 +32,8 @@ use tracing::Instrument;
 use self::connection::Connection;
 use crate::{
     auth::jwt::{Token, TokenError},
-    hub::outbox::Outbox,
-    limits::{Limited, client_ip},
+    hub::{NoPermit, Permit, outbox::Outbox},
+    limits::{AddressPermit, Limited, client_ip},
     metrics::RefusedUpgrade,
     policies,
     protocol::{
@@ -48,7 +41,7 @@ use crate::{
         serializer::Serializer,
     },
     recovery::lost_sockets::ClientKey,
-    server::{Place, Services},
+    server::Services,
     socket::Socket,
     telemetry::audit::{Audit, Caller},
 };
@@ -82,7 +75,7 @@ pub(crate) async fn serve(
     fallback: Option<Fallback>,
 ) {
     let (head_timeout, stopped) =
-        (services.config.limits.handshake_timeout, services.stopped.clone());
+        (services.limits.settings().handshake_timeout, services.stopped.clone());
     // Of the first request; those behind it are waited for, which is not our time.
     let accepted = Mutex::new(Some(Instant::now()));
     let service = service_fn(|ask| {
@@ -218,7 +211,7 @@ async fn route(
     fallback: Option<Fallback>,
 ) -> (Route, Answer) {
     let path = ask.uri().path().to_owned();
-    let trusted = &services.config.network.trusted_proxies;
+    let trusted = &services.limits.trusted_proxies;
     let caller = Caller::at(client_ip(peer.ip(), ask.headers(), trusted));
     // The fronting gateway's prefix may be there or stripped.
     let api = path.strip_prefix("/realtime/v1").unwrap_or(&path).strip_prefix("/api/broadcast");
@@ -273,7 +266,7 @@ async fn upgrade(
         return draining(&services, caller);
     }
     if !services.limits.addresses.shake_hands(caller.address().into()) {
-        services.metrics.count_limited(Limited::AddressHandshakes);
+        services.limits.count(Limited::AddressHandshakes);
         return too_many(&services, caller, RefusedUpgrade::Handshakes);
     }
     let apikey = header_text(&ask, "x-api-key").or_else(|| query_value(&query, "apikey"));
@@ -288,24 +281,27 @@ async fn upgrade(
             return refuse(&services, caller, RefusedUpgrade::Token, Some(error.kind()), answer);
         }
     };
-    let outbox = Arc::new(Outbox::new(serializer, &services.backlogs));
-    let place = match Place::take(&services, &outbox, caller.address().into()) {
-        Ok(place) => place,
-        Err(RefusedUpgrade::Draining) => return draining(&services, caller),
-        Err(reason) => return too_many(&services, caller, reason),
+    let outbox = services.sockets.outbox(serializer);
+    let Some(address) = services.limits.connect(caller.address().into()) else {
+        return too_many(&services, caller, RefusedUpgrade::AddressFull);
+    };
+    let permit = match services.sockets.admit(&outbox) {
+        Ok(permit) => (permit, address),
+        Err(NoPermit::Draining) => return draining(&services, caller),
+        Err(NoPermit::Full) => return too_many(&services, caller, RefusedUpgrade::Full),
     };
     let upgraded = hyper::upgrade::on(&mut ask);
     let connections = services.connections.clone();
     let user_agent = header_text(&ask, "user-agent").unwrap_or_default();
     let client = ClientKey::new(caller.address().into(), &user_agent);
-    let trusted = &services.config.network.trusted_proxies;
+    let trusted = &services.limits.trusted_proxies;
     services.visits.note(&user_agent, ask.headers(), caller, peer, trusted);
-    let number = services.connection_number.fetch_add(1, Ordering::Relaxed);
+    let number = services.sockets.next_number();
     let headers = policies::socket_headers(ask.headers());
     let caller = caller.on(number);
     let socket = Socket::new(Arc::clone(&services), Arc::clone(&outbox), token, client, caller)
         .with_headers(headers);
-    let opened = open(services, upgraded, place, outbox, socket);
+    let opened = open(services, upgraded, permit, outbox, socket);
     connections.spawn(opened.instrument(tracing::debug_span!("connection", number)));
     let mut answer = empty(StatusCode::SWITCHING_PROTOCOLS);
     let headers = answer.headers_mut();
@@ -320,7 +316,7 @@ async fn upgrade(
 fn open(
     services: Arc<Services>,
     upgraded: OnUpgrade,
-    place: Place,
+    permit: (Permit, AddressPermit),
     outbox: Arc<Outbox>,
     socket: Socket,
 ) -> impl Future<Output = ()> + Send {
@@ -333,7 +329,7 @@ fn open(
         let connection = Connection::new(services, stream, read, outbox, socket);
         // In a place of its own: it is there for a moment, the task for as long as the socket.
         Box::pin(connection).await.run().await;
-        drop(place);
+        drop(permit);
     }
 }
 
@@ -428,7 +424,7 @@ pub(crate) fn verify(
     let (addresses, address) = (&services.limits.addresses, caller.address().into());
     let is_known = services.verifier.is_known(text);
     if !is_known && !addresses.may_fail(address) {
-        services.metrics.count_limited(Limited::AddressFailures);
+        services.limits.count(Limited::AddressFailures);
         return Err(Unverified::Unread);
     }
     let verified = services.verify(text);

@@ -23,7 +23,7 @@ use super::{
 use crate::{
     access::decision::{Action, Asked, Decision, Verdict},
     auth::jwt::Token,
-    hub::FannedOut,
+    hub::{BroadcastSource, FanOut, To},
     invalidation,
     limits::{self, TooFast},
     metrics::Dropped,
@@ -137,7 +137,7 @@ async fn single(services: &Services, ask: Ask, caller: Caller, topic: &str, even
         Ok(body) => body,
         Err(status) => return empty(status),
     };
-    if body.len() > services.config.limits.payload_bytes_max {
+    if body.len() > services.limits.settings().payload_bytes_max {
         return invalid(&json!({ "payload": ["Payload size exceeds tenant limit"] }));
     }
     let payload = if is_binary {
@@ -276,19 +276,17 @@ impl<'a> Sender<'a> {
             }
             None => (vec![TopicKey { sub_topic: sub_topic.into(), privacy }], None),
         };
-        let (started, mut broadcasts) = (Instant::now(), vec![broadcast]);
+        let mut broadcasts = vec![broadcast];
         if let Some(event) = &event {
             broadcasts = invalidation::offer(services, event, broadcasts, None);
         }
         if broadcasts.is_empty() {
             return Ok(());
         }
-        let mut fanned_out = FannedOut::default();
-        for topic in &topics {
-            fanned_out += services.hub.publish(topic, &broadcasts, None).await;
-        }
-        let metrics = &services.metrics;
-        metrics.count_fan_out(&metrics.broadcasts_rest, broadcasts.len(), fanned_out, started);
+        let (source, to) = (BroadcastSource::Rest, To::All);
+        let fan_out =
+            FanOut { source, topics: &topics, broadcasts: &broadcasts, committed: None, to };
+        services.hub.fan_out(fan_out).await;
         Ok(())
     }
 
@@ -393,7 +391,7 @@ impl RestMessage {
             Some(payload) if !payload.starts_with('{') => {
                 errors.insert("payload".to_owned(), json!(["is invalid"]));
             }
-            Some(payload) if payload.len() > services.config.limits.payload_bytes_max => {
+            Some(payload) if payload.len() > services.limits.settings().payload_bytes_max => {
                 let text = "Payload size exceeds tenant limit";
                 errors.insert("payload".to_owned(), json!([text]));
             }
@@ -458,7 +456,7 @@ async fn body(services: &Services, ask: Ask) -> Result<Bytes, StatusCode> {
         let _permit = if is_small { None } else { Some(services.bodies.acquire().await) };
         Limited::new(ask.into_body(), BODY_BYTES_MAX).collect().await
     };
-    match timeout(services.config.limits.body_timeout, read).await {
+    match timeout(services.limits.settings().body_timeout, read).await {
         Ok(Ok(body)) => Ok(body.to_bytes()),
         Ok(Err(error)) if error.is::<LengthLimitError>() => Err(StatusCode::PAYLOAD_TOO_LARGE),
         Ok(Err(_broken)) => Err(StatusCode::BAD_REQUEST),
@@ -506,7 +504,7 @@ fn refused(unverified: &Unverified) -> Answer {
 }
 
 fn limited(services: &Services, text: &str) -> Answer {
-    services.metrics.count_limited(limits::Limited::BroadcastsRefused);
+    services.limits.count(limits::Limited::BroadcastsRefused);
     object(StatusCode::TOO_MANY_REQUESTS, &json!({ "message": text }))
 }
 

@@ -4,24 +4,34 @@
 //! pushed; no two locks are held at once; a broadcast is encoded at most once per serializer. What
 //! is absent on purpose: a fan-out that has begun may still reach who has unsubscribed meanwhile.
 
+mod metrics;
 pub mod outbox;
+mod sockets;
 
 use std::{
     array,
     collections::{HashMap, hash_map::RandomState},
     hash::BuildHasher,
-    slice,
     sync::{Arc, OnceLock, Weak},
 };
 
 use parking_lot::Mutex;
 use slab::Slab;
+use tokio::time::Instant;
 use tokio_tungstenite::tungstenite::Message as Frame;
 
-use self::outbox::{Committed, Outbox, Replaceable, Since, TopicId};
-use crate::protocol::{
-    serializer::{Broadcast, Serializer},
-    topic::{TOPIC_PREFIX, TopicKey},
+pub(crate) use self::sockets::{NoPermit, Permit};
+pub use self::{metrics::BroadcastSource, sockets::Sockets};
+use self::{
+    metrics::Metrics,
+    outbox::{Committed, Outbox, Replaceable, Since, TopicId},
+};
+use crate::{
+    protocol::{
+        serializer::{Broadcast, Serializer},
+        topic::{TOPIC_PREFIX, TopicKey},
+    },
+    telemetry::metrics::Registry,
 };
 
 /// Topics are spread over this many locks.
@@ -32,6 +42,7 @@ const PUSHES_PER_YIELD: usize = 1024;
 /// All topics of this process.
 #[derive(Debug)]
 pub struct Hub {
+    metrics: Metrics,
     hasher: RandomState,
     shards: [Mutex<HashMap<TopicKey, Arc<Subscribers>>>; SHARDS],
 }
@@ -73,13 +84,71 @@ pub struct Subscription {
     life: Arc<()>,
 }
 
-impl Default for Hub {
-    fn default() -> Self {
-        Self { hasher: RandomState::new(), shards: array::from_fn(|_| Mutex::default()) }
-    }
+/// One fan-out: what, where to, and to whom of those who listen there.
+#[derive(Debug, Clone, Copy)]
+pub struct FanOut<'a> {
+    /// Where the broadcasts come from, for the metrics.
+    pub source: BroadcastSource,
+    /// The spellings of one topic.
+    pub topics: &'a [TopicKey],
+    /// Broadcasts that leave together.
+    pub broadcasts: &'a [Broadcast],
+    /// When the database committed the first of them, if that is known.
+    pub committed: Option<Committed>,
+    /// Who is left out, or may be told something else.
+    pub to: To<'a>,
+}
+
+/// Whom a fan-out is for.
+#[derive(Debug, Clone, Copy)]
+pub enum To<'a> {
+    /// Every subscriber.
+    All,
+    /// Every subscriber but this one.
+    Others(&'a Subscription),
+    /// Every subscriber that keeps up: one that is too slow is told instead, by an invalidation,
+    /// of all that has changed since then.
+    WhoKeepsUp(Since),
 }
 
 impl Hub {
+    /// Creates a hub without topics.
+    pub(crate) fn new(registry: &Registry) -> Self {
+        Self {
+            metrics: Metrics::new(registry),
+            hasher: RandomState::new(),
+            shards: array::from_fn(|_| Mutex::default()),
+        }
+    }
+
+    /// Pushes broadcasts to the subscribers of all spellings of a topic, and counts what comes of it.
+    ///
+    /// Each subscriber gets all broadcasts at once, so that they leave in one write. One caller's
+    /// broadcasts reach each subscriber in the order of the calls; two callers' may interleave
+    /// differently at different subscribers, as they do in Phoenix.
+    pub async fn fan_out(&self, fan_out: FanOut<'_>) -> FannedOut {
+        let (started, mut result) = (Instant::now(), FannedOut::default());
+        for topic in fan_out.topics {
+            let push = match fan_out.to {
+                To::Others(from) if from.key == *topic => Push::ToAllBut(from.slot),
+                To::All | To::Others(_) => Push::ToAll,
+                To::WhoKeepsUp(since) => {
+                    Push::Replaceably(Replaceable { topic: self.topic_id(topic), since })
+                }
+            };
+            result += self.push_all(topic, fan_out.broadcasts, fan_out.committed, push).await;
+        }
+        let FannedOut { subscribers, deliveries } = result;
+        let count = fan_out.broadcasts.len();
+        self.metrics.count(fan_out.source, count, subscribers, deliveries, started.elapsed());
+        result
+    }
+
+    /// Shows how many topics there are.
+    pub(crate) fn show(&self) {
+        self.metrics.show(self.topic_count());
+    }
+
     /// Adds `outbox` to the topic's subscribers.
     #[must_use]
     pub fn subscribe(self: &Arc<Self>, key: TopicKey, outbox: Arc<Outbox>) -> Subscription {
@@ -87,31 +156,6 @@ impl Hub {
         let slot =
             Arc::make_mut(self.shard(&key).lock().entry(key.clone()).or_default()).insert(outbox);
         Subscription { hub: Arc::clone(self), key, slot, life: Arc::default() }
-    }
-
-    /// Pushes `broadcasts` to every subscriber of the topic: to each all of them at once, so that
-    /// they leave in one write, with when the first of them was committed if that is known.
-    pub async fn publish(
-        &self,
-        key: &TopicKey,
-        broadcasts: &[Broadcast],
-        committed: Option<Committed>,
-    ) -> FannedOut {
-        self.fan_out(key, broadcasts, committed, Push::ToAll).await
-    }
-
-    /// Pushes a message that an invalidation of all that has changed since then can take the place
-    /// of: who is too slow for it is told that instead.
-    pub async fn publish_replaceable(
-        &self,
-        key: &TopicKey,
-        broadcast: &Broadcast,
-        committed: Option<Committed>,
-        since: Since,
-    ) -> FannedOut {
-        let replaceable = Replaceable { topic: self.topic_id(key), since };
-        self.fan_out(key, slice::from_ref(broadcast), committed, Push::Replaceably(replaceable))
-            .await
     }
 
     /// The topic in a few bytes.
@@ -132,9 +176,8 @@ impl Hub {
         self.shards.iter().map(|shard| shard.lock().len()).sum()
     }
 
-    /// One caller's broadcasts reach each subscriber in the order of the calls; two callers'
-    /// may interleave differently at different subscribers, as they do in Phoenix.
-    async fn fan_out(
+    /// Pushes broadcasts to the subscribers of one spelling.
+    async fn push_all(
         &self,
         key: &TopicKey,
         broadcasts: &[Broadcast],
@@ -178,11 +221,6 @@ impl Hub {
 }
 
 impl Subscription {
-    /// Pushes `broadcasts` to the topic's other subscribers.
-    pub async fn publish_to_others(&self, broadcasts: &[Broadcast]) -> FannedOut {
-        self.hub.fan_out(&self.key, broadcasts, None, Push::ToAllBut(self.slot)).await
-    }
-
     /// What it is subscribed to.
     pub(crate) fn sub_topic(&self) -> &Arc<str> {
         &self.key.sub_topic
@@ -232,7 +270,7 @@ impl Frames<'_> {
 mod tests {
     use super::*;
     use crate::{
-        hub::outbox::{Backlogs, Queued},
+        hub::outbox::{OutboxBounds, Queued},
         protocol::{message::Json, topic::Privacy},
     };
 
@@ -241,19 +279,30 @@ mod tests {
     }
 
     fn outbox() -> Arc<Outbox> {
-        Arc::new(Outbox::new(Serializer::V1, &Backlogs::of_at_most(1 << 20)))
+        Arc::new(Outbox::new(Serializer::V1, &OutboxBounds::new(1 << 20)))
+    }
+
+    async fn publish(
+        hub: &Hub,
+        topic: &TopicKey,
+        broadcasts: &[Broadcast],
+        to: To<'_>,
+    ) -> FannedOut {
+        let (source, topics) = (BroadcastSource::Socket, std::slice::from_ref(topic));
+        hub.fan_out(FanOut { source, topics, broadcasts, committed: None, to }).await
     }
 
     #[tokio::test]
     async fn the_sender_is_skipped_and_the_others_are_served() {
-        let hub = Arc::new(Hub::default());
+        let hub = Arc::new(Hub::new(&Registry::new()));
         let broadcast = [Broadcast::Envelope(Json::EMPTY)];
         let (a, b) = (outbox(), outbox());
         let from = hub.subscribe(key("room"), Arc::clone(&a));
         let _to = hub.subscribe(key("room"), Arc::clone(&b));
-        let fanned_out = from.publish_to_others(&broadcast).await;
+        let fanned_out = publish(&hub, &key("room"), &broadcast, To::Others(&from)).await;
         assert_eq!(fanned_out, FannedOut { subscribers: 1, deliveries: 1 });
-        assert_eq!(hub.publish(&key("other"), &broadcast, None).await, FannedOut::default());
+        let other = publish(&hub, &key("other"), &broadcast, To::All).await;
+        assert_eq!(other, FannedOut::default());
         let mut batch = Vec::new();
         b.drain(&mut batch).await.unwrap();
         let text = r#"{"ref":null,"event":"broadcast","payload":{},"topic":"realtime:room"}"#;
@@ -262,16 +311,17 @@ mod tests {
 
     #[tokio::test]
     async fn a_private_topic_is_not_the_public_one_of_its_name() {
-        let hub = Arc::new(Hub::default());
+        let hub = Arc::new(Hub::new(&Registry::new()));
         let _public = hub.subscribe(key("room"), outbox());
         let private = TopicKey { privacy: Privacy::Private, ..key("room") };
-        let fanned_out = hub.publish(&private, &[Broadcast::Envelope(Json::EMPTY)], None).await;
+        let fanned_out =
+            publish(&hub, &private, &[Broadcast::Envelope(Json::EMPTY)], To::All).await;
         assert_eq!(fanned_out.subscribers, 0);
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
     async fn joins_leaves_and_broadcasts_race_and_leave_no_topic_behind() {
-        let hub = Arc::new(Hub::default());
+        let hub = Arc::new(Hub::new(&Registry::new()));
         let mut tasks = tokio::task::JoinSet::new();
         for _ in 0..8 {
             let hub = Arc::clone(&hub);
@@ -279,7 +329,8 @@ mod tests {
                 let broadcast = [Broadcast::Envelope(Json::EMPTY)];
                 for _ in 0..2_000 {
                     let joined = hub.subscribe(key("race"), outbox());
-                    assert!(hub.publish(&key("race"), &broadcast, None).await.deliveries >= 1);
+                    let fanned_out = publish(&hub, &key("race"), &broadcast, To::All).await;
+                    assert!(fanned_out.deliveries >= 1);
                     drop(joined);
                 }
             });

@@ -777,12 +777,13 @@ mod tests {
 
     use super::*;
     use crate::{
-        hub::{Hub, outbox::Backlogs},
+        hub::{Hub, outbox::OutboxBounds},
         protocol::{
             message::{Json, UserBroadcast, UserPayload},
             serializer::Serializer,
         },
         server::settings::Config,
+        telemetry::metrics::Registry,
     };
 
     const WINDOW: Duration = Duration::from_secs(3);
@@ -862,8 +863,8 @@ mod tests {
 
     impl Viewer {
         fn new(event: &Event) -> Self {
-            let outbox = Arc::new(Outbox::new(Serializer::V2, &Backlogs::of_at_most(1 << 20)));
-            let hub = Arc::new(Hub::default());
+            let outbox = Arc::new(Outbox::new(Serializer::V2, &OutboxBounds::new(1 << 20)));
+            let hub = Arc::new(Hub::new(&Registry::new()));
             let subscription = hub.subscribe(event.topics()[0].clone(), Arc::clone(&outbox));
             Self { outbox, subscription }
         }

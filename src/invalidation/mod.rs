@@ -30,7 +30,7 @@ pub(crate) use self::{
 };
 use crate::{
     access::rule::{Captures, Rule},
-    hub::{FannedOut, outbox::Replaceable},
+    hub::{BroadcastSource, FanOut, To, outbox::Replaceable},
     protocol::{
         serializer::Broadcast,
         topic::{Privacy, TOPIC_PREFIX, TopicKey},
@@ -384,15 +384,16 @@ pub(crate) async fn flush(services: &Services) {
 }
 
 async fn send(services: &Services, event: &Event, outgoing: Outgoing) {
-    let (metrics, hub, started) = (&services.metrics, &services.hub, Instant::now());
-    let mut fanned_out = FannedOut::default();
-    for topic in event.topics() {
-        let Outgoing { broadcast, committed, since, .. } = &outgoing;
-        fanned_out += match *since {
-            Some(since) => hub.publish_replaceable(topic, broadcast, *committed, since).await,
-            None => hub.publish(topic, slice::from_ref(broadcast), *committed).await,
-        };
-    }
+    let (metrics, hub) = (&services.metrics, &services.hub);
+    let fanned_out = hub
+        .fan_out(FanOut {
+            source: BroadcastSource::Merged,
+            topics: event.topics(),
+            broadcasts: slice::from_ref(&outgoing.broadcast),
+            committed: outgoing.committed,
+            to: outgoing.since.map_or(To::All, To::WhoKeepsUp),
+        })
+        .await;
     let mut repeats = 0;
     let repeated = &metrics.invalidations_sent.with_label_values(&[Why::Repeat.kind()]);
     for feed::Repeat { outbox, sub_topic, broadcast, since } in event.repeats(&outgoing) {
@@ -412,7 +413,6 @@ async fn send(services: &Services, event: &Event, outgoing: Outgoing) {
         metrics.window_wait.observe(waited.as_secs_f64());
     }
     metrics.invalidations_merged.inc_by(sent.merged.saturating_sub(1) as u64);
-    metrics.count_fan_out(&metrics.broadcasts_merged, 1, fanned_out, started);
     (sent.deliveries, sent.repeats) = (fanned_out.deliveries, repeats);
     event.sent(sent);
 }

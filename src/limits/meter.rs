@@ -1,9 +1,9 @@
-//! A client's stream, metered below the WebSocket library: that hides the frames of a message, and
+//! A client's stream, metered below the WebSocket library, which hides the frames of a message and
 //! answers pings itself.
 //!
-//! Whoever sends too much is read more slowly; nothing is lost, refused or closed for it. What has
-//! been read beyond a limit is owed, and nothing more is read until it has been paid for by
-//! waiting. Every frame counts as a message, so that neither pings nor empty fragments are free.
+//! A client that sends too much is read more slowly; nothing is lost, refused or closed for it. What
+//! has been read beyond a limit is owed, and nothing more is read until waiting has paid for it.
+//! Every frame counts as a message, so that neither pings nor empty fragments are free.
 //!
 //! Invariants: nothing is written otherwise than as given; a socket that keeps within its limits
 //! and sends whole messages needs no timer.
@@ -21,9 +21,13 @@ use tokio::{
     time::{Instant, Sleep, sleep_until},
 };
 
-use super::{BURST_SECONDS, Limited, limiter};
+use super::{
+    frames::{FrameCount, Frames},
+    metrics::{Limited, Metrics},
+    rate::{BURST_SECONDS, limiter},
+    settings::Settings,
+};
 use crate::clock::Limiter;
-use crate::server::Services;
 
 /// What a client may send at once beside the largest message.
 const BURST_BYTES: usize = 64 * 1024;
@@ -38,10 +42,17 @@ pub(crate) fn is_unfinished(error: &io::Error) -> bool {
     error.get_ref().and_then(|inner| inner.downcast_ref::<Unfinished>()).is_some()
 }
 
+/// What all metered streams of a server share.
+#[derive(Debug)]
+pub(crate) struct Metering {
+    pub(super) settings: Settings,
+    pub(super) metrics: Metrics,
+}
+
 /// A stream whose input is metered.
 #[derive(Debug)]
 pub(crate) struct Metered<S> {
-    services: Arc<Services>,
+    limits: Arc<Metering>,
     stream: S,
     bytes: Meter,
     messages: Meter,
@@ -55,9 +66,9 @@ pub(crate) struct Metered<S> {
 }
 
 impl<S> Metered<S> {
-    /// Meters what `stream` gives; `read` has been read from it already.
-    pub(crate) fn new(services: Arc<Services>, stream: S, read: &[u8]) -> Self {
-        let limits = &services.config.limits;
+    /// Meters what is read from `stream`; `read` has been read from it already.
+    pub(crate) fn new(metering: Arc<Metering>, stream: S, read: &[u8]) -> Self {
+        let limits = &metering.settings;
         let bytes = limits.message_bytes_max.saturating_add(BURST_BYTES);
         let mut metered = Self {
             stream,
@@ -73,7 +84,7 @@ impl<S> Metered<S> {
             begun: None,
             is_held: false,
             timer: None,
-            services,
+            limits: metering,
         };
         metered.count(read);
         metered
@@ -97,7 +108,7 @@ impl<S> Metered<S> {
     }
 
     fn count(&mut self, read: &[u8]) {
-        let Counted { frames, has_ended } = self.frames.count(read);
+        let FrameCount { frames, has_ended } = self.frames.count(read);
         self.bytes.take(read.len());
         self.messages.take(frames);
         if has_ended {
@@ -125,7 +136,7 @@ impl<S> Metered<S> {
     }
 
     fn deadline(&self) -> Option<Instant> {
-        self.begun.map(|begun| begun + self.services.config.limits.message_timeout)
+        self.begun.map(|begun| begun + self.limits.settings.message_timeout)
     }
 
     fn poll_until(&mut self, context: &mut Context<'_>, until: Instant) -> Poll<()> {
@@ -149,7 +160,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Metered<S> {
         while let Some((until, limited)) = this.held_until() {
             if !this.is_held {
                 this.is_held = true;
-                this.services.metrics.count_limited(limited);
+                this.limits.metrics.limited.of(limited).inc();
             }
             ready!(this.poll_until(context, until));
         }
@@ -238,179 +249,29 @@ impl Meter {
     }
 }
 
-/// What bytes have begun and ended.
-#[derive(Debug, Default, PartialEq, Eq)]
-struct Counted {
-    frames: usize,
-    has_ended: bool,
-}
-
-/// Where frames and messages begin and end in what a client sends. Whether they are right is for
-/// the library to say, which reads the same bytes.
-#[derive(Debug, Default)]
-struct Frames {
-    /// Of the frame's header, read and in all; equal between two frames and in a payload.
-    header_read: u8,
-    header_length: u8,
-    /// Where the header goes on behind the length.
-    mask_at: u8,
-    /// FIN and opcode.
-    first: u8,
-    /// Bytes of the payload that are still to come.
-    left: u64,
-    /// A message has begun and not ended.
-    is_open: bool,
-}
-
-impl Frames {
-    /// Source: RFC 6455, section 5.2.
-    fn count(&mut self, mut bytes: &[u8]) -> Counted {
-        let mut counted = Counted::default();
-        while let Some((&byte, rest)) = bytes.split_first() {
-            if self.header_read == self.header_length && self.left > 0 {
-                let skipped =
-                    usize::try_from(self.left).map_or(bytes.len(), |it| it.min(bytes.len()));
-                bytes = bytes.get(skipped..).unwrap_or_default();
-                self.left -= skipped as u64;
-            } else {
-                bytes = rest;
-                self.read_header(byte, &mut counted);
-            }
-            let is_whole = self.header_read == self.header_length && self.left == 0;
-            if is_whole && self.is_data() && self.first & 0x80 != 0 {
-                self.is_open = false;
-                counted.has_ended = true;
-            }
-        }
-        counted
-    }
-
-    fn read_header(&mut self, byte: u8, counted: &mut Counted) {
-        if self.header_read == self.header_length {
-            (self.header_read, self.header_length) = (0, 2);
-        }
-        match self.header_read {
-            0 => {
-                self.first = byte;
-                counted.frames += 1;
-                self.is_open |= self.is_data();
-            }
-            1 => {
-                let (length, more) = match byte & 0x7f {
-                    126 => (0, 2),
-                    127 => (0, 8),
-                    length => (u64::from(length), 0),
-                };
-                self.left = length;
-                self.header_length += more + if byte & 0x80 != 0 { 4 } else { 0 };
-                self.mask_at = 2 + more;
-            }
-            at if at < self.mask_at => self.left = self.left << 8 | u64::from(byte),
-            _ => {}
-        }
-        self.header_read += 1;
-    }
-
-    /// Pings, pongs and closes may stand between the frames of a message.
-    fn is_data(&self) -> bool {
-        self.first & 0x08 == 0
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::time::Duration;
 
-    use proptest::prelude::*;
     use tokio::{
         io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex},
         task::JoinSet,
     };
 
     use super::*;
-    use crate::server::settings::Config;
+    use crate::{
+        limits::frames::tests::{GOES_ON, PING, TEXT, TEXT_BEGINS, frame},
+        server::settings::Config,
+        telemetry::metrics::Registry,
+    };
 
-    /// A frame of a client: FIN and opcode as given.
-    fn frame(first: u8, length: usize) -> Vec<u8> {
-        let mut frame = vec![first];
-        match length {
-            ..126 => frame.push(0x80 | u8::try_from(length).unwrap()),
-            126..65_536 => {
-                frame.push(0x80 | 126);
-                frame.extend(u16::try_from(length).unwrap().to_be_bytes());
-            }
-            _ => {
-                frame.push(0x80 | 127);
-                frame.extend((length as u64).to_be_bytes());
-            }
-        }
-        frame.extend([0x7f; 4]);
-        frame.resize(frame.len() + length, 0x81);
-        frame
-    }
-
-    const TEXT: u8 = 0x81;
-    const TEXT_BEGINS: u8 = 0x01;
-    const GOES_ON: u8 = 0x00;
-    const ENDS: u8 = 0x80;
-    const PING: u8 = 0x89;
-
-    #[test]
-    fn a_message_is_open_from_its_first_byte_to_its_last() {
-        for (bytes, count, is_open, has_ended) in [
-            (vec![], 0, false, false),
-            (frame(TEXT, 0), 1, false, true),
-            (frame(TEXT, 5)[..1].to_vec(), 1, true, false),
-            (frame(TEXT, 5)[..10].to_vec(), 1, true, false),
-            (frame(TEXT, 5), 1, false, true),
-            (frame(TEXT, 126), 1, false, true),
-            (frame(TEXT, 65_535), 1, false, true),
-            (frame(TEXT, 65_536), 1, false, true),
-            (frame(TEXT, 65_536)[..65_549].to_vec(), 1, true, false),
-            (frame(PING, 125), 1, false, false),
-            (frame(PING, 0)[..3].to_vec(), 1, false, false),
-            ([frame(TEXT_BEGINS, 3), frame(GOES_ON, 0), frame(PING, 4)].concat(), 3, true, false),
-            ([frame(TEXT_BEGINS, 3), frame(PING, 0), frame(ENDS, 0)].concat(), 3, false, true),
-            ([frame(TEXT, 3), frame(TEXT, 9)[..2].to_vec()].concat(), 2, true, true),
-        ] {
-            let mut frames = Frames::default();
-            let counted = frames.count(&bytes);
-            assert_eq!(counted, Counted { frames: count, has_ended }, "{bytes:?}");
-            assert_eq!(frames.is_open, is_open, "{bytes:?}");
-        }
-    }
-
-    proptest! {
-        #[test]
-        fn frames_are_counted_alike_however_their_bytes_arrive(
-            parts in prop::collection::vec((any::<u8>(), 0_usize..300), 0..20),
-            cuts in prop::collection::vec(1_usize..40, 1..200),
-        ) {
-            let bytes: Vec<u8> = parts.iter().flat_map(|(first, length)| frame(*first, *length)).collect();
-            let mut whole = Frames::default();
-            let all = whole.count(&bytes).frames;
-            prop_assert_eq!(all, parts.len());
-            let (mut cut, mut rest, mut count) = (Frames::default(), &bytes[..], 0);
-            for length in cuts.into_iter().chain([usize::MAX]) {
-                let (part, left) = rest.split_at(length.min(rest.len()));
-                count += cut.count(part).frames;
-                rest = left;
-            }
-            prop_assert_eq!((count, cut.is_open), (all, whole.is_open));
-        }
-
-        #[test]
-        fn no_bytes_make_it_panic(bytes in prop::collection::vec(any::<u8>(), 0..2000)) {
-            Frames::default().count(&bytes);
-        }
-    }
-
-    fn metered(set: impl FnOnce(&mut Config)) -> (DuplexStream, Metered<DuplexStream>) {
-        let mut config = Config::defaults();
-        config.limits.message_bytes_max = 1000;
-        set(&mut config);
+    fn metered(set: impl FnOnce(&mut Settings)) -> (DuplexStream, Metered<DuplexStream>) {
+        let mut settings = Config::defaults().limits;
+        settings.message_bytes_max = 1000;
+        set(&mut settings);
+        let metering = Arc::new(Metering { settings, metrics: Metrics::new(&Registry::new()) });
         let (client, server) = duplex(1 << 20);
-        (client, Metered::new(Services::new(config).unwrap(), server, &[]))
+        (client, Metered::new(metering, server, &[]))
     }
 
     /// What is read until nothing comes for `patience`, or the error; and how long it took.
@@ -432,9 +293,9 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn bytes_over_the_budget_wait_and_none_is_lost() {
-        let (mut client, mut server) = metered(|config| {
-            config.limits.socket_bytes_per_second_max = 1000;
-            config.limits.socket_messages_per_second_max = 0;
+        let (mut client, mut server) = metered(|limits| {
+            limits.socket_bytes_per_second_max = 1000;
+            limits.socket_messages_per_second_max = 0;
         });
         let sent = frame(TEXT, 80_000);
         client.write_all(&sent).await.unwrap();
@@ -443,15 +304,14 @@ mod tests {
         // At once: the largest message and 64 KiB.
         let seconds = (before.elapsed() - 2 * SECOND).as_secs();
         assert!((12..=14).contains(&seconds), "{seconds}");
-        let delayed = Limited::SocketBytes.kinds();
-        assert!(server.services.metrics.limited.with_label_values(&delayed).get() > 0);
+        assert!(server.limits.metrics.limited.of(Limited::SocketBytes).get() > 0);
     }
 
     #[tokio::test(start_paused = true)]
     async fn pings_and_empty_fragments_count_as_messages() {
         for flood in [frame(PING, 0), frame(GOES_ON, 0), frame(TEXT, 0)] {
             let (mut client, mut server) =
-                metered(|config| config.limits.socket_messages_per_second_max = 100);
+                metered(|limits| limits.socket_messages_per_second_max = 100);
             client.write_all(&flood.repeat(2000)).await.unwrap();
             let before = Instant::now();
             assert_eq!(read_all(&mut server, 3 * SECOND).await.0, 2000 * flood.len());
@@ -475,9 +335,9 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn as_many_joins_as_channels_pass_at_once() {
-        let (mut client, mut server) = metered(|config| {
-            config.limits.socket_joins_per_second_max = 1;
-            config.limits.channels_per_socket_max = 50;
+        let (mut client, mut server) = metered(|limits| {
+            limits.socket_joins_per_second_max = 1;
+            limits.channels_per_socket_max = 50;
         });
         for _ in 0..50 {
             server.count_join();
@@ -493,8 +353,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_message_that_is_not_finished_in_time_is_an_error_whatever_stands_between() {
-        let (mut client, mut server) =
-            metered(|config| config.limits.message_timeout = 10 * SECOND);
+        let (mut client, mut server) = metered(|limits| limits.message_timeout = 10 * SECOND);
         let mut clients = JoinSet::new();
         clients.spawn(async move {
             client.write_all(&frame(TEXT_BEGINS, 3)).await.unwrap();
@@ -514,7 +373,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn neither_pings_nor_whole_messages_nor_silence_are_unfinished() {
-        let (mut client, mut server) = metered(|config| config.limits.message_timeout = 2 * SECOND);
+        let (mut client, mut server) = metered(|limits| limits.message_timeout = 2 * SECOND);
         let mut clients = JoinSet::new();
         clients.spawn(async move {
             for _ in 0..30 {
@@ -535,9 +394,9 @@ mod tests {
     /// Else a large message of a client that has used up its budget could never be finished.
     #[tokio::test(start_paused = true)]
     async fn the_time_in_which_we_hold_it_up_is_not_the_clients() {
-        let (mut client, mut server) = metered(|config| {
-            config.limits.message_timeout = SECOND;
-            config.limits.socket_bytes_per_second_max = 1000;
+        let (mut client, mut server) = metered(|limits| {
+            limits.message_timeout = SECOND;
+            limits.socket_bytes_per_second_max = 1000;
         });
         let sent = frame(TEXT, 100_000);
         client.write_all(&sent).await.unwrap();

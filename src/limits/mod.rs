@@ -4,95 +4,41 @@
 //! costs nothing; time is the runtime's, which tests can pause; whatever is kept by address is
 //! bounded and swept.
 
+mod address;
 mod addresses;
+mod frames;
 mod meter;
+mod metrics;
 mod origins;
+mod rate;
+mod settings;
 
-use std::{num::NonZeroU32, sync::Arc, time::Duration};
+use std::{num::NonZeroU32, sync::Arc};
 
-use governor::{Quota, RateLimiter, clock::Clock};
-use tokio::time::sleep;
+use governor::clock::Clock;
+use ipnet::IpNet;
 
-pub use self::{addresses::Address, origins::Origin};
+pub use self::{
+    address::Address,
+    origins::Origin,
+    settings::{NetworkSettings, Settings},
+};
 pub(crate) use self::{
-    addresses::{Addresses, client_ip, is_trusted},
-    meter::{Metered, is_unfinished},
+    address::{client_ip, is_trusted},
+    meter::{Metered, Metering, is_unfinished},
+    metrics::Limited,
+    rate::SWEEP_INTERVAL,
+};
+use self::{
+    addresses::Addresses,
+    metrics::Metrics,
     origins::Origins,
+    rate::{PROJECT_BURST_SECONDS, limiter},
 };
 use crate::{
     clock::{Limiter, TokioClock},
-    metrics::Metrics,
-    server::{Services, settings::Config},
+    telemetry::metrics::{Registry, count},
 };
-
-/// An address or a socket may use up at once what it is allowed in so many seconds.
-const BURST_SECONDS: u32 = 10;
-/// The project as a whole; the reference server takes its averages over so many.
-const PROJECT_BURST_SECONDS: u32 = 60;
-/// Between two sweeps. By then every burst has come back, so that nothing is forgotten by them.
-const SWEEP_INTERVAL: Duration = Duration::from_secs(60);
-
-/// A limit that somebody has met, and what came of it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Limited {
-    /// One more socket of an address.
-    AddressConnections,
-    /// One more upgrade of an address.
-    AddressHandshakes,
-    /// A token that is not known to be right, of an address with too many wrong ones.
-    AddressFailures,
-    /// An address too many to be remembered.
-    AddressForgotten,
-    /// A join of a topic without a rule.
-    Joins,
-    /// Broadcasts of a request.
-    BroadcastsRefused,
-    /// A broadcast to a rule's topic.
-    BroadcastsDropped,
-    /// A broadcast to another topic, which has ended its sender's channel.
-    BroadcastsClosed,
-    /// A socket that joins too fast.
-    SocketJoins,
-    /// A socket that sends too many frames.
-    SocketMessages,
-    /// A socket that sends too many bytes.
-    SocketBytes,
-}
-
-impl Limited {
-    /// Every limit with every effect.
-    pub const ALL: [Self; 11] = [
-        Self::AddressConnections,
-        Self::AddressHandshakes,
-        Self::AddressFailures,
-        Self::AddressForgotten,
-        Self::Joins,
-        Self::BroadcastsRefused,
-        Self::BroadcastsDropped,
-        Self::BroadcastsClosed,
-        Self::SocketJoins,
-        Self::SocketMessages,
-        Self::SocketBytes,
-    ];
-
-    /// The metric's labels: limiter, effect.
-    #[must_use]
-    pub fn kinds(self) -> [&'static str; 2] {
-        match self {
-            Self::AddressConnections => ["address_connections", "refused"],
-            Self::AddressHandshakes => ["address_handshakes", "refused"],
-            Self::AddressFailures => ["address_failures", "refused"],
-            Self::AddressForgotten => ["addresses", "forgotten"],
-            Self::Joins => ["joins", "refused"],
-            Self::BroadcastsRefused => ["broadcasts", "refused"],
-            Self::BroadcastsDropped => ["broadcasts", "dropped"],
-            Self::BroadcastsClosed => ["broadcasts", "closed"],
-            Self::SocketJoins => ["socket_joins", "delayed"],
-            Self::SocketMessages => ["socket_messages", "delayed"],
-            Self::SocketBytes => ["socket_bytes", "delayed"],
-        }
-    }
-}
 
 /// Why broadcasts go too fast.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -106,24 +52,74 @@ pub(crate) enum TooFast {
 /// The limits of one server.
 #[derive(Debug)]
 pub(crate) struct Limits {
-    /// Of each address.
+    metering: Arc<Metering>,
+    /// Networks whose `X-Forwarded-For` is believed.
+    pub(crate) trusted_proxies: Vec<IpNet>,
+    /// What each address has used up.
     pub(crate) addresses: Addresses,
-    /// Of browsers.
+    /// Which web pages may connect.
     pub(crate) origins: Origins,
     joins: Option<Limiter>,
     broadcasts: Option<Limiter>,
 }
 
+/// A socket of an address, which counts until this is dropped.
+#[derive(Debug)]
+pub(crate) struct AddressPermit {
+    limits: Arc<Limits>,
+    address: Address,
+}
+
+impl Drop for AddressPermit {
+    fn drop(&mut self) {
+        self.limits.addresses.leave(self.address);
+    }
+}
+
 impl Limits {
-    /// What the settings ask for.
-    pub(crate) fn new(config: &Config, metrics: &Metrics) -> Self {
-        let limits = &config.limits;
+    /// Creates the limits that the settings ask for.
+    pub(crate) fn new(settings: Settings, network: NetworkSettings, registry: &Registry) -> Self {
+        let metrics = Metrics::new(registry);
+        let project = |per_second| limiter(per_second, PROJECT_BURST_SECONDS, 0);
+        let forgotten = metrics.limited.of(Limited::AddressForgotten).clone();
         Self {
-            addresses: Addresses::new(limits, &metrics.limited),
-            origins: Origins::new(config.network.origins.clone()),
-            joins: limiter(limits.joins_per_second_max, PROJECT_BURST_SECONDS, 0),
-            broadcasts: limiter(limits.broadcasts_per_second_max, PROJECT_BURST_SECONDS, 0),
+            trusted_proxies: network.trusted_proxies,
+            addresses: Addresses::new(&settings, forgotten),
+            origins: Origins::new(network.origins),
+            joins: project(settings.joins_per_second_max),
+            broadcasts: project(settings.broadcasts_per_second_max),
+            metering: Arc::new(Metering { settings, metrics }),
         }
+    }
+
+    /// The settings, whose single bounds others enforce.
+    pub(crate) fn settings(&self) -> &Settings {
+        &self.metering.settings
+    }
+
+    /// What streams of clients are metered by.
+    pub(crate) fn metering(&self) -> &Arc<Metering> {
+        &self.metering
+    }
+
+    /// Counts a limit that was met.
+    pub(crate) fn count(&self, limited: Limited) {
+        self.metering.metrics.limited.of(limited).inc();
+    }
+
+    /// Shows how many addresses are remembered.
+    pub(crate) fn show(&self) {
+        self.metering.metrics.addresses.set(count(self.addresses.count()));
+    }
+
+    /// Counts a socket of the address until the permit is dropped; none if the address has as many
+    /// as it may, which is counted.
+    pub(crate) fn connect(self: &Arc<Self>, address: Address) -> Option<AddressPermit> {
+        if !self.addresses.connect(address) {
+            self.count(Limited::AddressConnections);
+            return None;
+        }
+        Some(AddressPermit { limits: Arc::clone(self), address })
     }
 
     /// Counts a join; false if it goes too fast.
@@ -154,36 +150,17 @@ impl Limits {
     }
 }
 
-/// So many a second, and at once what comes in `burst_seconds`, `burst_min` at least; none if
-/// there is no limit.
-fn limiter(per_second: u32, burst_seconds: u32, burst_min: usize) -> Option<Limiter> {
-    let rate = NonZeroU32::new(per_second)?;
-    let burst_min = u32::try_from(burst_min).unwrap_or(u32::MAX);
-    let burst = per_second.saturating_mul(burst_seconds).max(burst_min);
-    let quota = Quota::per_second(rate).allow_burst(NonZeroU32::new(burst).unwrap_or(rate));
-    Some(RateLimiter::direct_with_clock(quota, TokioClock))
-}
-
-/// Forgets until the server stops: addresses, and how far behind a client was.
-pub(crate) async fn run(services: Arc<Services>) {
-    let sweeping = async {
-        loop {
-            sleep(SWEEP_INTERVAL).await;
-            services.limits.addresses.sweep();
-            services.backlogs.turn();
-        }
-    };
-    services.stopped.run_until_cancelled(sweeping).await;
-}
-
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
+    use crate::server::settings::Config;
 
     fn limits(set: impl FnOnce(&mut Config)) -> Limits {
         let mut config = Config::defaults();
         set(&mut config);
-        Limits::new(&config, &Metrics::new())
+        Limits::new(config.limits, config.network, &Registry::new())
     }
 
     #[tokio::test(start_paused = true)]

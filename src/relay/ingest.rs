@@ -13,7 +13,7 @@ use crate::{
     clock::unix_seconds,
     db::REVOCATIONS_CHANNEL,
     hub::{
-        FannedOut,
+        BroadcastSource, FanOut, To,
         outbox::{Committed, Departure},
     },
     invalidation::{self, Notified},
@@ -186,12 +186,11 @@ async fn ingest(services: &Services, channel: &str, payloads: Vec<(String, Insta
     if broadcasts.is_empty() {
         return;
     }
-    let (started, mut fanned_out) = (Instant::now(), FannedOut::default());
     let committed = oldest.map(|at| Committed { at, departure: Departure::AtOnce });
-    for topic in &source.topics {
-        fanned_out += services.hub.publish(topic, &broadcasts, committed).await;
-    }
-    metrics.count_fan_out(&metrics.broadcasts_database, broadcasts.len(), fanned_out, started);
+    let (topics, to) = (&source.topics, To::All);
+    let source = BroadcastSource::Database;
+    let fan_out = FanOut { source, topics, broadcasts: &broadcasts, committed, to };
+    let fanned_out = services.hub.fan_out(fan_out).await;
     let outcome = if fanned_out.deliveries > 0 { Outcome::Delivered } else { Outcome::NoViewer };
     count("event", outcome, broadcasts.len());
 }
@@ -221,7 +220,7 @@ fn named_event(stats: &Json) -> Option<String> {
 }
 
 fn check(services: &Services, payload: String) -> Result<Json, Outcome> {
-    if payload.len() > services.config.limits.payload_bytes_max {
+    if payload.len() > services.limits.settings().payload_bytes_max {
         return Err(Outcome::Oversized);
     }
     let json = Json::parse(payload.into()).map_err(|_not_json| Outcome::Malformed)?;

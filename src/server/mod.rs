@@ -6,17 +6,9 @@
 pub mod reload;
 pub mod settings;
 
-use std::{
-    error::Error,
-    io,
-    net::SocketAddr,
-    path::PathBuf,
-    sync::{Arc, atomic::AtomicU64},
-    time::Duration,
-};
+use std::{error::Error, io, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use parking_lot::{Mutex, RwLock};
-use slab::Slab;
 use sqlx::PgPool;
 use tokio::{
     net::{TcpListener, TcpSocket, TcpStream},
@@ -38,12 +30,9 @@ use crate::{
     clock::unix_now,
     db,
     http::{self, visits::Visits},
-    hub::{
-        Hub,
-        outbox::{Backlogs, Ended, Outbox},
-    },
+    hub::{Hub, Sockets, outbox::Ended},
     invalidation::{self, Events},
-    limits::{self, Address, Limited, Limits},
+    limits::{self, Limits},
     metrics::{Metrics, RefusedUpgrade},
     policies::Policies,
     recovery::{
@@ -114,14 +103,10 @@ pub struct Services {
     pub(crate) pool: Option<PgPool>,
     /// Names this process among the gateways of its database.
     pub(crate) gateway: Uuid,
-    /// How much may wait for a client.
-    pub backlogs: Arc<Backlogs>,
     /// Open sockets, so that a drain finds them.
-    pub(crate) sockets: Mutex<Slab<Arc<Outbox>>>,
+    pub sockets: Arc<Sockets>,
     /// The sockets' tasks.
     pub(crate) connections: TaskTracker,
-    /// Numbers the connections, for the logs.
-    pub(crate) connection_number: AtomicU64,
     /// Places for bodies of more than a few bytes.
     pub(crate) bodies: Semaphore,
     /// All other tasks.
@@ -139,17 +124,14 @@ impl Services {
     /// [`JwksError`] if there is a key set's file and it cannot be used.
     pub fn new(config: Config) -> Result<Arc<Self>, JwksError> {
         let metrics = Metrics::new();
-        let gauge = |bound: usize| i64::try_from(bound).unwrap_or(i64::MAX);
-        metrics.connections_max.set(gauge(config.limits.connections_max));
-        metrics.outbox_max.set(gauge(config.limits.outbox_bytes_max));
+        let (registry, draining) = (&metrics.registry, CancellationToken::new());
         let verifier = Arc::new(Verifier::new(&config, &metrics)?);
         let rules = TopicRules::new(config.topic.clone(), config.topics);
         let tracker = TaskTracker::new();
         Ok(Arc::new(Self {
             policies: Arc::new(Policies::new(&config, &metrics, &tracker)),
-            limits: Arc::new(Limits::new(&config, &metrics)),
-            metrics,
-            hub: Arc::default(),
+            limits: Arc::new(Limits::new(config.limits.clone(), config.network.clone(), registry)),
+            hub: Arc::new(Hub::new(registry)),
             rules: RwLock::new(Arc::new(rules)),
             revocations_changed: Notify::new(),
             visits: Visits::default(),
@@ -166,14 +148,18 @@ impl Services {
             // The settings' check has read the URL.
             pool: db::pool(config.pool_url(), config.relay.connect_timeout).ok(),
             gateway: Uuid::new_v4(),
-            backlogs: Backlogs::of_at_most(config.limits.outbox_bytes_max),
-            sockets: Mutex::default(),
+            sockets: Arc::new(Sockets::new(
+                config.limits.connections_max,
+                config.limits.outbox_bytes_max,
+                draining.clone(),
+                registry,
+            )),
             connections: TaskTracker::new(),
-            connection_number: AtomicU64::new(1),
             bodies: Semaphore::new(BODIES_MAX),
             tracker,
-            draining: CancellationToken::new(),
+            draining,
             stopped: CancellationToken::new(),
+            metrics,
             config,
         }))
     }
@@ -203,60 +189,7 @@ impl Services {
 
     /// Has every socket look at its channels' tokens and topics anew.
     pub(crate) fn review(&self) {
-        let sockets: Vec<_> =
-            self.sockets.lock().iter().map(|(_, outbox)| Arc::clone(outbox)).collect();
-        for outbox in sockets {
-            outbox.nudge();
-        }
-    }
-}
-
-/// A socket's place in the server; dropping it gives the place back.
-#[derive(Debug)]
-pub(crate) struct Place {
-    services: Arc<Services>,
-    address: Address,
-    slot: usize,
-}
-
-impl Place {
-    /// Takes a place.
-    ///
-    /// # Errors
-    /// All are taken, or all of the address, or the server drains; that is asked under the lock under which the drain
-    /// looks for sockets, so that it finds each one that got in.
-    pub(crate) fn take(
-        services: &Arc<Services>,
-        outbox: &Arc<Outbox>,
-        address: Address,
-    ) -> Result<Self, RefusedUpgrade> {
-        if !services.limits.addresses.connect(address) {
-            services.metrics.count_limited(Limited::AddressConnections);
-            return Err(RefusedUpgrade::AddressFull);
-        }
-        let slot = Self::slot(services, outbox);
-        if slot.is_err() {
-            services.limits.addresses.leave(address);
-        }
-        Ok(Self { services: Arc::clone(services), address, slot: slot? })
-    }
-
-    fn slot(services: &Services, outbox: &Arc<Outbox>) -> Result<usize, RefusedUpgrade> {
-        let mut sockets = services.sockets.lock();
-        if services.draining.is_cancelled() {
-            return Err(RefusedUpgrade::Draining);
-        }
-        if sockets.len() >= services.config.limits.connections_max {
-            return Err(RefusedUpgrade::Full);
-        }
-        Ok(sockets.insert(Arc::clone(outbox)))
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        self.services.sockets.lock().remove(self.slot);
-        self.services.limits.addresses.leave(self.address);
+        self.sockets.review();
     }
 }
 
@@ -363,7 +296,15 @@ impl Server {
         services.tracker.spawn(healing::run(Arc::clone(&services)));
         services.tracker.spawn(reload::watch(Arc::clone(&services)));
         services.tracker.spawn(reload::follow_keys(Arc::clone(&services)));
-        services.tracker.spawn(limits::run(Arc::clone(&services)));
+        let (limits, sockets) = (Arc::clone(&services.limits), Arc::clone(&services.sockets));
+        services.tracker.spawn(every(
+            limits::SWEEP_INTERVAL,
+            services.stopped.clone(),
+            move || {
+                limits.addresses.sweep();
+                sockets.turn();
+            },
+        ));
         let accept_public = accept(&public, &services, PENDING_MAX, |services, stream, peer| {
             http::serve(services, stream, peer, fallback.clone())
         });
@@ -388,12 +329,22 @@ impl Server {
     }
 }
 
+/// Does something again and again, first after one interval, until the server stops.
+async fn every(interval: Duration, stop: CancellationToken, mut act: impl FnMut()) {
+    let acting = async {
+        loop {
+            sleep(interval).await;
+            act();
+        }
+    };
+    stop.run_until_cancelled(acting).await;
+}
+
 /// Closes all sockets in jittered batches, then ends everything, within the drain's time.
 async fn drain(services: &Services) {
     let deadline = Instant::now() + services.config.drain.timeout;
     invalidation::flush(services).await;
-    let outboxes: Vec<_> =
-        services.sockets.lock().iter().map(|(_, outbox)| Arc::clone(outbox)).collect();
+    let outboxes = services.sockets.outboxes();
     tracing::info!(sockets = outboxes.len(), "draining");
     // Clients come back at once: the spread is theirs. A hundred need none.
     let spread =

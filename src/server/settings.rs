@@ -3,11 +3,7 @@
 //! Invariants: all mistakes are reported together; what exists as a [`Config`] is right; nothing
 //! reads it from the environment but `main`, which hands the variables over.
 
-use std::{
-    net::{IpAddr, SocketAddr},
-    path::Path,
-    time::Duration,
-};
+use std::{net::SocketAddr, path::Path, time::Duration};
 
 use figment::{
     Figment, Metadata, Profile, Provider,
@@ -15,15 +11,13 @@ use figment::{
     value::{Dict, Map, Num, Value},
 };
 use hyper::{Uri, http::uri::Scheme};
-use serde::{Deserialize, Deserializer, de};
-
-use ipnet::IpNet;
+use serde::Deserialize;
 
 use crate::{
     access::{rule::Rule, settings::Topics},
     clock::duration,
     db,
-    limits::Origin,
+    limits::{self, NetworkSettings},
     protocol::payload::OPAQUE_KEY_PREFIX,
     secret::Secret,
 };
@@ -70,9 +64,9 @@ pub struct Config {
     /// The database's decisions about private channels.
     pub policies: Policies,
     /// Who is in front.
-    pub network: Network,
+    pub network: NetworkSettings,
     /// What bounds clients.
-    pub limits: Limits,
+    pub limits: limits::Settings,
     /// The database link.
     pub relay: Relay,
     /// What the database remembers.
@@ -149,83 +143,6 @@ pub struct Policies {
     /// A question that takes longer counts as unanswered; at most 1.2 s.
     #[serde(deserialize_with = "duration")]
     pub timeout: Duration,
-}
-
-/// Who is in front.
-#[derive(Debug, Clone, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Network {
-    /// Web pages that may connect: `https://app.example.com`, `https://*.example.com` (not the bare
-    /// domain), `null`; an empty list lets any.
-    pub origins: Vec<Origin>,
-    /// Networks, or single addresses, whose `X-Forwarded-For` is believed: `10.0.0.0/8`, `::1`.
-    #[serde(deserialize_with = "networks")]
-    pub trusted_proxies: Vec<IpNet>,
-}
-
-/// What bounds clients.
-#[derive(Debug, Clone, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Limits {
-    /// Most sockets; at the limit an upgrade is refused with 429, at once.
-    pub connections_max: usize,
-    /// Most sockets of one address (IPv6: /64); at the limit an upgrade is refused with 429.
-    pub connections_per_address_max: usize,
-    /// Most upgrades of one address per second, ten times as many at once; beyond, 429. 0: any.
-    pub handshakes_per_address_max: u32,
-    /// Most tokens of one address per second that turn out wrong, ten times as many at once;
-    /// beyond, a token that is not known to be right is refused with 429 unread. 0: any.
-    pub failures_per_address_max: u32,
-    /// Most addresses without a socket that are remembered; beyond, those that were seen longest
-    /// ago are forgotten.
-    pub addresses_max: usize,
-    /// Most joins per second of topics without a rule, 60 s' worth at once; beyond, an error
-    /// reply. 0: any.
-    pub joins_per_second_max: u32,
-    /// Most broadcasts of clients per second, 60 s' worth at once; beyond, 429, or the end of the
-    /// sender's channel if its topic has no rule. 0: any.
-    pub broadcasts_per_second_max: u32,
-    /// Most joins of one socket per second, ten times as many at once, `channels_per_socket_max` at
-    /// least; beyond, the socket is read more slowly. 0: any.
-    pub socket_joins_per_second_max: u32,
-    /// Most frames of one socket per second, pings and fragments among them, ten times as many at
-    /// once; beyond, the socket is read more slowly. 0: any.
-    pub socket_messages_per_second_max: u32,
-    /// Most bytes of one socket per second, whatever the frames, and one largest message and 64 KiB
-    /// at once; beyond, the socket is read more slowly. 0: any.
-    pub socket_bytes_per_second_max: u32,
-    /// Most channels of one socket; at the limit a join is refused.
-    pub channels_per_socket_max: usize,
-    /// Largest message in; a larger one closes the socket with 1009.
-    pub message_bytes_max: usize,
-    /// Largest broadcast payload; a larger one is dropped, with an error reply if acked.
-    pub payload_bytes_max: usize,
-    /// Most bytes that may wait for one client; beyond, it is closed as a slow consumer.
-    pub outbox_bytes_max: usize,
-    /// Longest token; a longer one is not a JWT.
-    pub token_bytes_max: usize,
-    /// From accept to the end of the request's head.
-    #[serde(deserialize_with = "duration")]
-    pub handshake_timeout: Duration,
-    /// For the body of a request; then 408.
-    #[serde(deserialize_with = "duration")]
-    pub body_timeout: Duration,
-    /// From a message's first byte to its last, but for the time in which it is read more slowly;
-    /// then the socket is closed with 1008.
-    #[serde(deserialize_with = "duration")]
-    pub message_timeout: Duration,
-    /// Without a data frame for so long, a socket is closed with 1000.
-    #[serde(deserialize_with = "duration")]
-    pub silence_timeout: Duration,
-    /// A socket whose channels have all gone is closed after so long.
-    #[serde(deserialize_with = "duration")]
-    pub no_channel_timeout: Duration,
-    /// A write that takes longer ends the connection.
-    #[serde(deserialize_with = "duration")]
-    pub write_timeout: Duration,
-    /// The same where nothing waits but what one invalidation can take the place of.
-    #[serde(deserialize_with = "duration")]
-    pub merged_write_timeout: Duration,
 }
 
 /// The database link.
@@ -429,6 +346,7 @@ impl Config {
             mistakes.push("metrics.events_max: at most 1000, each has five series".to_owned());
         }
         mistakes.extend(self.jwks.mistakes());
+        mistakes.extend(self.limits.validate());
         mistakes.extend(self.zeros());
         for (name, key) in
             [("publishable_key", &self.publishable_key), ("secret_key", &self.secret_key)]
@@ -452,27 +370,14 @@ impl Config {
     /// What must not be nothing, and is.
     fn zeros(&self) -> Vec<String> {
         let mut mistakes = Vec::new();
-        for (name, value) in [
-            ("limits.connections_max", self.limits.connections_max),
-            ("limits.connections_per_address_max", self.limits.connections_per_address_max),
-            ("limits.addresses_max", self.limits.addresses_max),
-            ("limits.channels_per_socket_max", self.limits.channels_per_socket_max),
-            ("limits.message_bytes_max", self.limits.message_bytes_max),
-            ("limits.outbox_bytes_max", self.limits.outbox_bytes_max),
-            ("relay.listens_max", self.relay.listens_max),
-            ("jwks.bytes_max", self.jwks.bytes_max),
-        ] {
+        for (name, value) in
+            [("relay.listens_max", self.relay.listens_max), ("jwks.bytes_max", self.jwks.bytes_max)]
+        {
             if value == 0 {
                 mistakes.push(format!("{name}: must be at least 1"));
             }
         }
         for (name, value) in [
-            ("limits.handshake_timeout", self.limits.handshake_timeout),
-            ("limits.body_timeout", self.limits.body_timeout),
-            ("limits.message_timeout", self.limits.message_timeout),
-            ("limits.silence_timeout", self.limits.silence_timeout),
-            ("limits.write_timeout", self.limits.write_timeout),
-            ("limits.merged_write_timeout", self.limits.merged_write_timeout),
             ("relay.heartbeat_interval", self.relay.heartbeat_interval),
             ("relay.heartbeat_timeout", self.relay.heartbeat_timeout),
             ("relay.connect_timeout", self.relay.connect_timeout),
@@ -717,18 +622,6 @@ fn replace(values: &mut Dict, default: Option<&Value>, name: &str) -> bool {
 fn first_set(urls: [&Secret; 2]) -> &Secret {
     let [first, second] = urls;
     if first.is_empty() { second } else { first }
-}
-
-/// Reads networks; an address alone is a network of one.
-fn networks<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<IpNet>, D::Error> {
-    let network = |text: String| {
-        let one = || text.parse::<IpAddr>().ok().map(IpNet::from);
-        text.parse()
-            .ok()
-            .or_else(one)
-            .ok_or_else(|| de::Error::custom("expected networks such as 10.0.0.0/8"))
-    };
-    Vec::<String>::deserialize(deserializer)?.into_iter().map(network).collect()
 }
 
 #[cfg(test)]

@@ -18,7 +18,7 @@ use crate::{
     auth::jwt::{Token, TokenError},
     clock::unix_now,
     hub::{
-        Subscription,
+        BroadcastSource, FanOut, Subscription, To,
         outbox::{Outbox, Replaceable, TopicId},
     },
     invalidation::{self, CatchUp, Cause, Event, Known, Why},
@@ -354,7 +354,7 @@ impl Channel {
         for push in pushes {
             match self.admit_broadcast(services, push.payload) {
                 Err(Dropped::Rate) if self.rule.is_none() => {
-                    services.metrics.count_limited(Limited::BroadcastsClosed);
+                    services.limits.count(Limited::BroadcastsClosed);
                     fate = Fate::Ended(EndReason::TooFast);
                     break;
                 }
@@ -368,7 +368,7 @@ impl Channel {
                         Dropped::TooLarge => acks.push((push.reference, PAYLOAD_TOO_LARGE)),
                         Dropped::WriteDenied => denied += 1,
                         Dropped::Rate => {
-                            services.metrics.count_limited(Limited::BroadcastsDropped);
+                            services.limits.count(Limited::BroadcastsDropped);
                         }
                         _ => {}
                     }
@@ -384,25 +384,18 @@ impl Channel {
             broadcasts = invalidation::offer(services, event, broadcasts, None);
         }
         if !broadcasts.is_empty() {
-            let started = Instant::now();
-            let mut fanned_out = match &self.subscription {
-                Some(subscription) if !self.config.to_self => {
-                    subscription.publish_to_others(&broadcasts).await
-                }
-                Some(_) | None => services.hub.publish(&self.key, &broadcasts, None).await,
+            let topics = match &self.rule {
+                Some((rule, captures)) => rule.topics(&self.key.sub_topic, captures),
+                None => vec![self.key.clone()],
             };
-            if let Some((rule, captures)) = &self.rule {
-                for spelling in rule.topics(&self.key.sub_topic, captures).iter().skip(1) {
-                    fanned_out += services.hub.publish(spelling, &broadcasts, None).await;
-                }
-            }
-            let metrics = &services.metrics;
-            metrics.count_fan_out(
-                &metrics.broadcasts_socket,
-                broadcasts.len(),
-                fanned_out,
-                started,
-            );
+            let to = match &self.subscription {
+                Some(subscription) if !self.config.to_self => To::Others(subscription),
+                Some(_) | None => To::All,
+            };
+            let source = BroadcastSource::Socket;
+            let fan_out =
+                FanOut { source, topics: &topics, broadcasts: &broadcasts, committed: None, to };
+            services.hub.fan_out(fan_out).await;
         }
         if self.config.ack {
             for (reference, payload) in acks {
@@ -429,7 +422,7 @@ impl Channel {
                 (Broadcast::User { message, metadata: None }, size)
             }
         };
-        if size > services.config.limits.payload_bytes_max {
+        if size > services.limits.settings().payload_bytes_max {
             return Err(Dropped::TooLarge);
         }
         let decision = services.rules().decide(&Asked {

@@ -213,7 +213,7 @@ impl Socket {
             }
             if let Some(Slot::Waiting(waiting)) = self.channels.get_mut(&message.topic) {
                 let bytes = self.backlog_bytes + message.payload.len();
-                let bytes_max = self.services.config.limits.outbox_bytes_max;
+                let bytes_max = self.services.limits.settings().outbox_bytes_max;
                 if waiting.backlog.len() < BACKLOG_MAX && bytes <= bytes_max {
                     self.backlog_bytes = bytes;
                     waiting.backlog.push(message);
@@ -561,7 +561,7 @@ impl Socket {
             Some(Slot::Joined(channel)) => Some(channel),
             Some(Slot::Waiting(_)) | None => None,
         };
-        let channels_max = self.services.config.limits.channels_per_socket_max;
+        let channels_max = self.services.limits.settings().channels_per_socket_max;
         let (join_ref, reference) = (join.join_ref.clone(), join.reference.clone());
         let topic = join.topic.clone();
         let known = self.known(sub_topic, replaced.as_deref());
@@ -635,7 +635,7 @@ impl Socket {
             rules.topics().allow_other && matches!(rules.find(sub_topic), Found::Other)
         };
         if is_refused {
-            services.metrics.count_limited(Limited::Joins);
+            services.limits.count(Limited::Joins);
         }
         is_refused
     }

@@ -104,7 +104,7 @@ impl<E: VariantNames> Label for OkOr<E> {
 }
 
 /// Metrics of one name, one for each value of its labels.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct By<L, M, const N: usize = 1> {
     each: Vec<([&'static str; N], M)>,
     /// Counts what its type does not list; on no page, and a debug build stops.
@@ -134,7 +134,7 @@ impl<L: Label<N>, M: Clone, const N: usize> By<L, M, N> {
 
 /// The metrics of one server. Names get the prefix `tidegate_`.
 #[derive(Debug)]
-pub(crate) struct Registry(prometheus::Registry);
+pub struct Registry(prometheus::Registry);
 
 #[expect(clippy::expect_used, reason = "names are literals; a test makes all metrics")]
 impl Registry {
@@ -260,7 +260,8 @@ impl Registry {
     }
 
     /// Everything that is measured, in Prometheus' text format.
-    pub(crate) fn render(&self) -> Vec<u8> {
+    #[must_use]
+    pub fn render(&self) -> Vec<u8> {
         let mut text = Vec::new();
         // Writing into memory does not fail, and a half-written scrape is better than none.
         let _ = TextEncoder::new().encode(&self.0.gather(), &mut text);

@@ -2,4 +2,4 @@
 
 pub mod audit;
 #[allow(dead_code, reason = "rooms move to it one by one")]
-pub(crate) mod metrics;
+pub mod metrics;

@@ -9,7 +9,7 @@ use std::{
 };
 
 use serde_json::{Value, json};
-use tidegate::metrics::Metrics;
+use tidegate::server::{Services, settings::Config};
 
 /// Sets of label values: how a series of a metric can be named.
 type Values = BTreeMap<String, BTreeSet<String>>;
@@ -28,7 +28,8 @@ fn read(file: &str) -> String {
 
 /// What the code exports, with the values of labels that it has from the start.
 fn exported() -> BTreeMap<String, (Metric, Values)> {
-    let metrics = Metrics::new();
+    let services = Services::new(Config::defaults()).unwrap();
+    let metrics = &services.metrics;
     // What is counted and looked at decides the values of these; at first they have no series.
     metrics.relay_gaps.with_label_values(&["closed"]);
     metrics.event_last_notification.with_label_values(&["AB3028"]);

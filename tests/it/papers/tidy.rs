@@ -215,10 +215,6 @@ const BREACHES: &[&str] = &[
     "src/http/visits.rs names admin",
     "src/invalidation/mod.rs names relay",
     "src/invalidation/mod.rs names server",
-    "src/limits/addresses.rs names server",
-    "src/limits/meter.rs names server",
-    "src/limits/mod.rs names metrics",
-    "src/limits/mod.rs names server",
     "src/policies/mod.rs names metrics",
     "src/policies/mod.rs names server",
     "src/recovery/healing.rs names server",
@@ -323,8 +319,6 @@ const FACES: &[&str] = &[
     "src/http/visits.rs",
     "src/invalidation/feed.rs",
     "src/invalidation/journal.rs",
-    "src/limits/addresses.rs",
-    "src/limits/meter.rs",
     "src/server/reload.rs",
 ];
 
@@ -371,7 +365,6 @@ const LIBRARIES: &[&str] = &[
     "src/bench/connection.rs: tokio_tungstenite",
     "src/bench/mod.rs: tokio_tungstenite",
     "src/demo/mod.rs: prometheus::",
-    "src/limits/addresses.rs: prometheus::",
     "src/metrics.rs: prometheus::",
     "src/policies/mod.rs: prometheus::",
 ];

@@ -411,7 +411,7 @@ async fn flood(beside: &mut Beside, done: impl Fn(&TestServer) -> bool) {
 
 /// How many frames the last fan-out has put into outboxes is told by the counter's step.
 fn deliveries(server: &TestServer) -> u64 {
-    server.services.metrics.deliveries.get()
+    server.count("tidegate_deliveries_total")
 }
 
 #[tokio::test]

@@ -13,7 +13,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use tidegate::{
     clock::unix_now,
-    hub::outbox::{Backlogs, Outbox},
+    hub::outbox::{Outbox, OutboxBounds},
     protocol::{
         error_code::ErrorCode,
         message::{Json, Malformed, Payload, Ref, UserBroadcast, UserPayload},
@@ -336,7 +336,7 @@ impl Wires<'_> {
     async fn open(&self, serializer: Serializer, apikey: &str) -> Peer {
         let wire = match self {
             Self::Memory(services) => {
-                let outbox = Arc::new(Outbox::new(serializer, &Backlogs::of_at_most(1 << 20)));
+                let outbox = Arc::new(Outbox::new(serializer, &OutboxBounds::new(1 << 20)));
                 let token = services.verifier.verify(apikey, unix_now()).unwrap();
                 let socket = Socket::new(
                     Arc::clone(services),

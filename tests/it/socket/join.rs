@@ -11,7 +11,10 @@ use std::{
 use serde_json::{Value, json};
 use tidegate::{
     clock::unix_now,
-    hub::outbox::{Backlogs, Outbox, Queued},
+    hub::{
+        BroadcastSource, FanOut, To,
+        outbox::{Outbox, OutboxBounds, Queued},
+    },
     protocol::{
         message::Json,
         serializer::{Broadcast, Serializer},
@@ -92,17 +95,20 @@ async fn the_reply_precedes_every_broadcast_however_many_are_sent() {
     let (hub, over) = (Arc::clone(&services.hub), Arc::clone(&is_over));
     publishing.spawn(async move {
         let key = TopicKey { sub_topic: "room".into(), privacy: Privacy::Public };
-        let broadcast = [Broadcast::Envelope(Json::EMPTY)];
+        let broadcasts = [Broadcast::Envelope(Json::EMPTY)];
+        let (source, topics, to) = (BroadcastSource::Socket, [key], To::All);
+        let fan_out =
+            FanOut { source, topics: &topics, broadcasts: &broadcasts, committed: None, to };
         let mut deliveries = 0;
         while !over.load(Ordering::Relaxed) {
-            deliveries += hub.publish(&key, &broadcast, None).await.deliveries;
+            deliveries += hub.fan_out(fan_out).await.deliveries;
         }
         deliveries
     });
     let token = services.verifier.verify(&token::of_role("anon"), unix_now()).unwrap();
     let mut early = None;
     for _ in 0..20_000 {
-        let outbox = Arc::new(Outbox::new(Serializer::V2, &Backlogs::of_at_most(1 << 20)));
+        let outbox = Arc::new(Outbox::new(Serializer::V2, &OutboxBounds::new(1 << 20)));
         let mut socket = Socket::new(
             Arc::clone(&services),
             Arc::clone(&outbox),
@@ -482,7 +488,7 @@ async fn a_refused_re_join_ends_the_channel_at_once() {
 async fn who_joins_during_a_drain_is_told_that_the_server_restarts() {
     let services = Services::new(config()).unwrap();
     services.draining.cancel();
-    let outbox = Arc::new(Outbox::new(Serializer::V2, &Backlogs::of_at_most(1 << 20)));
+    let outbox = Arc::new(Outbox::new(Serializer::V2, &OutboxBounds::new(1 << 20)));
     let token = services.verifier.verify(&token::of_role("anon"), unix_now()).unwrap();
     let mut socket = Socket::new(services, Arc::clone(&outbox), token, client_key(), caller());
     let frame = Frame::text(join("1", "realtime:room").to_string());

@@ -5,8 +5,8 @@ use std::{collections::BTreeSet, time::Duration};
 
 use serde_json::{Value, json};
 use tidegate::{
+    limits::Settings,
     protocol::serializer::Serializer::{self, V1, V2},
-    server::settings::Limits,
 };
 use tokio::{net::TcpSocket, time::timeout};
 
@@ -139,7 +139,7 @@ struct Flood {
 }
 
 impl Flood {
-    async fn start(change: impl FnOnce(&mut Limits)) -> Self {
+    async fn start(change: impl FnOnce(&mut Settings)) -> Self {
         let mut config = config();
         let merge = config.topic[0].merge.as_mut().unwrap();
         (merge.window, merge.carry) = (Duration::ZERO, Duration::ZERO);
@@ -200,7 +200,7 @@ async fn a_viewer_that_reads_too_late_stays_and_hears_of_every_endpoint() {
         let mut before = 0;
         flood
             .send_until(|server| {
-                let now = server.services.metrics.deliveries.get();
+                let now = server.count("tidegate_deliveries_total");
                 // It has fallen behind when a message is put into the sender's outbox only.
                 now - std::mem::replace(&mut before, now) == 1
             })
@@ -257,7 +257,7 @@ async fn who_holds_up_what_cannot_be_replaced_is_closed_at_the_writes_deadline()
     deaf.join(TOPIC).await;
     deaf.join("room").await;
     // Several messages wait, so that one is being written.
-    flood.send_until(|server| server.services.backlogs.highest() > 1_000_000).await;
+    flood.send_until(|server| server.services.sockets.highest_backlog() > 1_000_000).await;
     flood.server.publish("room", &json!({ "sold": true })).await;
     flood.server.metric_falls_to("tidegate_connections", 1.0).await;
     assert_eq!(flood.closed("write_timeout").await, 1.0);

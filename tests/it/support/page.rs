@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use tidegate::{
     clock::unix_now,
     db,
-    hub::outbox::{Backlogs, Drained, Outbox},
+    hub::outbox::{Drained, Outbox, OutboxBounds},
     protocol::serializer::Serializer::V1,
     recovery::lost_sockets::ClientKey,
     secret::Secret,
@@ -70,7 +70,7 @@ impl Page {
 
     fn reading(services: &Arc<Services>, client: ClientKey, token: &str, bytes_max: usize) -> Self {
         let token = services.verifier.verify(token, unix_now()).unwrap();
-        let outbox = Arc::new(Outbox::new(V1, &Backlogs::of_at_most(bytes_max)));
+        let outbox = Arc::new(Outbox::new(V1, &OutboxBounds::new(bytes_max)));
         let socket =
             Socket::new(Arc::clone(services), Arc::clone(&outbox), token, client, client::caller());
         Self { socket, outbox, arrived: VecDeque::new(), opened: Instant::now() }

@@ -96,6 +96,13 @@ impl TestServer {
         Self { public, admin, services, stop: Some(stop), task }
     }
 
+    /// The value of a series that is counted, without a scrape.
+    pub(crate) fn count(&self, series: &str) -> u64 {
+        let text = String::from_utf8(self.services.metrics.registry.render()).unwrap();
+        let value = text.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' '));
+        value.unwrap_or_else(|| panic!("no series {series}")).parse().unwrap()
+    }
+
     /// Drains, and fails if a socket, a channel or a topic is left.
     pub(crate) async fn stop(mut self) {
         drop(self.stop.take());
