@@ -12,11 +12,7 @@ use prometheus::{
 };
 
 use crate::{
-    auth::{
-        jwks::JwksError,
-        jwt::{Token, TokenError},
-        keys::{Origin, Unusable, VerifiedBy},
-    },
+    auth::{Origin, Token, TokenError, Unusable, VerifiedBy, jwks::JwksError},
     db::deployed::TRIGGERS,
     http::{Route, connection::CloseReason},
     hub::outbox::{Committed, Departure},

@@ -10,7 +10,7 @@ use std::{fmt, sync::Arc};
 use super::rule::{Captures, Denied, Found, Grant, Rule, TopicRules};
 use super::settings::Topics;
 use crate::{
-    auth::jwt::{Claims, TokenError},
+    auth::{Claims, TokenError},
     protocol::{
         error_code::{ErrorCode, Refusal},
         topic::Privacy,

@@ -10,7 +10,7 @@ use serde::Deserialize;
 
 use super::settings::Topics;
 use crate::{
-    auth::jwt::Claims,
+    auth::Claims,
     clock,
     protocol::topic::{Privacy, TopicKey},
 };

@@ -35,7 +35,7 @@ use tokio_rustls::{
 
 use super::{
     authenticator::Verifier,
-    keys::{DocumentError, Origin, Published},
+    jwk::{DocumentError, Origin, Published},
 };
 use crate::{
     clock::unix_seconds,

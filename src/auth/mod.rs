@@ -1,11 +1,25 @@
 //! Who somebody is: tokens and the keys that they are checked with; and what the database's policies
 //! let them do.
 
-pub mod authenticator;
 pub mod jwks;
-pub mod jwt;
-pub mod keys;
 pub mod revocations;
 pub mod sign;
 
+mod algorithm;
+mod authenticator;
+mod claims;
+mod error;
 mod json;
+mod jwk;
+mod jwt;
+mod keys;
+
+pub(crate) use self::algorithm::SECRET_BYTES_MIN;
+pub use self::{
+    algorithm::{Algorithm, KeySlot, VerifiedBy},
+    authenticator::Verifier,
+    claims::Claims,
+    error::TokenError,
+    jwk::{DocumentError, Origin, Unusable},
+    jwt::Token,
+};

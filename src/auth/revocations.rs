@@ -10,7 +10,7 @@ use std::{
 
 use parking_lot::RwLock;
 
-use super::jwt::Claims;
+use super::claims::Claims;
 
 /// Longest value of a claim that can be revoked.
 pub const VALUE_BYTES_MAX: usize = 128;

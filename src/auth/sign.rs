@@ -5,7 +5,7 @@ use std::time::Duration;
 use jsonwebtoken::{Algorithm, EncodingKey, Header, encode};
 use serde_json::{Map, Value};
 
-use super::jwt::TokenError;
+use super::error::TokenError;
 use crate::clock::unix_now;
 use crate::secret::Secret;
 

@@ -5,7 +5,7 @@ use crate::{
         decision::{Action, Asked, Because},
         rule::TopicRules,
     },
-    auth::{authenticator::Verifier, jwks::JwksError, jwt::TokenError},
+    auth::{TokenError, Verifier, jwks::JwksError},
     clock::unix_now,
     metrics::Metrics,
     protocol::topic::{Privacy, TOPIC_PREFIX},

@@ -16,12 +16,7 @@ use crate::{
         rule::TopicRules,
     },
     admin::client::{self, CommandError},
-    auth::{
-        authenticator::Verifier,
-        jwks,
-        jwt::{Token, TokenError},
-        keys::SECRET_BYTES_MIN,
-    },
+    auth::{SECRET_BYTES_MIN, Token, TokenError, Verifier, jwks},
     clock::{unix_now, unix_seconds},
     metrics::Metrics,
     protocol::{payload::OPAQUE_KEY_PREFIX, topic::Privacy},
@@ -255,7 +250,7 @@ async fn keys(patient: &Patient, metrics: &Metrics) -> (Seen, Option<Verifier>) 
         }
     }
     let saw = sources.join(", ");
-    let unusable = crate::auth::keys::Unusable::ALL
+    let unusable = crate::auth::Unusable::ALL
         .into_iter()
         .map(|reason| {
             (reason.kind(), metrics.jwks_keys_unusable.with_label_values(&[reason.kind()]).get())

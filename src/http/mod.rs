@@ -31,7 +31,7 @@ use tracing::Instrument;
 
 use self::connection::Connection;
 use crate::{
-    auth::jwt::{Token, TokenError},
+    auth::{Token, TokenError},
     hub::{NoPermit, Permit, outbox::Outbox},
     limits::{AddressPermit, Limited, client_ip},
     metrics::RefusedUpgrade,

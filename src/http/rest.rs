@@ -22,7 +22,7 @@ use super::{
 };
 use crate::{
     access::decision::{Action, Asked, Decision, Verdict},
-    auth::jwt::Token,
+    auth::Token,
     hub::{BroadcastSource, FanOut, To},
     invalidation,
     limits::{self, TooFast},

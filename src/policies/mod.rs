@@ -31,7 +31,7 @@ use tokio::{
 use tokio_util::task::TaskTracker;
 
 use crate::{
-    auth::jwt::Token,
+    auth::Token,
     db::{self, PolicyContext, PolicyRole},
     metrics::Metrics,
     protocol::error_code::{ErrorCode, Refusal},

@@ -28,7 +28,7 @@ use crate::{
         decision::{Action, Asked},
         rule::{EID, Found},
     },
-    auth::jwt::Token,
+    auth::Token,
     hub::outbox::Outbox,
     protocol::{
         serializer::Push,

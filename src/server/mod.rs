@@ -23,9 +23,8 @@ use crate::{
     access::rule::TopicRules,
     admin::{self, busiest::Busiest},
     auth::{
-        authenticator::Verifier,
+        Token, TokenError, Verifier,
         jwks::{self, JwksError},
-        jwt::{Token, TokenError},
     },
     clock::unix_now,
     db,

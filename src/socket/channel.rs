@@ -15,7 +15,7 @@ use crate::{
         decision::{Action, Asked, Because, Decision, Verdict},
         rule::{Captures, Rule},
     },
-    auth::jwt::{Token, TokenError},
+    auth::{Token, TokenError},
     clock::unix_now,
     hub::{
         BroadcastSource, FanOut, Subscription, To,

@@ -50,7 +50,7 @@ use tracing_subscriber::{
 
 use crate::{
     access::decision::{Because, Decision, Verdict},
-    auth::jwt::Token,
+    auth::Token,
 };
 
 /// Where audit events go, and nothing else does.

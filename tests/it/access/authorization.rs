@@ -13,7 +13,7 @@ use tidegate::{
         decision::{Action, Asked},
         rule::TopicRules,
     },
-    auth::jwt::{Claims, TokenError},
+    auth::{Claims, TokenError},
     clock::unix_now,
     protocol::{serializer::Serializer, topic::Privacy},
     server::settings::Config,

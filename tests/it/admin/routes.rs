@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 use tidegate::{
-    auth::jwt::TokenError,
+    auth::TokenError,
     http::connection::CloseReason,
     invalidation::{BadEndpoint, Cause, Method, Why},
     metrics::RefusedUpgrade,

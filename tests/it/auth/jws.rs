@@ -21,7 +21,7 @@ use std::{collections::BTreeMap, fs, path::Path};
 use serde::Deserialize;
 use serde_json::Value;
 use tidegate::{
-    auth::{authenticator::Verifier, jwt::TokenError, keys::VerifiedBy},
+    auth::{TokenError, VerifiedBy, Verifier},
     metrics::Metrics,
     secret::Secret,
     server::settings::Config,

@@ -5,7 +5,7 @@ use std::{fs, net::SocketAddr};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use tidegate::{
-    auth::authenticator::Verifier,
+    auth::Verifier,
     clock::unix_now,
     metrics::Metrics,
     protocol::serializer::Serializer::{V1, V2},
