@@ -7,8 +7,13 @@
 
 use std::{fmt, sync::Arc};
 
-use super::rule::{Captures, Denied, Found, Grant, Rule, TopicRules};
-use super::settings::Topics;
+use super::{
+    grant::Grant,
+    pattern::Captures,
+    rule::{Denied, Rule},
+    rules::{Found, TopicRules},
+    settings::Topics,
+};
 use crate::{
     auth::{Claims, TokenError},
     protocol::{

@@ -1,5 +1,17 @@
 //! Topic → rule → decision: who may read and write what.
 
-pub mod decision;
-pub mod rule;
-pub mod settings;
+mod decision;
+mod grant;
+mod pattern;
+mod rule;
+mod rules;
+mod settings;
+
+pub use self::{
+    decision::{Action, Asked, Because, Decision, Verdict},
+    grant::Grant,
+    pattern::{Captures, Pattern, PatternError},
+    rule::{Denied, EID, Merge, NOTIFY_CHANNEL_BYTES_MAX, Rule},
+    rules::{Found, TopicRules},
+    settings::Topics,
+};

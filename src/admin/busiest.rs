@@ -12,7 +12,7 @@ use std::{
 };
 
 use crate::{
-    access::rule::NOTIFY_CHANNEL_BYTES_MAX,
+    access::NOTIFY_CHANNEL_BYTES_MAX,
     invalidation::Tally,
     metrics::{Metrics, OTHER_EVENTS},
 };

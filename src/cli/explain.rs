@@ -1,10 +1,7 @@
 //! `tidegate config --explain`: what a token may do with a topic, and what makes it so.
 
 use crate::{
-    access::{
-        decision::{Action, Asked, Because},
-        rule::TopicRules,
-    },
+    access::{Action, Asked, Because, TopicRules},
     auth::{TokenError, Verifier, jwks::JwksError},
     clock::unix_now,
     metrics::Metrics,

@@ -11,10 +11,7 @@ use super::{
     report::said,
 };
 use crate::{
-    access::{
-        decision::{Action, Asked},
-        rule::TopicRules,
-    },
+    access::{Action, Asked, TopicRules},
     admin::client::{self, CommandError},
     auth::{SECRET_BYTES_MIN, Token, TokenError, Verifier, jwks},
     clock::{unix_now, unix_seconds},

@@ -16,7 +16,7 @@ use super::{
     report::said,
 };
 use crate::{
-    access::rule::Rule,
+    access::Rule,
     db,
     relay::{canary, ingest::STATS_CHANNEL},
 };

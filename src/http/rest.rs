@@ -21,7 +21,7 @@ use super::{
     Answer, Ask, TOO_MANY_REQUESTS, Unverified, empty, header_text, object, query_value, verify,
 };
 use crate::{
-    access::decision::{Action, Asked, Decision, Verdict},
+    access::{Action, Asked, Decision, Verdict},
     auth::Token,
     hub::{BroadcastSource, FanOut, To},
     invalidation,

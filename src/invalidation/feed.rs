@@ -22,7 +22,7 @@ use super::{
     payload::{self, Endpoints, Invalidation, Stamp},
 };
 use crate::{
-    access::rule::{Captures, EID, Merge, Rule},
+    access::{Captures, EID, Merge, Rule},
     clock::{Limiter, TokioClock},
     hub::{
         Subscription,

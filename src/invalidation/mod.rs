@@ -29,7 +29,7 @@ pub(crate) use self::{
     payload::{ENDPOINT_BYTES_MAX, Endpoints},
 };
 use crate::{
-    access::rule::{Captures, Rule},
+    access::{Captures, Rule},
     hub::{BroadcastSource, FanOut, To, outbox::Replaceable},
     protocol::{
         serializer::Broadcast,

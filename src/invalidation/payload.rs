@@ -15,7 +15,7 @@ use serde::{
 use serde_json::{Value, value::RawValue};
 
 use crate::{
-    access::rule::{Merge, Rule},
+    access::{Merge, Rule},
     protocol::{
         message::{Json, UserBroadcast, UserPayload, write_json_string},
         serializer::Broadcast,

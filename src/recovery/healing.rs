@@ -24,10 +24,7 @@ use tokio::{
 
 use super::lost_sockets::{ClientKey, REMEMBERED};
 use crate::{
-    access::{
-        decision::{Action, Asked},
-        rule::{EID, Found},
-    },
+    access::{Action, Asked, EID, Found},
     auth::Token,
     hub::outbox::Outbox,
     protocol::{

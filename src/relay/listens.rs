@@ -15,9 +15,7 @@ use tokio::{
     time::Instant,
 };
 
-use crate::{
-    access::rule::NOTIFY_CHANNEL_BYTES_MAX, invalidation::Event, protocol::topic::TopicKey,
-};
+use crate::{access::NOTIFY_CHANNEL_BYTES_MAX, invalidation::Event, protocol::topic::TopicKey};
 
 /// Most UNLISTENs of one look, each an exchange with the server while joins wait for theirs.
 const UNLISTENS_MAX: usize = 16;

@@ -20,7 +20,7 @@ use uuid::Uuid;
 
 use self::{reload::Reload, settings::Config};
 use crate::{
-    access::rule::TopicRules,
+    access::TopicRules,
     admin::{self, busiest::Busiest},
     auth::{
         Token, TokenError, Verifier,

@@ -18,7 +18,7 @@ use super::{
     Services,
     settings::{Config, ConfigError},
 };
-use crate::{access::rule::TopicRules, auth::jwks::JwksError, telemetry::audit::Audit};
+use crate::{access::TopicRules, auth::jwks::JwksError, telemetry::audit::Audit};
 
 /// Between two looks at the settings' file.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);

@@ -14,7 +14,7 @@ use hyper::{Uri, http::uri::Scheme};
 use serde::Deserialize;
 
 use crate::{
-    access::{rule::Rule, settings::Topics},
+    access::{Rule, Topics},
     clock::duration,
     db,
     limits::{self, NetworkSettings},

@@ -11,10 +11,7 @@ use serde_json::Value;
 use tokio::time::Instant;
 
 use crate::{
-    access::{
-        decision::{Action, Asked, Because, Decision, Verdict},
-        rule::{Captures, Rule},
-    },
+    access::{Action, Asked, Because, Captures, Decision, Rule, Verdict},
     auth::{Token, TokenError},
     clock::unix_now,
     hub::{

@@ -17,7 +17,7 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use self::channel::{Channel, Context, EndReason, Fate};
 use crate::{
-    access::rule::Found,
+    access::Found,
     auth::Token,
     clock::unix_now,
     hub::outbox::{Outbox, Replaceable},

@@ -49,7 +49,7 @@ use tracing_subscriber::{
 };
 
 use crate::{
-    access::decision::{Because, Decision, Verdict},
+    access::{Because, Decision, Verdict},
     auth::Token,
 };
 

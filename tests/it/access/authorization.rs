@@ -9,10 +9,7 @@ use std::{
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use tidegate::{
-    access::{
-        decision::{Action, Asked},
-        rule::TopicRules,
-    },
+    access::{Action, Asked, TopicRules},
     auth::{Claims, TokenError},
     clock::unix_now,
     protocol::{serializer::Serializer, topic::Privacy},

@@ -13,7 +13,7 @@ use std::{
 use futures_util::{SinkExt, StreamExt};
 use serde_json::{Value, json};
 use tidegate::{
-    access::rule::Denied,
+    access::Denied,
     protocol::serializer::Serializer::{V1, V2},
     recovery::lost_sockets::ClientKey,
     secret::Secret,

@@ -4,7 +4,7 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use serde_json::{Value, json};
 use tidegate::{
-    access::rule::Rule,
+    access::Rule,
     secret::Secret,
     server::{Server, Services, settings::Config},
 };
