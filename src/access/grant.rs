@@ -1,4 +1,7 @@
-//! The conditions under which claims allow an action.
+//! Grants: the conditions under which a token's claims allow an action.
+//!
+//! Invariant: a claim's path is split before captures are inserted, so that a topic cannot choose
+//! which claim is compared.
 
 use std::fmt;
 
@@ -7,14 +10,15 @@ use serde::Deserialize;
 use super::pattern::Captures;
 use crate::auth::Claims;
 
-/// A set of conditions; it holds if all of them do. An action is allowed if any grant holds.
+/// A set of conditions. A grant holds if all of its conditions do; an action is allowed if any of
+/// its grants holds.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Grant {
     /// The token's role is one of these.
     #[serde(default)]
     pub role: Option<Vec<Box<str>>>,
-    /// The path of a claim, with captures: `admin_events.{eid}`. Goes with `any_of` or `equals`.
+    /// The path of a claim, with captures: `admin_events.{eid}`. Needs either `any_of` or `equals`.
     #[serde(default)]
     pub claim: Option<Box<str>>,
     /// The claim is one of these strings.
@@ -25,7 +29,7 @@ pub struct Grant {
     pub equals: Option<Box<str>>,
 }
 
-/// As it stands in the settings: `{ role = ["anon"] }`.
+/// Writes the grant as in the settings: `{ role = ["anon"] }`.
 impl fmt::Display for Grant {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut conditions = Vec::new();
@@ -46,7 +50,7 @@ impl fmt::Display for Grant {
 }
 
 impl Grant {
-    /// Whether all conditions hold.
+    /// Whether all conditions hold for these claims.
     #[must_use]
     pub fn holds(&self, captures: &Captures, claims: &Claims) -> bool {
         if let Some(roles) = &self.role
@@ -55,22 +59,22 @@ impl Grant {
             return false;
         }
         let Some(path) = &self.claim else {
-            // A grant without any condition never holds; `mistake` reports it, too.
+            // A grant without a condition never holds; `validate` reports it as well.
             return self.role.is_some();
         };
-        // The path is split before captures are filled in: a capture cannot reach another claim.
-        let path = path.split('.').map(|part| fill(part, captures));
+        let path = path.split('.').map(|part| expand(part, captures));
         let Some(claim) = claims.text_at(path) else {
             return false;
         };
         match (&self.any_of, &self.equals) {
             (Some(values), None) => values.iter().any(|value| **value == *claim),
-            (None, Some(value)) => fill(value, captures) == claim,
+            (None, Some(value)) => expand(value, captures) == claim,
             (None, None) | (Some(_), Some(_)) => false,
         }
     }
 
-    pub(super) fn mistake(&self, names: &[&str]) -> Option<String> {
+    /// Returns what is wrong with the grant of a rule whose patterns capture these names.
+    pub(super) fn validate(&self, names: &[&str]) -> Option<String> {
         let values = usize::from(self.any_of.is_some()) + usize::from(self.equals.is_some());
         if self.role.is_none() && self.claim.is_none() {
             return Some("a grant needs `role` or `claim`".to_owned());
@@ -87,8 +91,8 @@ impl Grant {
     }
 }
 
-/// Replaces `{name}` by what was captured, once: what was captured is not looked into.
-fn fill(text: &str, captures: &Captures) -> String {
+/// Replaces each `{name}` by its capture, in one pass: braces within a captured value stay text.
+fn expand(text: &str, captures: &Captures) -> String {
     let mut parts = text.split('{');
     let mut out = parts.next().unwrap_or_default().to_owned();
     for part in parts {

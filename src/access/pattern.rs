@@ -1,15 +1,18 @@
 //! Patterns of topics and NOTIFY channels, and what they capture.
+//!
+//! Invariant: matching is unambiguous. A text that matches a pattern is exactly the pattern with its
+//! captures inserted, so that no two topics are taken for one.
 
 use std::{collections::BTreeMap, fmt};
 
 use serde::Deserialize;
 
-/// What a pattern's braces caught, by name.
+/// The captured parts of a topic, by name.
 pub type Captures = BTreeMap<Box<str>, Box<str>>;
 
 /// Literal text with captures: `event_offers_{event:uuid}_{person:uuid}`.
 ///
-/// A capture's class says what it takes: `eid` (the default: 1 to 50 of `A-Z a-z 0-9 -`),
+/// The class of a capture decides what it matches: `eid` (the default: 1 to 50 of `A-Z a-z 0-9 -`),
 /// `uuid` (36 characters), or `any` (the rest of the topic, at least one character).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Pattern {
@@ -31,7 +34,7 @@ enum Class {
 }
 
 impl Class {
-    /// How many bytes at the start of `text` the class takes, if it can.
+    /// Returns how many bytes at the start of `text` belong to the capture; `None` if it does not match.
     fn take(self, text: &str) -> Option<usize> {
         let is_eid = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-';
         match self {
@@ -49,7 +52,7 @@ impl Class {
 }
 
 impl Pattern {
-    /// What the braces catch if the whole of `text` matches.
+    /// Returns the captures if the whole of `text` matches.
     #[must_use]
     pub fn captures(&self, text: &str) -> Option<Captures> {
         let (mut rest, mut captures) = (text, Captures::new());
@@ -66,9 +69,9 @@ impl Pattern {
         rest.is_empty().then_some(captures)
     }
 
-    /// The pattern with its captures filled in.
+    /// Returns the pattern with its captures inserted.
     #[must_use]
-    pub fn fill(&self, captures: &Captures) -> String {
+    pub fn expand(&self, captures: &Captures) -> String {
         self.parts
             .iter()
             .map(|part| match part {
@@ -78,6 +81,7 @@ impl Pattern {
             .collect()
     }
 
+    /// The text before the first capture.
     pub(super) fn literal_prefix(&self) -> &str {
         match self.parts.first() {
             Some(Part::Literal(literal)) => literal,
@@ -85,6 +89,7 @@ impl Pattern {
         }
     }
 
+    /// The names of the captures, sorted.
     pub(super) fn capture_names(&self) -> Vec<&str> {
         let mut names: Vec<_> = self
             .parts
@@ -148,25 +153,25 @@ impl std::str::FromStr for Pattern {
     }
 }
 
-/// Why a pattern is not one.
+/// Why a text is not a pattern.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum PatternError {
-    /// A brace is not closed.
+    /// A `{` has no `}`.
     #[error("a brace is not closed")]
     Brace,
-    /// The class is unknown.
+    /// The class is not one of the three.
     #[error("a capture is {{name}}, {{name:uuid}} or {{name:any}}")]
     Class,
-    /// The name is empty or not in `a-z_`.
+    /// The name is empty or has a character other than `a-z` and `_`.
     #[error("a capture's name is of a-z and _")]
     Name,
-    /// `any` takes the rest and so stands last.
+    /// Text follows a capture of class `any`, which matches the whole rest.
     #[error("a capture of class any stands last")]
     AnyInside,
-    /// It would match everything.
+    /// The pattern begins with a capture, so that it would match nearly every topic.
     #[error("a pattern begins with literal text")]
     Prefix,
-    /// It cannot be told where one capture ends.
+    /// A capture is followed by another one, or by text that it would match itself.
     #[error("a capture is followed by text that it cannot take")]
     Adjacent,
 }
@@ -202,7 +207,7 @@ mod tests {
                 let pattern: Pattern = pattern.parse().unwrap();
                 for text in [&topic, &format!("a_{topic}_b"), &format!("a_{topic}")] {
                     if let Some(captures) = pattern.captures(text) {
-                        prop_assert_eq!(&pattern.fill(&captures), text);
+                        prop_assert_eq!(&pattern.expand(&captures), text);
                     }
                 }
             }

@@ -1,8 +1,7 @@
-//! A topic → its rule and captures, and the grants that say who may read and write it.
+//! One topic rule: the spellings of its topic, its NOTIFY channel, its grants.
 //!
-//! Rules are data: the first one with a pattern that matches a topic decides. A topic that begins
-//! like a pattern and fails its captures is refused; one that begins like none is an ordinary
-//! topic. Nothing here does I/O, and nothing here decides: [`TopicRules::decide`] does.
+//! A rule is data. [`Rules::find`](super::rules::Rules::find) chooses the rule of a topic, and
+//! [`Rules::decide_found`](super::rules::Rules::decide_found) evaluates its grants.
 
 use std::time::Duration;
 
@@ -17,58 +16,59 @@ use crate::{
     protocol::topic::{Privacy, TopicKey},
 };
 
-/// Longest NOTIFY channel: Postgres cuts identifiers there, silently.
+/// Longest name of a NOTIFY channel: Postgres cuts longer identifiers without a word.
 pub const NOTIFY_CHANNEL_BYTES_MAX: usize = 63;
 
-/// The capture that names the event, where a rule has events.
+/// The capture that names the event, in a rule that has events.
 pub const EID: &str = "eid";
 
-/// One rule as it stands in the settings.
+/// One rule: a section `[[topic]]` of the settings.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Rule {
-    /// Names the rule in logs and decisions.
+    /// The name of the rule in logs and decisions.
     pub name: Box<str>,
-    /// Spellings of the topic; captures in braces, the same ones in each.
+    /// The spellings of the topic, with captures in braces: the same names in each.
     pub pattern: Vec<Pattern>,
-    /// The NOTIFY channel that is relayed to the topic, listened to while somebody has joined.
+    /// The NOTIFY channel that is relayed to the topic; the gateway listens while a client has joined.
     #[serde(default)]
     pub listen: Option<Pattern>,
-    /// The user event under which a notification is broadcast.
+    /// The user event as which a notification is broadcast.
     #[serde(default)]
     pub event: Option<Box<str>>,
-    /// Makes broadcasts of the event invalidations, which are merged; absent relays them as they
-    /// come.
+    /// Treats broadcasts of the event as invalidations, which are merged; without it they are
+    /// relayed one by one.
     #[serde(default)]
     pub merge: Option<Merge>,
-    /// What belongs to the complete list of any of the rule's events.
+    /// The endpoints of the complete list that a resync sends, for any of the rule's events.
     #[serde(default)]
     pub resync: Vec<Pattern>,
-    /// Who may receive.
+    /// Grants to receive broadcasts.
     #[serde(default)]
     pub read: Vec<Grant>,
-    /// Who may send.
+    /// Grants to send broadcasts.
     #[serde(default)]
     pub write: Vec<Grant>,
-    /// What becomes of a join whose claims do not allow reading.
+    /// The answer to a join whose claims do not allow reading.
     #[serde(default)]
     pub denied: Denied,
 }
 
-/// How invalidations of one event become fewer, and none is lost.
+/// How the invalidations of one event are merged into fewer messages, without losing an endpoint.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Merge {
-    /// At most one message per window; well longer than what clients wait after one, for each
-    /// further message restarts that wait. `0s` merges only what was sent together.
+    /// At most one message is sent per window. Clients wait after a message before they refetch,
+    /// and each further message restarts that wait, so the window is well longer than the wait.
+    /// `0s` merges only what was published together.
     #[serde(deserialize_with = "clock::duration", default = "Merge::default_window")]
     pub window: Duration,
-    /// For so long an endpoint is repeated in every further message, because clients forget a
-    /// message that is followed too soon by another: the window, by which a network may delay
-    /// one message against the next, and the 2 s that clients wait.
+    /// How long an endpoint is repeated in every further message, because clients forget a message
+    /// that is followed too soon by another one. The default is the window, by which a network may
+    /// delay one message against the next, plus the 2 s that clients wait.
     #[serde(deserialize_with = "clock::duration", default = "Merge::default_carry")]
     pub carry: Duration,
-    /// The field of the payload with the list of texts that is united.
+    /// The field of the payload whose lists of texts are united.
     #[serde(default = "Merge::default_union")]
     pub union: Box<str>,
 }
@@ -87,52 +87,52 @@ impl Merge {
     }
 }
 
-/// What becomes of a join whose claims do not allow reading.
+/// The answer to a join whose claims do not allow reading.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Denied {
     /// An error reply.
     #[default]
     Refuse,
-    /// The join is answered `ok` and nothing is delivered until an `access_token` event or a new
-    /// join proves the claims: clients join with the anon key first and send the user's token
+    /// The reply is `ok`, and nothing is delivered until an `access_token` event or a new join
+    /// brings sufficient claims: clients join with the anon key first and send the user's token
     /// later, and some never retry a refused join.
     Withhold,
 }
 
 impl Rule {
-    /// What the patterns capture where the event is this one; none if they capture more than an
-    /// event, or cannot capture that.
+    /// Returns what the patterns capture for the event `eid`; `None` if they capture more than the
+    /// event, or cannot capture this one.
     #[must_use]
     pub fn event_captures(&self, eid: &str) -> Option<Captures> {
         let pattern = self.pattern.first()?;
         let captures = Captures::from([(EID.into(), eid.into())]);
-        // The pattern knows what it takes: filled in, it must give the same again.
-        (pattern.captures(&pattern.fill(&captures))? == captures).then_some(captures)
+        // Expanding and matching again rejects an `eid` that the capture's class does not allow.
+        (pattern.captures(&pattern.expand(&captures))? == captures).then_some(captures)
     }
 
-    /// The topics that what is sent to `sub_topic` reaches: of a rule that listens all spellings,
-    /// which are one event, `sub_topic` first; of any other itself.
+    /// Returns the topics that a broadcast to `sub_topic` reaches, `sub_topic` first: if the rule
+    /// has a NOTIFY channel, all spellings, which are one event; otherwise only `sub_topic`.
     #[must_use]
     pub fn topics(&self, sub_topic: &str, captures: &Captures) -> Vec<TopicKey> {
         let mut topics = vec![TopicKey { sub_topic: sub_topic.into(), privacy: Privacy::Public }];
         if self.listen.is_some() {
-            topics.extend(self.spellings(captures).filter(|it| *it.sub_topic != *sub_topic));
+            topics.extend(self.spellings(captures).filter(|topic| *topic.sub_topic != *sub_topic));
         }
         topics
     }
 
-    /// The public topics that spell these captures, one for each pattern.
+    /// Returns the public topics with these captures, one for each pattern.
     pub fn spellings(&self, captures: &Captures) -> impl Iterator<Item = TopicKey> {
         self.pattern.iter().map(|pattern| TopicKey {
-            sub_topic: pattern.fill(captures).into(),
+            sub_topic: pattern.expand(captures).into(),
             privacy: Privacy::Public,
         })
     }
 
-    /// What is wrong with the rule itself; empty if nothing is.
+    /// Returns every mistake of the rule itself, without its name.
     #[must_use]
-    pub fn mistakes(&self) -> Vec<String> {
+    pub fn validate(&self) -> Vec<String> {
         let mut mistakes = Vec::new();
         let names = self.pattern.first().map(Pattern::capture_names).unwrap_or_default();
         if self.pattern.is_empty() {
@@ -158,7 +158,7 @@ impl Rule {
             mistakes.push("`resync` goes with `merge`".to_owned());
         }
         for grant in self.read.iter().chain(&self.write) {
-            mistakes.extend(grant.mistake(&names));
+            mistakes.extend(grant.validate(&names));
         }
         mistakes
     }
@@ -177,6 +177,6 @@ mod tests {
             "read": [{}, { "claim": "p" }, { "claim": "p", "equals": "{nobody}" }],
         }))
         .unwrap();
-        assert_eq!(rule.mistakes().len(), 5);
+        assert_eq!(rule.validate().len(), 5);
     }
 }

@@ -1,7 +1,7 @@
 //! `tidegate config --explain`: what a token may do with a topic, and what makes it so.
 
 use crate::{
-    access::{Action, Asked, Because, TopicRules},
+    access::{AccessRequest, Action, Reason, Rules},
     auth::{TokenError, Verifier, jwks::JwksError},
     clock::unix_now,
     metrics::Metrics,
@@ -27,7 +27,7 @@ pub fn explain(
     privacy: Privacy,
 ) -> Result<String, JwksError> {
     let sub_topic = sub_topic.strip_prefix(TOPIC_PREFIX).unwrap_or(sub_topic);
-    let rules = TopicRules::new(config.topic.clone(), config.topics);
+    let rules = Rules::new(config.topic.clone(), config.topics);
     let verifier = Verifier::new(config, &Metrics::new())?;
     let verified = match token {
         None => Err(TokenError::Missing),
@@ -38,7 +38,7 @@ pub fn explain(
         Err(error) => format!("token: {error}\n"),
     };
     for (action, name) in [(Action::Read, "read"), (Action::Write, "write")] {
-        let decision = rules.decide(&Asked {
+        let decision = rules.decide(&AccessRequest {
             action,
             sub_topic,
             privacy,
@@ -57,9 +57,9 @@ pub fn explain(
                 None => format!("topic: {sub_topic} (no rule)\n"),
             });
         }
-        let grant = match (&decision.because, &decision.rule, action) {
-            (Because::Grant(number), Some((rule, _)), Action::Read) => rule.read.get(number - 1),
-            (Because::Grant(number), Some((rule, _)), Action::Write) => rule.write.get(number - 1),
+        let grant = match (&decision.reason, &decision.rule, action) {
+            (Reason::Grant(number), Some((rule, _)), Action::Read) => rule.read.get(number - 1),
+            (Reason::Grant(number), Some((rule, _)), Action::Write) => rule.write.get(number - 1),
             (_, _, _) => None,
         };
         let grant = grant.map(|grant| format!(" {grant}")).unwrap_or_default();

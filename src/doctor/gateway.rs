@@ -11,7 +11,7 @@ use super::{
     report::said,
 };
 use crate::{
-    access::{Action, Asked, TopicRules},
+    access::{AccessRequest, Action, Rules},
     admin::client::{self, CommandError},
     auth::{SECRET_BYTES_MIN, Token, TokenError, Verifier, jwks},
     clock::{unix_now, unix_seconds},
@@ -291,10 +291,10 @@ fn token(patient: &Patient, verifier: &Verifier, text: &str) -> Seen {
         Ok(token) => token,
         Err(error) => return Seen::failed(format!("the token: {error}"), mend(&error)),
     };
-    let rules = TopicRules::new(patient.config.topic.clone(), patient.config.topics);
+    let rules = Rules::new(patient.config.topic.clone(), patient.config.topics);
     let sub_topic = topic();
     let decide = |action| {
-        rules.decide(&Asked {
+        rules.decide(&AccessRequest {
             action,
             sub_topic: &sub_topic,
             privacy: Privacy::Public,

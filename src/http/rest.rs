@@ -21,7 +21,7 @@ use super::{
     Answer, Ask, TOO_MANY_REQUESTS, Unverified, empty, header_text, object, query_value, verify,
 };
 use crate::{
-    access::{Action, Asked, Decision, Verdict},
+    access::{AccessRequest, Action, Decision, Verdict},
     auth::Token,
     hub::{BroadcastSource, FanOut, To},
     invalidation,
@@ -173,7 +173,7 @@ fn may_write(services: &Services, token: &Token, sub_topic: &str, privacy: Priva
 }
 
 fn decide(services: &Services, token: &Token, sub_topic: &str, privacy: Privacy) -> Decision {
-    services.rules().decide(&Asked {
+    services.rules().decide(&AccessRequest {
         action: Action::Write,
         sub_topic,
         privacy,

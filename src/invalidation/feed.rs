@@ -278,9 +278,9 @@ impl Event {
         let quota = Quota::with_period(merge.window).map(|it| it.allow_burst(NonZeroU32::MIN));
         Self {
             eid: captures.get(EID).cloned().unwrap_or_default(),
-            channel: rule.listen.as_ref().map_or_else(String::new, |it| it.fill(captures)).into(),
+            channel: rule.listen.as_ref().map_or_else(String::new, |it| it.expand(captures)).into(),
             topics: rule.spellings(captures).collect(),
-            resync: rule.resync.iter().map(|pattern| pattern.fill(captures).into()).collect(),
+            resync: rule.resync.iter().map(|pattern| pattern.expand(captures).into()).collect(),
             window: quota.map(|quota| RateLimiter::direct_with_clock(quota, TokioClock)),
             merge: merge.clone(),
             rule: Arc::clone(rule),

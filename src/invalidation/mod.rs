@@ -218,7 +218,7 @@ impl Events {
     /// The event of a topic, if its rule merges and there is room for it.
     pub(crate) fn of(&self, rule: &Arc<Rule>, captures: &Captures) -> Option<Arc<Event>> {
         let merge = rule.merge.as_ref()?;
-        let key: Box<str> = rule.pattern.first()?.fill(captures).into();
+        let key: Box<str> = rule.pattern.first()?.expand(captures).into();
         let now = Instant::now();
         let mut state = self.state.lock();
         if let Some(held) = state.events.get_mut(&key) {

@@ -24,7 +24,7 @@ use tokio::{
 
 use super::lost_sockets::{ClientKey, REMEMBERED};
 use crate::{
-    access::{Action, Asked, EID, Found},
+    access::{AccessRequest, Action, EID, Found},
     auth::Token,
     hub::outbox::Outbox,
     protocol::{
@@ -272,7 +272,7 @@ impl Suspect {
         if self.joined.contains(sub_topic) {
             return false;
         }
-        let decision = services.rules().decide(&Asked {
+        let decision = services.rules().decide(&AccessRequest {
             action: Action::Read,
             sub_topic,
             privacy: Privacy::Public,

@@ -20,7 +20,7 @@ use uuid::Uuid;
 
 use self::{reload::Reload, settings::Config};
 use crate::{
-    access::TopicRules,
+    access::Rules,
     admin::{self, busiest::Busiest},
     auth::{
         Token, TokenError, Verifier,
@@ -75,7 +75,7 @@ pub struct Services {
     /// Who is joined to what.
     pub hub: Arc<Hub>,
     /// Who may; exchanged as a whole when the settings are read again.
-    rules: RwLock<Arc<TopicRules>>,
+    rules: RwLock<Arc<Rules>>,
     /// Who somebody is.
     pub verifier: Arc<Verifier>,
     /// Who may what on private channels.
@@ -125,7 +125,7 @@ impl Services {
         let metrics = Metrics::new();
         let (registry, draining) = (&metrics.registry, CancellationToken::new());
         let verifier = Arc::new(Verifier::new(&config, &metrics)?);
-        let rules = TopicRules::new(config.topic.clone(), config.topics);
+        let rules = Rules::new(config.topic.clone(), config.topics);
         let tracker = TaskTracker::new();
         Ok(Arc::new(Self {
             policies: Arc::new(Policies::new(&config, &metrics, &tracker)),
@@ -177,12 +177,12 @@ impl Services {
 
     /// Who may what, by the settings as they were read last.
     #[must_use]
-    pub fn rules(&self) -> Arc<TopicRules> {
+    pub fn rules(&self) -> Arc<Rules> {
         Arc::clone(&self.rules.read())
     }
 
     /// Exchanges the rules; [`Self::review`] brings them to those who have joined.
-    pub(crate) fn replace_rules(&self, rules: TopicRules) {
+    pub(crate) fn replace_rules(&self, rules: Rules) {
         *self.rules.write() = Arc::new(rules);
     }
 

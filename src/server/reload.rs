@@ -18,7 +18,7 @@ use super::{
     Services,
     settings::{Config, ConfigError},
 };
-use crate::{access::TopicRules, auth::jwks::JwksError, telemetry::audit::Audit};
+use crate::{access::Rules, auth::jwks::JwksError, telemetry::audit::Audit};
 
 /// Between two looks at the settings' file.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
@@ -117,7 +117,7 @@ impl Services {
         let _one_at_a_time = self.reload.turn.lock();
         let config = read().map_err(ReloadError::Config)?;
         self.verifier.reload(&config, &self.metrics).map_err(ReloadError::Keys)?;
-        self.replace_rules(TopicRules::new(config.topic, config.topics));
+        self.replace_rules(Rules::new(config.topic, config.topics));
         self.review();
         Ok(())
     }

@@ -14,7 +14,7 @@ use hyper::{Uri, http::uri::Scheme};
 use serde::Deserialize;
 
 use crate::{
-    access::{Rule, Topics},
+    access::{self, Rule, Topics},
     clock::duration,
     db,
     limits::{self, NetworkSettings},
@@ -355,15 +355,7 @@ impl Config {
                 mistakes.push(format!("{name}: expected a key that begins with sb_"));
             }
         }
-        for (number, rule) in self.topic.iter().enumerate() {
-            let before = &self.topic[..number];
-            if rule.listen.is_some() && before.iter().any(|it| it.listen == rule.listen) {
-                mistakes.push(format!("topic \"{}\": another rule listens to the same", rule.name));
-            }
-            mistakes.extend(
-                rule.mistakes().into_iter().map(|text| format!("topic \"{}\": {text}", rule.name)),
-            );
-        }
+        mistakes.extend(access::validate_rules(&self.topic));
         mistakes
     }
 

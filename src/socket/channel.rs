@@ -11,7 +11,7 @@ use serde_json::Value;
 use tokio::time::Instant;
 
 use crate::{
-    access::{Action, Asked, Because, Captures, Decision, Rule, Verdict},
+    access::{AccessRequest, Action, Captures, Decision, Reason, Rule, Verdict},
     auth::{Token, TokenError},
     clock::unix_now,
     hub::{
@@ -47,12 +47,12 @@ pub(crate) struct Channel {
     pub(super) config: JoinConfig,
     pub(super) key: TopicKey,
     /// The rule that decides, unless the topic is an ordinary one.
-    pub(super) rule: Option<(Arc<Rule>, Captures)>,
+    pub(super) rule: Option<(Arc<Rule>, Arc<Captures>)>,
     pub(super) token: Arc<Token>,
     /// By the last decision.
     pub(super) may_read: bool,
     /// What made it.
-    pub(super) because: Because,
+    pub(super) because: Reason,
     /// Of a private channel.
     pub(super) policies: super::private::Answers,
     /// Of a rule that merges.
@@ -176,7 +176,7 @@ impl Channel {
             rule,
             token,
             may_read,
-            because: decision.because,
+            because: decision.reason,
             policies: super::private::Answers::NOTHING,
             subscription: None,
             listening: None,
@@ -218,7 +218,7 @@ impl Channel {
             return None;
         }
         let source = Source {
-            channel: rule.listen.as_ref()?.fill(captures).into(),
+            channel: rule.listen.as_ref()?.expand(captures).into(),
             user_event: rule.event.clone()?,
             topics: rule.topics(&self.key.sub_topic, captures),
             event: self.event.clone(),
@@ -422,7 +422,7 @@ impl Channel {
         if size > services.limits.settings().payload_bytes_max {
             return Err(Dropped::TooLarge);
         }
-        let decision = services.rules().decide(&Asked {
+        let decision = services.rules().decide(&AccessRequest {
             action: Action::Write,
             sub_topic: &self.key.sub_topic,
             privacy: self.key.privacy,
@@ -595,7 +595,7 @@ impl Channel {
         if let (Some((rule, _)), Some((new, captures))) = (&self.rule, &decision.rule)
             && rule.listen == new.listen
         {
-            self.rule = Some((Arc::clone(new), captures.clone()));
+            self.rule = Some((Arc::clone(new), Arc::clone(captures)));
         }
         let Some(token) = token else {
             return self.end_with(context, &decision.refusal(&sub_topic));
@@ -614,7 +614,7 @@ impl Channel {
         }
         self.token = token;
         self.may_read = decision.is_allowed();
-        self.because = decision.because.clone();
+        self.because = decision.reason.clone();
         if had_read && decision.verdict == Verdict::Refused {
             // Told, and not closed: a close is for good, and the next token may be a better one.
             self.complain(context, decision.refusal(&sub_topic).text());
@@ -663,7 +663,7 @@ fn authorize(
     let fallback = verifier
         .recheck(context.apikey, unix_now(), context.services.config.auth.leeway)
         .unwrap_or_else(|_has_ended| Arc::clone(verifier.anonymous()));
-    let decision = context.services.rules().decide(&Asked {
+    let decision = context.services.rules().decide(&AccessRequest {
         action: Action::Read,
         sub_topic,
         privacy,

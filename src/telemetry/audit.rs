@@ -49,7 +49,7 @@ use tracing_subscriber::{
 };
 
 use crate::{
-    access::{Because, Decision, Verdict},
+    access::{Decision, Reason, Verdict},
     auth::Token,
 };
 
@@ -93,7 +93,7 @@ pub(crate) enum Audit<'a> {
     Start { gateway: uuid::Uuid },
     Connect,
     RefuseUpgrade { reason: &'static str, fault: Option<&'static str> },
-    Join { topic: &'a str, result: Verdict, rule: Option<&'a str>, because: &'a Because },
+    Join { topic: &'a str, result: Verdict, rule: Option<&'a str>, because: &'a Reason },
     RefuseJoin { topic: &'a str, reason: &'a str },
     Leave { topic: &'a str, reason: &'static str },
     Token { topic: &'a str, decision: &'a Decision, fault: Option<&'static str> },
@@ -134,7 +134,7 @@ impl Audit<'_> {
             Self::Connect => line!("connect"),
             Self::RefuseUpgrade { reason, fault } => line!("refuse_upgrade", reason, fault),
             Self::Join { topic, result, rule, because } => {
-                let result = result.kind();
+                let result = result.label();
                 line!("join", topic = &*text(topic), result, rule, because = %because);
             }
             Self::RefuseJoin { topic, reason } => {
@@ -142,16 +142,16 @@ impl Audit<'_> {
             }
             Self::Leave { topic, reason } => line!("leave", topic = &*text(topic), reason),
             Self::Token { topic, decision, fault } => {
-                let Decision { verdict, because, .. } = decision;
-                let (result, rule) = (verdict.kind(), decision.rule_name());
+                let Decision { verdict, reason: because, .. } = decision;
+                let (result, rule) = (verdict.label(), decision.rule_name());
                 line!("token", topic = &*text(topic), result, rule, because = %because, fault);
             }
             Self::RefuseBroadcast { topic, rule, count } => {
                 line!("refuse_broadcast", topic = &*text(topic), rule, count);
             }
             Self::Rest { topic, decision, fault } => {
-                let Decision { verdict, because, .. } = decision;
-                let (result, rule) = (verdict.kind(), decision.rule_name());
+                let Decision { verdict, reason: because, .. } = decision;
+                let (result, rule) = (verdict.label(), decision.rule_name());
                 line!("rest", topic = &*text(topic), result, rule, because = %because, fault);
             }
             Self::RefuseRest { fault } => line!("rest", result = "refused", fault),

@@ -9,7 +9,7 @@ use std::{
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use tidegate::{
-    access::{Action, Asked, TopicRules},
+    access::{AccessRequest, Action, Rules},
     auth::{Claims, TokenError},
     clock::unix_now,
     protocol::{serializer::Serializer, topic::Privacy},
@@ -90,9 +90,9 @@ impl Who {
     }
 }
 
-fn rules() -> TopicRules {
+fn rules() -> Rules {
     let config = Config::defaults();
-    TopicRules::new(config.topic, config.topics)
+    Rules::new(config.topic, config.topics)
 }
 
 #[test]
@@ -104,7 +104,7 @@ fn the_function_decides_as_the_table_says() {
             assert!(cells.keys().eq(table.who.keys()), "{}: somebody is missing", row.topic);
             for (name, expected) in cells {
                 let claims = table.who[name].claims();
-                let decision = rules.decide(&Asked {
+                let decision = rules.decide(&AccessRequest {
                     action,
                     sub_topic: &row.topic,
                     privacy: if row.private { Privacy::Private } else { Privacy::Public },
