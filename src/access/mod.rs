@@ -15,6 +15,10 @@ mod rule;
 mod rules;
 mod settings;
 
+use std::sync::Arc;
+
+use parking_lot::RwLock;
+
 pub(crate) use self::settings::validate_rules;
 pub use self::{
     decision::{AccessRequest, Action, Decision, Reason, Verdict},
@@ -24,3 +28,35 @@ pub use self::{
     rules::{Found, Rules},
     settings::Topics,
 };
+
+/// The rules in force.
+#[derive(Debug)]
+pub struct Access {
+    rules: RwLock<Arc<Rules>>,
+}
+
+impl Access {
+    /// Begins with these rules.
+    #[must_use]
+    pub fn new(rules: Rules) -> Self {
+        Self { rules: RwLock::new(Arc::new(rules)) }
+    }
+
+    /// Returns the rules in force. A caller with several questions about one topic asks them of
+    /// this snapshot, so that a reload in between cannot give two answers.
+    #[must_use]
+    pub fn rules(&self) -> Arc<Rules> {
+        Arc::clone(&self.rules.read())
+    }
+
+    /// Decides by the rules in force.
+    #[must_use]
+    pub fn decide(&self, request: &AccessRequest<'_>) -> Decision {
+        self.rules().decide(request)
+    }
+
+    /// Replaces the rules. Channels that are open keep what was decided until a review.
+    pub(crate) fn replace(&self, rules: Rules) {
+        *self.rules.write() = Arc::new(rules);
+    }
+}

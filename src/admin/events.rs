@@ -299,7 +299,7 @@ fn muted_for(events: &[Arc<Event>]) -> Option<f64> {
 
 /// The events of this id; where nobody has joined yet, one for each rule that has it.
 fn known_or_new(services: &Services, eid: &str) -> Result<Vec<Arc<Event>>, Refused> {
-    for (rule, captures) in services.rules().merged(eid) {
+    for (rule, captures) in services.access.rules().merged(eid) {
         if services.events.of(rule, &captures).is_none() {
             let text = "no room for another event: see relay.listens_max";
             return Err(Refused(StatusCode::SERVICE_UNAVAILABLE, text.into()));
@@ -357,7 +357,8 @@ async fn endpoint(services: &Services, ask: Ask) -> Result<Option<Box<str>>, Ref
 /// id has no event by the id alone, but those that are known.
 fn event_id(services: &Services, part: &str) -> Result<String, Refused> {
     let is_taken = |eid: &String| {
-        services.rules().merged(eid).next().is_some() || !services.events.named(eid).is_empty()
+        services.access.rules().merged(eid).next().is_some()
+            || !services.events.named(eid).is_empty()
     };
     percent_decode_str(part)
         .decode_utf8()

@@ -173,7 +173,7 @@ fn may_write(services: &Services, token: &Token, sub_topic: &str, privacy: Priva
 }
 
 fn decide(services: &Services, token: &Token, sub_topic: &str, privacy: Privacy) -> Decision {
-    services.rules().decide(&AccessRequest {
+    services.access.decide(&AccessRequest {
         action: Action::Write,
         sub_topic,
         privacy,

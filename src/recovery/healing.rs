@@ -237,7 +237,7 @@ impl Healing {
         if named.len() < RECENT_MAX {
             named.insert(eid.into(), now);
         }
-        let rules = services.rules();
+        let rules = services.access.rules();
         let is_named = |topic: &&Arc<str>| match rules.find(topic) {
             Found::Rule(_, captures) => captures.get(EID).is_some_and(|it| **it == *eid),
             Found::Other | Found::Lookalike => false,
@@ -272,7 +272,7 @@ impl Suspect {
         if self.joined.contains(sub_topic) {
             return false;
         }
-        let decision = services.rules().decide(&AccessRequest {
+        let decision = services.access.decide(&AccessRequest {
             action: Action::Read,
             sub_topic,
             privacy: Privacy::Public,
@@ -357,7 +357,7 @@ fn send(services: &Services, Heal { outbox, topics }: Heal) {
     }
     services.metrics.heals_sent.inc_by(topics.len() as u64);
     for topic in &topics {
-        if let Found::Rule(rule, captures) = services.rules().find(topic)
+        if let Found::Rule(rule, captures) = services.access.rules().find(topic)
             && let Some(event) = services.events.of(&rule, &captures)
         {
             event.healed();

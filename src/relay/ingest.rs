@@ -205,7 +205,7 @@ fn committed(metrics: &Metrics, payload: &str, received: Instant) -> Option<Inst
 
 /// Whether somebody here has joined the event, under any spelling of any rule that merges.
 fn has_viewers(services: &Services, eid: &str) -> bool {
-    services.rules().merged(eid).any(|(rule, captures)| {
+    services.access.rules().merged(eid).any(|(rule, captures)| {
         rule.spellings(&captures).any(|topic| services.hub.subscriber_count(&topic) > 0)
     })
 }

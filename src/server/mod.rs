@@ -8,7 +8,7 @@ pub mod settings;
 
 use std::{error::Error, io, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
-use parking_lot::{Mutex, RwLock};
+use parking_lot::Mutex;
 use sqlx::PgPool;
 use tokio::{
     net::{TcpListener, TcpSocket, TcpStream},
@@ -20,7 +20,7 @@ use uuid::Uuid;
 
 use self::{reload::Reload, settings::Config};
 use crate::{
-    access::Rules,
+    access::{Access, Rules},
     admin::{self, busiest::Busiest},
     auth::{
         Token, TokenError, Verifier,
@@ -74,8 +74,8 @@ pub struct Services {
     pub metrics: Metrics,
     /// Who is joined to what.
     pub hub: Arc<Hub>,
-    /// Who may; exchanged as a whole when the settings are read again.
-    rules: RwLock<Arc<Rules>>,
+    /// Who may; its rules are exchanged as a whole when the settings are read again.
+    pub access: Arc<Access>,
     /// Who somebody is.
     pub verifier: Arc<Verifier>,
     /// Who may what on private channels.
@@ -131,7 +131,7 @@ impl Services {
             policies: Arc::new(Policies::new(&config, &metrics, &tracker)),
             limits: Arc::new(Limits::new(config.limits.clone(), config.network.clone(), registry)),
             hub: Arc::new(Hub::new(registry)),
-            rules: RwLock::new(Arc::new(rules)),
+            access: Arc::new(Access::new(rules)),
             revocations_changed: Notify::new(),
             visits: Visits::default(),
             reload: Reload::default(),
@@ -173,17 +173,6 @@ impl Services {
         self.metrics.token_seconds.observe(started.elapsed().as_secs_f64());
         self.metrics.count_token(&verified);
         verified
-    }
-
-    /// Who may what, by the settings as they were read last.
-    #[must_use]
-    pub fn rules(&self) -> Arc<Rules> {
-        Arc::clone(&self.rules.read())
-    }
-
-    /// Exchanges the rules; [`Self::review`] brings them to those who have joined.
-    pub(crate) fn replace_rules(&self, rules: Rules) {
-        *self.rules.write() = Arc::new(rules);
     }
 
     /// Has every socket look at its channels' tokens and topics anew.

@@ -117,7 +117,7 @@ impl Services {
         let _one_at_a_time = self.reload.turn.lock();
         let config = read().map_err(ReloadError::Config)?;
         self.verifier.reload(&config, &self.metrics).map_err(ReloadError::Keys)?;
-        self.replace_rules(Rules::new(config.topic, config.topics));
+        self.access.replace(Rules::new(config.topic, config.topics));
         self.review();
         Ok(())
     }

@@ -422,7 +422,7 @@ impl Channel {
         if size > services.limits.settings().payload_bytes_max {
             return Err(Dropped::TooLarge);
         }
-        let decision = services.rules().decide(&AccessRequest {
+        let decision = services.access.decide(&AccessRequest {
             action: Action::Write,
             sub_topic: &self.key.sub_topic,
             privacy: self.key.privacy,
@@ -663,7 +663,7 @@ fn authorize(
     let fallback = verifier
         .recheck(context.apikey, unix_now(), context.services.config.auth.leeway)
         .unwrap_or_else(|_has_ended| Arc::clone(verifier.anonymous()));
-    let decision = context.services.rules().decide(&AccessRequest {
+    let decision = context.services.access.decide(&AccessRequest {
         action: Action::Read,
         sub_topic,
         privacy,

@@ -515,7 +515,7 @@ impl Socket {
         let sub_topic = topic.strip_prefix(TOPIC_PREFIX).unwrap_or(topic);
         if let Some(held) = self.held.get_mut(sub_topic) {
             *held = hold;
-        } else if self.services.rules().is_listened(sub_topic) {
+        } else if self.services.access.rules().is_listened(sub_topic) {
             if self.held.len() >= HELD_MAX {
                 // What is held must be remembered; all else saves a complete list at best.
                 let channels = &self.channels;
@@ -630,7 +630,7 @@ impl Socket {
     fn joins_too_fast(&self, sub_topic: &str) -> bool {
         let services = &self.services;
         let is_refused = !services.limits.join() && {
-            let rules = services.rules();
+            let rules = services.access.rules();
             // Where others are not served, all that is not allowed is answered alike.
             rules.topics().allow_other && matches!(rules.find(sub_topic), Found::Other)
         };
