@@ -11,6 +11,8 @@ use prometheus::{
     core::{AtomicF64, GenericGauge, GenericGaugeVec},
 };
 
+use strum::VariantArray;
+
 use crate::{
     auth::{Origin, Token, TokenError, Unusable, VerifiedBy, jwks::JwksError},
     db::deployed::TRIGGERS,
@@ -784,7 +786,7 @@ impl Metrics {
         for result in ["ok", "withheld"] {
             self.joins.with_label_values(&[result, ""]);
         }
-        for code in ErrorCode::ALL {
+        for code in ErrorCode::VARIANTS {
             self.joins.with_label_values(&["error", code.as_str()]);
         }
         for result in ReloadError::KINDS.into_iter().chain(["ok"]) {

@@ -7,6 +7,7 @@ use std::{
 };
 
 use serde_json::Value;
+use strum::VariantArray;
 use tidegate::protocol::error_code::ErrorCode;
 
 struct Source {
@@ -468,8 +469,8 @@ fn every_error_code_has_a_test_that_gets_it() {
             expected.push_str(&test.text);
         }
     }
-    let missing: Vec<_> = ErrorCode::ALL
-        .into_iter()
+    let missing: Vec<_> = ErrorCode::VARIANTS
+        .iter()
         .filter(|code| {
             let reason = format!("{}: ", code.as_str());
             let answer = format!("\"{}\"", code.text());
