@@ -37,6 +37,7 @@ use super::{
     json,
     jwk::KID_BYTES_MAX,
 };
+use crate::telemetry::audit::Subject;
 
 /// A token taken apart; nothing of it is believed.
 pub(super) struct Parts<'a> {
@@ -122,6 +123,11 @@ impl Token {
     /// The token itself, to know it again.
     pub(super) fn text(&self) -> &str {
         &self.text
+    }
+
+    /// The holder of the token, for the audit log.
+    pub(crate) fn subject(&self) -> Subject<'_> {
+        Subject { role: &self.claims.role, sub: self.claims.sub() }
     }
 
     /// Whether this is the same token, to the letter.

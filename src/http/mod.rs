@@ -325,7 +325,7 @@ fn open(
             count_refused(&services, socket.caller(), RefusedUpgrade::Abandoned, None);
             return;
         };
-        Audit::Connect.note(socket.caller(), Some(socket.apikey()));
+        Audit::Connect.note(socket.caller(), Some(socket.apikey().subject()));
         let connection = Connection::new(services, stream, read, outbox, socket);
         // In a place of its own: it is there for a moment, the task for as long as the socket.
         Box::pin(connection).await.run().await;

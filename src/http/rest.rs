@@ -34,7 +34,7 @@ use crate::{
         topic::{Privacy, TopicKey},
     },
     server::Services,
-    telemetry::audit::{Audit, Caller},
+    telemetry::audit::{Audit, Caller, Decided},
 };
 
 /// Largest body of a REST broadcast.
@@ -253,8 +253,10 @@ impl<'a> Sender<'a> {
             Verdict::Allowed | Verdict::Withheld | Verdict::Refused => Ok(()),
         };
         let fault = answer.as_ref().err().map(Unsent::kind);
-        Audit::Rest { topic: sub_topic, decision: &decision, fault }
-            .note(self.caller, Some(&self.token));
+        let (result, rule) = (decision.verdict.label(), decision.rule_name());
+        let decided = Decided { result, rule, because: &decision.reason };
+        Audit::Rest { topic: sub_topic, decided, fault }
+            .note(self.caller, Some(self.token.subject()));
         match decision.verdict {
             Verdict::Allowed => {}
             // Who may not write costs nobody else's broadcasts, so that it is counted afterwards.

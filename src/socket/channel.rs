@@ -30,7 +30,7 @@ use crate::{
     },
     relay::listens::{Listening, Source},
     server::Services,
-    telemetry::audit::{Audit, Caller},
+    telemetry::audit::{Audit, Caller, Decided},
 };
 
 /// The extension's answer until it is offered.
@@ -246,9 +246,10 @@ impl Channel {
         let result = if self.subscription.is_some() { "ok" } else { "withheld" };
         metrics.joins.with_label_values(&[result, ""]).inc();
         let result = if self.may_read { Verdict::Allowed } else { Verdict::Withheld };
-        let (topic, because) = (&*self.topic, &self.because);
-        Audit::Join { topic, result, rule: self.rule_name(), because }
-            .note(context.caller, Some(&self.token));
+        let (result, rule) = (result.label(), self.rule_name());
+        let decided = Decided { result, rule, because: &self.because };
+        Audit::Join { topic: &self.topic, decided }
+            .note(context.caller, Some(self.token.subject()));
         metrics.join_seconds.observe(self.asked_at.elapsed().as_secs_f64());
         self.open = Some(OpenChannel::new(metrics));
         if !self.config.bindings.is_empty() {
@@ -375,7 +376,7 @@ impl Channel {
         if denied > 0 {
             let rule = self.rule_name();
             Audit::RefuseBroadcast { topic: &self.topic, rule, count: denied }
-                .note(context.caller, Some(&self.token));
+                .note(context.caller, Some(self.token.subject()));
         }
         if let Some(event) = &self.event {
             broadcasts = invalidation::offer(services, event, broadcasts, None);
@@ -444,7 +445,8 @@ impl Channel {
     /// it for its own.
     pub(crate) fn close(mut self, context: Context<'_>, reason: EndReason) {
         let kind = reason.kind();
-        Audit::Leave { topic: &self.topic, reason: kind }.note(context.caller, Some(&self.token));
+        Audit::Leave { topic: &self.topic, reason: kind }
+            .note(context.caller, Some(self.token.subject()));
         if let Some(open) = &mut self.open {
             open.ends_for = reason;
         }
@@ -589,8 +591,10 @@ impl Channel {
         let is_same = token.as_ref().is_some_and(|it| Arc::ptr_eq(it, &self.token));
         let is_private = decision.verdict == Verdict::Policies;
         if !is_same || !is_private && had_read != decision.is_allowed() {
-            Audit::Token { topic: &self.topic, decision: &decision, fault }
-                .note(context.caller, token.as_deref().or(Some(&self.token)));
+            let (result, rule) = (decision.verdict.label(), decision.rule_name());
+            let decided = Decided { result, rule, because: &decision.reason };
+            let subject = token.as_ref().unwrap_or(&self.token).subject();
+            Audit::Token { topic: &self.topic, decided, fault }.note(context.caller, Some(subject));
         }
         if let (Some((rule, _)), Some((new, captures))) = (&self.rule, &decision.rule)
             && rule.listen == new.listen

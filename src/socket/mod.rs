@@ -774,7 +774,7 @@ impl Socket {
         self.services.metrics.joins.with_label_values(&["error", refusal.code.as_str()]).inc();
         tracing::debug!(code = refusal.code.as_str(), "join refused");
         Audit::RefuseJoin { topic, reason: refusal.code.as_str() }
-            .note(self.caller, Some(&self.apikey));
+            .note(self.caller, Some(self.apikey.subject()));
         let payload = refusal.reply();
         let payload = payload.as_str();
         self.context().push(&Push { join_ref, reference, topic, event: "phx_reply", payload });

@@ -231,8 +231,6 @@ const BREACHES: &[&str] = &[
     "src/socket/mod.rs names metrics",
     "src/socket/mod.rs names server",
     "src/socket/private.rs names metrics",
-    "src/telemetry/audit.rs names access",
-    "src/telemetry/audit.rs names auth",
     "src/upkeep/revocations.rs names server",
     "src/upkeep/sharing.rs names server",
     "src/upkeep/survey.rs names metrics",
