@@ -49,7 +49,7 @@ use tracing_subscriber::{
 };
 
 /// The target of audit events, and of no others.
-const TARGET: &str = "super::audit";
+const TARGET: &str = "tidegate::telemetry::audit";
 /// The value of the setting that means standard output.
 const STANDARD_OUTPUT: &str = "-";
 /// Longest text of a client; the rest is cut off.
