@@ -11,10 +11,10 @@ use prometheus::{
     core::{AtomicF64, GenericGauge, GenericGaugeVec},
 };
 
-use strum::VariantArray;
+use strum::{VariantArray, VariantNames};
 
 use crate::{
-    auth::{Origin, Token, TokenError, Unusable, VerifiedBy, jwks::JwksError},
+    auth::{KeySource, Token, TokenError, Unusable, VerifiedBy, jwks::JwksFailure},
     db::deployed::TRIGGERS,
     http::{Route, connection::CloseReason},
     hub::outbox::{Committed, Departure},
@@ -24,7 +24,7 @@ use crate::{
     relay::{LinkError, Outcome},
     server::reload::ReloadError,
     socket::channel::EndReason,
-    telemetry::metrics::Registry,
+    telemetry::metrics::{Label, Registry},
     upkeep::survey,
 };
 
@@ -221,7 +221,7 @@ pub struct Metrics {
     pub malformed: IntCounterVec,
     /// Messages understood and dropped, by [`Dropped`].
     pub dropped: IntCounterVec,
-    /// Verifications, by `ok` or [`TokenError::kind`].
+    /// Verifications, by `ok` or [`TokenError::label`].
     pub tokens: IntCounterVec,
     /// Verifications that were `ok`, by key and algorithm: [`VerifiedBy`].
     pub tokens_accepted: IntCounterVec,
@@ -231,13 +231,13 @@ pub struct Metrics {
     pub token_expiries: IntCounter,
     /// `access_token` events, by `ok` or `refused`.
     pub token_refreshes: IntCounterVec,
-    /// When a key set was last read, by [`Origin`], seconds since 1970.
+    /// When a key set was last read, by [`KeySource`], seconds since 1970.
     pub jwks_read: GenericGaugeVec<AtomicF64>,
-    /// Keys that can be used, by [`Origin`].
+    /// Keys that can be used, by [`KeySource`].
     pub jwks_keys: IntGaugeVec,
     /// Keys left out, by [`Unusable`]; once for each document.
     pub jwks_keys_unusable: IntCounterVec,
-    /// By [`Origin`] and [`JwksError::kind`].
+    /// By [`KeySource`] and [`JwksFailure`].
     pub jwks_failures: IntCounterVec,
     /// By source (`event`, `stats`, `other`) and [`Outcome`].
     pub notifications: IntCounterVec,
@@ -676,10 +676,10 @@ impl Metrics {
 
     /// Counts a verification, which found out nothing if there was no token.
     pub(crate) fn count_token(&self, result: &Result<Arc<Token>, TokenError>) {
-        let label = result.as_ref().map_or_else(TokenError::kind, |_| "ok");
+        let label = result.as_ref().map_or_else(TokenError::label, |_| "ok");
         self.tokens.with_label_values(&[label]).inc();
         if let Ok(token) = result {
-            self.tokens_accepted.with_label_values(&token.verified_by.labels()).inc();
+            self.tokens_accepted.with_label_values(&token.verified_by.values()).inc();
         }
     }
 
@@ -798,21 +798,21 @@ impl Metrics {
         for reason in Dropped::ALL {
             self.dropped.with_label_values(&[reason.kind()]);
         }
-        for result in TokenError::KINDS.into_iter().chain(["ok"]) {
+        for result in TokenError::VARIANTS.iter().copied().chain(["ok"]) {
             self.tokens.with_label_values(&[result]);
         }
         for verified_by in VerifiedBy::all() {
-            self.tokens_accepted.with_label_values(&verified_by.labels());
+            self.tokens_accepted.with_label_values(&verified_by.values());
         }
-        for origin in Origin::ALL {
-            self.jwks_read.with_label_values(&[origin.kind()]);
-            self.jwks_keys.with_label_values(&[origin.kind()]);
-            for kind in JwksError::kinds(origin) {
-                self.jwks_failures.with_label_values(&[origin.kind(), kind]);
-            }
+        for source in KeySource::VARIANTS {
+            self.jwks_read.with_label_values(&[source.label()]);
+            self.jwks_keys.with_label_values(&[source.label()]);
         }
-        for reason in Unusable::ALL {
-            self.jwks_keys_unusable.with_label_values(&[reason.kind()]);
+        for failure in JwksFailure::all() {
+            self.jwks_failures.with_label_values(&failure);
+        }
+        for reason in Unusable::VARIANTS {
+            self.jwks_keys_unusable.with_label_values(&[reason.label()]);
         }
     }
 

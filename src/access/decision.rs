@@ -200,7 +200,7 @@ impl fmt::Display for Reason {
             Self::Lookalike => f.write_str("looks like a rule's topic"),
             Self::NotServed => f.write_str("topics without a rule are not served"),
             Self::PrivateOnly => f.write_str("private channels only"),
-            Self::Token(error) => f.write_str(error.kind()),
+            Self::Token(error) => f.write_str(error.label()),
         }
     }
 }

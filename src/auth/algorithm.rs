@@ -1,12 +1,16 @@
-//! How tokens may be signed, and what has shown that one is genuine.
+//! Signature algorithms of tokens, and the record of which key has verified one.
 
 use jsonwebtoken::Algorithm as Library;
+use strum::{IntoStaticStr, VariantArray};
 
-/// Shortest symmetric key: as long as the shortest hash (RFC 7518, 3.2).
+use crate::telemetry::metrics::Label;
+
+/// Shortest symmetric key, in bytes: as long as the shortest hash (RFC 7518, 3.2).
 pub(crate) const SECRET_BYTES_MIN: usize = 32;
 
-/// How tokens may be signed; `none` and everything else that a header may say is no algorithm.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+/// A signature algorithm; `none` and every other value of `alg` is not one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, VariantArray, IntoStaticStr)]
+#[strum(serialize_all = "UPPERCASE")]
 pub enum Algorithm {
     /// HMAC with SHA-256.
     Hs256,
@@ -25,56 +29,37 @@ pub enum Algorithm {
     /// ECDSA on P-384 with SHA-384.
     Es384,
     /// Ed25519.
+    #[strum(serialize = "EdDSA")]
     EdDsa,
 }
 
 impl Algorithm {
-    /// Those of a shared secret.
+    /// The algorithms of a shared secret.
     pub(super) const SYMMETRIC: [Self; 3] = [Self::Hs256, Self::Hs384, Self::Hs512];
+    /// The algorithms of an RSA key.
     pub(super) const RSA: [Self; 3] = [Self::Rs256, Self::Rs384, Self::Rs512];
 
-    /// Every algorithm.
-    pub const ALL: [Self; 9] = [
-        Self::Hs256,
-        Self::Hs384,
-        Self::Hs512,
-        Self::Rs256,
-        Self::Rs384,
-        Self::Rs512,
-        Self::Es256,
-        Self::Es384,
-        Self::EdDsa,
-    ];
-
-    /// As `alg` spells it, to the letter.
+    /// Returns the algorithm with this `alg`, compared letter by letter.
     pub(super) fn named(name: &str) -> Option<Self> {
         if name == "Ed25519" {
             return Some(Self::EdDsa);
         }
-        Self::ALL.into_iter().find(|algorithm| algorithm.kind() == name)
+        Self::VARIANTS.iter().copied().find(|algorithm| algorithm.label() == name)
     }
 
-    /// The name: in a header, and as a metric's label.
+    /// The algorithm's name in a header, and the metric's label.
     #[must_use]
-    pub fn kind(self) -> &'static str {
-        match self {
-            Self::Hs256 => "HS256",
-            Self::Hs384 => "HS384",
-            Self::Hs512 => "HS512",
-            Self::Rs256 => "RS256",
-            Self::Rs384 => "RS384",
-            Self::Rs512 => "RS512",
-            Self::Es256 => "ES256",
-            Self::Es384 => "ES384",
-            Self::EdDsa => "EdDSA",
-        }
+    pub fn label(self) -> &'static str {
+        self.into()
     }
 
+    /// Whether the key is a shared secret.
     pub(super) fn is_symmetric(self) -> bool {
         Self::SYMMETRIC.contains(&self)
     }
 
-    pub(super) fn of_library(self) -> Library {
+    /// The same algorithm as a type of the JWT library.
+    pub(super) fn library(self) -> Library {
         match self {
             Self::Hs256 => Library::HS256,
             Self::Hs384 => Library::HS384,
@@ -89,38 +74,34 @@ impl Algorithm {
     }
 }
 
-/// Where a key has its place.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// The setting that a key comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, IntoStaticStr)]
+#[strum(serialize_all = "snake_case")]
 pub enum KeySlot {
     /// `jwt_secret`.
     Current,
-    /// `jwt_secret_previous`: tokens of it are still about.
+    /// `jwt_secret_previous`, as long as tokens of it are in use.
     Previous,
-    /// The key set.
+    /// `jwks.file` or `jwks.url`.
     Jwks,
-    /// No JWT: `publishable_key` or `secret_key`.
+    /// `publishable_key` or `secret_key`, which are not JWTs.
     Opaque,
 }
 
 impl KeySlot {
     /// The metric's label.
     #[must_use]
-    pub fn kind(self) -> &'static str {
-        match self {
-            Self::Current => "current",
-            Self::Previous => "previous",
-            Self::Jwks => "jwks",
-            Self::Opaque => "opaque",
-        }
+    pub fn label(self) -> &'static str {
+        self.into()
     }
 }
 
-/// What has shown that a token is genuine.
+/// The key and the algorithm that have verified a token.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct VerifiedBy {
-    /// Which key.
+    /// Where the key comes from.
     pub slot: KeySlot,
-    /// And how; an opaque key has none.
+    /// The algorithm; `None` for an opaque key, which is compared.
     pub algorithm: Option<Algorithm>,
 }
 
@@ -128,20 +109,25 @@ impl VerifiedBy {
     /// An opaque key, compared with the one of the settings.
     pub(super) const OPAQUE: Self = Self { slot: KeySlot::Opaque, algorithm: None };
 
-    /// Everything that may be.
+    /// Returns every combination that can occur.
     pub fn all() -> impl Iterator<Item = Self> {
         let of = |slot, algorithms: &'static [Algorithm]| {
-            algorithms.iter().map(move |it| Self { slot, algorithm: Some(*it) })
+            algorithms.iter().map(move |algorithm| Self { slot, algorithm: Some(*algorithm) })
         };
         of(KeySlot::Current, &Algorithm::SYMMETRIC)
             .chain(of(KeySlot::Previous, &Algorithm::SYMMETRIC))
-            .chain(of(KeySlot::Jwks, &Algorithm::ALL))
+            .chain(of(KeySlot::Jwks, Algorithm::VARIANTS))
             .chain([Self::OPAQUE])
     }
+}
 
-    /// The metric's labels: key and algorithm.
-    #[must_use]
-    pub fn labels(self) -> [&'static str; 2] {
-        [self.slot.kind(), self.algorithm.map_or("", Algorithm::kind)]
+/// Key and algorithm.
+impl Label<2> for VerifiedBy {
+    fn all() -> impl Iterator<Item = [&'static str; 2]> {
+        Self::all().map(|verified_by| verified_by.values())
+    }
+
+    fn values(&self) -> [&'static str; 2] {
+        [self.slot.label(), self.algorithm.map_or("", Algorithm::label)]
     }
 }

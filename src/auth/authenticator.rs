@@ -13,7 +13,7 @@ use super::{
     algorithm::SECRET_BYTES_MIN,
     claims::{Claims, Demands},
     error::TokenError,
-    jwk::{DocumentError, Origin, Published},
+    jwk::{DocumentError, KeySource, Published},
     jwks::{self, JwksError},
     jwt::{Parts, Token},
     keys::KeySet,
@@ -65,7 +65,7 @@ struct Document {
 }
 
 impl Document {
-    fn parse(text: Vec<u8>, from: Origin) -> Result<Self, DocumentError> {
+    fn parse(text: Vec<u8>, from: KeySource) -> Result<Self, DocumentError> {
         Ok(Self { published: Published::parse(&text, from)?, text })
     }
 }
@@ -229,15 +229,15 @@ impl Verifier {
     pub(super) fn take(
         &self,
         text: Vec<u8>,
-        from: Origin,
+        from: KeySource,
         read_as: &Arc<Jwks>,
         metrics: &Metrics,
     ) -> Result<(), DocumentError> {
         let mut sources = self.sources.lock();
         let is_current = Arc::ptr_eq(&sources.jwks, read_as);
         let place = match from {
-            Origin::File => &mut sources.file,
-            Origin::Url => &mut sources.url,
+            KeySource::File => &mut sources.file,
+            KeySource::Url => &mut sources.url,
         };
         if is_current && place.text != text {
             *place = Document::parse(text, from)?;
@@ -270,8 +270,8 @@ impl Sources {
         let mut file = Document::default();
         if !config.jwks.file.is_empty() {
             let text = jwks::read_file(&config.jwks)?;
-            file = Document::parse(text, Origin::File)?;
-            jwks::note(&file.published, Origin::File, metrics);
+            file = Document::parse(text, KeySource::File)?;
+            jwks::note(&file.published, KeySource::File, metrics);
         }
         Ok(Self {
             secrets,
@@ -289,9 +289,9 @@ impl Sources {
     }
 
     fn show(&self, metrics: &Metrics) {
-        for (origin, document) in [(Origin::File, &self.file), (Origin::Url, &self.url)] {
+        for (origin, document) in [(KeySource::File, &self.file), (KeySource::Url, &self.url)] {
             let keys = i64::try_from(document.published.key_count()).unwrap_or(i64::MAX);
-            metrics.jwks_keys.with_label_values(&[origin.kind()]).set(keys);
+            metrics.jwks_keys.with_label_values(&[origin.label()]).set(keys);
         }
     }
 

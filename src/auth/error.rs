@@ -1,71 +1,62 @@
-//! Why a token opens nothing.
+//! Faults of tokens, and what a client is told of each.
+
+use strum::{IntoStaticStr, VariantNames};
 
 use crate::protocol::error_code::{ErrorCode, Refusal};
 
-/// Why a token opens nothing.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+/// Why a token is refused.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error, VariantNames, IntoStaticStr)]
+#[strum(serialize_all = "snake_case")]
 pub enum TokenError {
-    /// There is none.
+    /// The request has no token.
     #[error("no token")]
     Missing,
-    /// It is not three parts of base64 with JSON in them.
+    /// The token is not three parts of base64 with JSON in the first two.
     #[error("not a JWT")]
     Malformed,
-    /// Another key has signed it.
+    /// The signature is that of another key.
     #[error("signature does not match")]
     Signature,
-    /// We have no key for the algorithm that its header names.
+    /// The gateway has no key for the algorithm and the `kid` of the header.
     #[error("no key for the token's algorithm")]
     NoSigner {
-        /// The header's `kid`, cut to what may be shown.
+        /// The `kid` of the header, without control characters.
         kid: Option<Box<str>>,
     },
-    /// `role` or `exp` is missing or of another type.
+    /// `role` or `exp` is missing or has another type.
     #[error("`role` or `exp` is missing")]
     MissingClaims,
-    /// It is not good before `nbf`.
+    /// `nbf` is in the future.
     #[error("not valid yet")]
     NotYetValid,
-    /// `iss` is none of those that the settings name.
+    /// `iss` is not one of `auth.issuers`.
     #[error("of another issuer")]
     Issuer,
-    /// `aud` is none of those that the settings name.
+    /// `aud` has none of `auth.audiences`.
     #[error("for another audience")]
     Audience,
-    /// It was good until `exp`.
+    /// `exp` is over.
     #[error("expired {seconds} seconds ago")]
     Expired {
-        /// Since then; at least 0.
+        /// The time since `exp`; at least 0.
         seconds: i64,
     },
-    /// An operator has revoked it.
+    /// An operator has revoked the token.
     #[error("revoked")]
     Revoked,
-    /// It was verified once, and the key that signed it has been taken away.
+    /// The token was verified once, and the key that signed it has been removed.
     #[error("its key has been taken away")]
     KeyGone,
 }
 
 impl TokenError {
-    /// The metric's label.
+    /// The fault's name in metrics and in the audit log.
     #[must_use]
-    pub fn kind(&self) -> &'static str {
-        match self {
-            Self::Missing => "missing",
-            Self::Malformed => "malformed",
-            Self::Signature => "signature",
-            Self::NoSigner { .. } => "no_signer",
-            Self::MissingClaims => "missing_claims",
-            Self::NotYetValid => "not_yet_valid",
-            Self::Issuer => "issuer",
-            Self::Audience => "audience",
-            Self::Expired { .. } => "expired",
-            Self::Revoked => "revoked",
-            Self::KeyGone => "key_gone",
-        }
+    pub fn label(&self) -> &'static str {
+        self.into()
     }
 
-    /// Whether the token was good and is no more.
+    /// Whether the token was valid before.
     #[must_use]
     pub fn is_end(&self) -> bool {
         match self {
@@ -81,22 +72,7 @@ impl TokenError {
         }
     }
 
-    /// Every label that [`Self::kind`] gives.
-    pub const KINDS: [&'static str; 11] = [
-        "missing",
-        "malformed",
-        "signature",
-        "no_signer",
-        "missing_claims",
-        "not_yet_valid",
-        "issuer",
-        "audience",
-        "expired",
-        "revoked",
-        "key_gone",
-    ];
-
-    /// What the client is told in a channel: in an error reply and in a `system` push.
+    /// Returns the refusal for a channel: for an error reply and for a `system` push.
     #[must_use]
     pub fn refuse(&self) -> Refusal {
         match self {
@@ -130,7 +106,7 @@ impl TokenError {
         }
     }
 
-    /// What the client is told when its upgrade is refused.
+    /// Returns the refusal of an upgrade.
     #[must_use]
     pub fn refuse_upgrade(&self) -> Refusal {
         match self {

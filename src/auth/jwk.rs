@@ -1,10 +1,14 @@
-//! The keys of a JSON Web Key Set.
+//! Keys, and the reading of a JSON Web Key Set.
+//!
+//! Invariants: a key is used only for the algorithms that are bound to it; a key of doubtful shape is
+//! left out, with a named reason; no key is ever formatted. Nothing here does I/O.
 
 use std::collections::HashMap;
 
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use jsonwebtoken::{DecodingKey, crypto};
 use serde_json::{Map, Value};
+use strum::{IntoStaticStr, VariantArray};
 
 use super::{
     algorithm::{Algorithm, SECRET_BYTES_MIN},
@@ -13,16 +17,16 @@ use super::{
 
 /// Most keys of a document.
 const KEYS_MAX: usize = 64;
-/// Longest `kid`.
+/// Longest `kid`, in bytes.
 pub(super) const KID_BYTES_MAX: usize = 128;
-/// Bits of an RSA modulus: RFC 7518, 3.3; above, a signature costs too much to look at.
+/// Bits of an RSA modulus: the minimum of RFC 7518, 3.3; a longer one makes verifying too expensive.
 const RSA_BITS: std::ops::RangeInclusive<usize> = 2048..=8192;
-/// Smallest public exponent: with smaller ones a lax padding check has been a forgery before.
+/// Smallest public exponent: with smaller ones, a lax check of the padding has allowed forgeries.
 const RSA_EXPONENT_MIN: u64 = 65537;
-/// What a key pair has and its public half has not.
+/// The members that only the private half of a key pair has.
 const PRIVATE_MEMBERS: [&str; 7] = ["d", "p", "q", "dp", "dq", "qi", "oth"];
 
-/// A key and the algorithms that it is for.
+/// A key and the algorithms that are bound to it.
 #[derive(Clone)]
 pub(super) struct Key {
     pub(super) algorithms: Vec<Algorithm>,
@@ -30,32 +34,34 @@ pub(super) struct Key {
 }
 
 impl Key {
+    /// Creates the key of a shared secret.
     pub(super) fn of_secret(secret: &[u8]) -> Self {
         let algorithms = Algorithm::SYMMETRIC.to_vec();
         Self { algorithms, material: DecodingKey::from_secret(secret) }
     }
 
+    /// Whether the key is a shared secret.
     pub(super) fn is_symmetric(&self) -> bool {
         self.algorithms.iter().all(|algorithm| algorithm.is_symmetric())
     }
 
-    /// Whether the key has signed this; never, with an algorithm that is not its own.
+    /// Whether this is a signature of the key. False for an algorithm that is not bound to the key.
     pub(super) fn has_signed(&self, algorithm: Algorithm, signed: &str, signature: &str) -> bool {
         let algorithm = self.algorithms.iter().find(|own| **own == algorithm);
         algorithm.is_some_and(|own| {
-            let (signed, own) = (signed.as_bytes(), own.of_library());
+            let (signed, own) = (signed.as_bytes(), own.library());
             crypto::verify(signature, signed, &self.material, own).unwrap_or(false)
         })
     }
 
-    /// Reads a key of a document.
-    fn of_jwk(jwk: &Map<String, Value>, from: Origin) -> Result<Self, Unusable> {
+    /// Reads a key of a document, with each algorithm that its type allows or the one of its `alg`.
+    fn of_jwk(jwk: &Map<String, Value>, from: KeySource) -> Result<Self, Unusable> {
         if !is_for_verifying(jwk) {
             return Err(Unusable::Use);
         }
         let is_octets = jwk.get("kty").and_then(Value::as_str) == Some("oct");
         let has_private = PRIVATE_MEMBERS.iter().any(|name| jwk.contains_key(*name));
-        if has_private || is_octets && from == Origin::Url {
+        if has_private || is_octets && from == KeySource::Url {
             return Err(Unusable::Private);
         }
         let (own, material): (&[Algorithm], _) = match (text(jwk, "kty")?, jwk.get("crv")) {
@@ -85,12 +91,12 @@ impl Key {
     }
 }
 
-/// `use` is absent or `sig`, `key_ops` absent or with `verify`.
+/// Whether `use` is absent or `sig`, and `key_ops` is absent or contains `verify`.
 fn is_for_verifying(jwk: &Map<String, Value>) -> bool {
-    let of_use = jwk.get("use").is_none_or(|it| it == "sig");
-    let operations =
-        |it: &Value| it.as_array().is_some_and(|it| it.iter().any(|it| it == "verify"));
-    of_use && jwk.get("key_ops").is_none_or(operations)
+    let is_to_verify = |operations: &Value| {
+        operations.as_array().is_some_and(|list| list.iter().any(|name| name == "verify"))
+    };
+    jwk.get("use").is_none_or(|usage| usage == "sig") && jwk.get("key_ops").is_none_or(is_to_verify)
 }
 
 fn text<'a>(jwk: &'a Map<String, Value>, name: &str) -> Result<&'a str, Unusable> {
@@ -101,7 +107,7 @@ fn bytes(jwk: &Map<String, Value>, name: &str) -> Result<Vec<u8>, Unusable> {
     URL_SAFE_NO_PAD.decode(text(jwk, name)?).map_err(|_no_more_to_tell| Unusable::Malformed)
 }
 
-/// A number that has this many bytes, no more and no less.
+/// Reads a number of exactly `length` bytes.
 fn number(jwk: &Map<String, Value>, name: &str, length: usize) -> Result<Vec<u8>, Unusable> {
     let number = bytes(jwk, name)?;
     if number.len() == length { Ok(number) } else { Err(Unusable::Malformed) }
@@ -113,7 +119,7 @@ fn octets(jwk: &Map<String, Value>) -> Result<DecodingKey, Unusable> {
     if is_long { Ok(DecodingKey::from_secret(&secret)) } else { Err(Unusable::Weak) }
 }
 
-/// A point that is not on its curve verifies nothing.
+/// Reads a point of an elliptic curve. One that is not on its curve verifies no signature.
 fn point(jwk: &Map<String, Value>, length: usize) -> Result<DecodingKey, Unusable> {
     let uncompressed = 4;
     let mut point = vec![uncompressed];
@@ -124,7 +130,7 @@ fn point(jwk: &Map<String, Value>, length: usize) -> Result<DecodingKey, Unusabl
 
 fn rsa(jwk: &Map<String, Value>) -> Result<DecodingKey, Unusable> {
     let (modulus, exponent) = (bytes(jwk, "n")?, bytes(jwk, "e")?);
-    // Some writers put the sign in front, as ASN.1 has it.
+    // Some issuers put a zero byte for the sign in front, as in ASN.1.
     let zeros = modulus.iter().take_while(|byte| **byte == 0).count();
     let (modulus, exponent) = (&modulus[zeros..], exponent.as_slice());
     let leading = modulus.first().map_or(0, |byte| byte.leading_zeros() as usize);
@@ -139,87 +145,63 @@ fn rsa(jwk: &Map<String, Value>) -> Result<DecodingKey, Unusable> {
     Ok(DecodingKey::from_rsa_raw_components(modulus, exponent))
 }
 
-/// Where a document comes from.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Origin {
+/// The setting that a key set comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, VariantArray, IntoStaticStr)]
+#[strum(serialize_all = "snake_case")]
+pub enum KeySource {
     /// `jwks.file`.
     File,
     /// `jwks.url`.
     Url,
 }
 
-impl Origin {
-    /// Both.
-    pub const ALL: [Self; 2] = [Self::File, Self::Url];
-
+impl KeySource {
     /// The metric's label.
     #[must_use]
-    pub fn kind(self) -> &'static str {
-        match self {
-            Self::File => "file",
-            Self::Url => "url",
-        }
+    pub fn label(self) -> &'static str {
+        self.into()
     }
 }
 
 /// Why a key of a document is left out.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, VariantArray, IntoStaticStr)]
+#[strum(serialize_all = "snake_case")]
 pub enum Unusable {
-    /// Not an object, or a member is missing, of another type or length, or not base64url.
+    /// The key is not an object, or a member is missing, of another type or length, or not
+    /// base64url.
     Malformed,
-    /// No `kid` that a token could name: a text of 1 to 128 bytes.
+    /// The `kid` is not a text of 1 to 128 bytes, so that no token could name it.
     Kid,
     /// Another key has the same `kid`; neither is used.
     Duplicate,
-    /// A `kty` or `crv` that is not supported.
+    /// The `kty` or `crv` is not supported.
     Type,
-    /// An `alg` that is not supported or not one of the key's type.
+    /// The `alg` is not supported, or does not go with the type.
     Algorithm,
-    /// For something else than verifying signatures.
+    /// The key is not for verifying signatures.
     Use,
-    /// RSA: fewer than 2048 bits or more than 8192, or an exponent below 65537 or of more than 32
-    /// bits, or even; a symmetric key of fewer than 32 bytes.
+    /// RSA: fewer than 2048 bits or more than 8192, or an exponent that is below 65537, has more
+    /// than 32 bits or is even. Symmetric: fewer than 32 bytes.
     Weak,
-    /// The private half is there for everyone to read, or a symmetric key at a URL.
+    /// The key contains its private half, or is symmetric and public at a URL.
     Private,
 }
 
 impl Unusable {
-    /// Every reason.
-    pub const ALL: [Self; 8] = [
-        Self::Malformed,
-        Self::Kid,
-        Self::Duplicate,
-        Self::Type,
-        Self::Algorithm,
-        Self::Use,
-        Self::Weak,
-        Self::Private,
-    ];
-
     /// The metric's label.
     #[must_use]
-    pub fn kind(self) -> &'static str {
-        match self {
-            Self::Malformed => "malformed",
-            Self::Kid => "kid",
-            Self::Duplicate => "duplicate",
-            Self::Type => "type",
-            Self::Algorithm => "algorithm",
-            Self::Use => "use",
-            Self::Weak => "weak",
-            Self::Private => "private",
-        }
+    pub fn label(self) -> &'static str {
+        self.into()
     }
 }
 
-/// Why a document is no key set.
+/// Why a document is not a key set.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum DocumentError {
-    /// Not an object with a list of `keys`, or a member occurs twice.
+    /// The document is not an object with a list of `keys`, or a member occurs twice.
     #[error("not a JSON Web Key Set: expected an object with a list of keys")]
     Malformed,
-    /// More keys than are looked at.
+    /// The document has more keys than the bound.
     #[error("more than {KEYS_MAX} keys")]
     TooMany,
 }
@@ -228,13 +210,16 @@ pub enum DocumentError {
 #[derive(Clone, Default)]
 pub(super) struct Published {
     pub(super) keys: HashMap<Box<str>, Key>,
-    /// The places of the keys that are left out, and why.
+    /// The places of the keys that are left out, and the reasons.
     pub(super) unusable: Vec<(usize, Unusable)>,
 }
 
 impl Published {
-    /// Reads a document.
-    pub(super) fn parse(document: &[u8], from: Origin) -> Result<Self, DocumentError> {
+    /// Reads a document. A key that cannot be used is left out.
+    ///
+    /// # Errors
+    /// [`DocumentError`] if the document is not a key set, or has too many keys.
+    pub(super) fn parse(document: &[u8], from: KeySource) -> Result<Self, DocumentError> {
         let document = json::object(document).ok_or(DocumentError::Malformed)?;
         let jwks = document.get("keys").and_then(Value::as_array);
         let jwks = jwks.ok_or(DocumentError::Malformed)?;
@@ -243,7 +228,8 @@ impl Published {
         }
         let mut published = Self::default();
         for (place, jwk) in jwks.iter().enumerate() {
-            let is_alone = jwks.iter().filter(|it| it.get("kid") == jwk.get("kid")).count() == 1;
+            let has_same_kid = |other: &&Value| other.get("kid") == jwk.get("kid");
+            let is_alone = jwks.iter().filter(has_same_kid).count() == 1;
             match named_key(jwk, is_alone, from) {
                 Ok((kid, key)) => {
                     published.keys.insert(kid.into(), key);
@@ -254,13 +240,13 @@ impl Published {
         Ok(published)
     }
 
-    /// How many keys can be used.
+    /// Returns how many keys can be used.
     pub(super) fn key_count(&self) -> usize {
         self.keys.len()
     }
 }
 
-fn named_key(jwk: &Value, is_alone: bool, from: Origin) -> Result<(&str, Key), Unusable> {
+fn named_key(jwk: &Value, is_alone: bool, from: KeySource) -> Result<(&str, Key), Unusable> {
     let jwk = jwk.as_object().ok_or(Unusable::Malformed)?;
     let kid = jwk.get("kid").and_then(Value::as_str).ok_or(Unusable::Kid)?;
     if !(1..=KID_BYTES_MAX).contains(&kid.len()) {

@@ -19,6 +19,7 @@ use futures_util::future::{Either, join, select};
 use http_body_util::{BodyExt, Empty, LengthLimitError, Limited};
 use hyper::{Request, StatusCode, Uri, body::Bytes, client::conn::http1, header};
 use hyper_util::rt::TokioIo;
+use strum::{IntoStaticStr, VariantArray, VariantNames};
 use tokio::{
     net::TcpStream,
     time::{Instant, sleep, timeout, timeout_at},
@@ -35,12 +36,13 @@ use tokio_rustls::{
 
 use super::{
     authenticator::Verifier,
-    jwk::{DocumentError, Origin, Published},
+    jwk::{DocumentError, KeySource, Published},
 };
 use crate::{
     clock::unix_seconds,
     metrics::Metrics,
     server::{Services, settings::Jwks},
+    telemetry::metrics::Label,
 };
 
 /// Between two looks at the file.
@@ -52,8 +54,9 @@ const BACKOFF: Duration = Duration::from_secs(1);
 /// Largest head of an answer.
 const HEAD_BYTES_MAX: usize = 16 * 1024;
 
-/// Why a key set could not be had.
-#[derive(Debug, thiserror::Error)]
+/// Why a key set could not be read.
+#[derive(Debug, thiserror::Error, VariantNames, IntoStaticStr)]
+#[strum(serialize_all = "snake_case")]
 pub enum JwksError {
     /// The file is missing, is no file, or is not ours to read.
     #[error("jwks.file cannot be read")]
@@ -90,38 +93,33 @@ pub enum JwksError {
 impl JwksError {
     /// The metric's label.
     #[must_use]
-    pub fn kind(&self) -> &'static str {
-        match self {
-            Self::Unreadable(_) => "unreadable",
-            Self::Authorities => "authorities",
-            Self::Connect(_) => "connect",
-            Self::Tls(_) => "tls",
-            Self::Http(_) => "http",
-            Self::Redirect => "redirect",
-            Self::Status(_) => "status",
-            Self::TooLarge => "too_large",
-            Self::Timeout => "timeout",
-            Self::Document(_) => "document",
-        }
+    pub fn label(&self) -> &'static str {
+        self.into()
     }
 
-    /// Every label that [`Self::kind`] gives for this origin.
-    #[must_use]
-    pub fn kinds(from: Origin) -> &'static [&'static str] {
-        match from {
-            Origin::File => &["unreadable", "too_large", "document"],
-            Origin::Url => &[
-                "authorities",
-                "connect",
-                "tls",
-                "http",
-                "redirect",
-                "status",
-                "too_large",
-                "timeout",
-                "document",
-            ],
-        }
+    /// Returns the labels of the errors that can occur for this source.
+    fn labels(from: KeySource) -> impl Iterator<Item = &'static str> {
+        let of_files = ["unreadable", "too_large", "document"];
+        let can_occur = move |label: &&str| match from {
+            KeySource::File => of_files.contains(label),
+            KeySource::Url => *label != "unreadable",
+        };
+        Self::VARIANTS.iter().copied().filter(can_occur)
+    }
+}
+
+/// The source of a key set, and the error that has kept it from being read.
+pub(crate) struct JwksFailure<'a>(pub(crate) KeySource, pub(crate) &'a JwksError);
+
+impl Label<2> for JwksFailure<'_> {
+    fn all() -> impl Iterator<Item = [&'static str; 2]> {
+        KeySource::VARIANTS
+            .iter()
+            .flat_map(|from| JwksError::labels(*from).map(|label| [from.label(), label]))
+    }
+
+    fn values(&self) -> [&'static str; 2] {
+        [self.0.label(), self.1.label()]
     }
 }
 
@@ -132,15 +130,15 @@ pub(crate) async fn run(services: Arc<Services>) {
 }
 
 /// Tells of a document that is another, and of the keys in it that are left out.
-pub(super) fn note(published: &Published, from: Origin, metrics: &Metrics) {
+pub(super) fn note(published: &Published, from: KeySource, metrics: &Metrics) {
     let keys = published.key_count();
-    metrics.jwks_read.with_label_values(&[from.kind()]).set(unix_seconds());
+    metrics.jwks_read.with_label_values(&[from.label()]).set(unix_seconds());
     for (place, reason) in &published.unusable {
-        metrics.jwks_keys_unusable.with_label_values(&[reason.kind()]).inc();
-        let (origin, reason) = (from.kind(), reason.kind());
+        metrics.jwks_keys_unusable.with_label_values(&[reason.label()]).inc();
+        let (origin, reason) = (from.label(), reason.label());
         tracing::warn!(origin, place, reason, "a key of the key set is left out");
     }
-    tracing::info!(origin = from.kind(), keys, "the key set has been read");
+    tracing::info!(origin = from.label(), keys, "the key set has been read");
 }
 
 /// The bytes of `jwks.file`.
@@ -184,9 +182,9 @@ async fn watch_file(services: &Services) {
                 .is_some_and(|(read_as, seen)| Arc::ptr_eq(read_as, &jwks) && *seen == stamp);
             if !is_seen {
                 let taken = read_file(&jwks).and_then(|text| {
-                    Ok(services.verifier.take(text, Origin::File, &jwks, &services.metrics)?)
+                    Ok(services.verifier.take(text, KeySource::File, &jwks, &services.metrics)?)
                 });
-                count(services, Origin::File, &taken, &mut None);
+                count(services, KeySource::File, &taken, &mut None);
                 seen = Some((jwks, stamp));
             }
         }
@@ -209,8 +207,8 @@ async fn follow_url(services: &Services) {
         let fetched = timeout(jwks.timeout, fetch(&jwks)).await;
         let taken = fetched
             .unwrap_or(Err(JwksError::Timeout))
-            .and_then(|text| Ok(verifier.take(text, Origin::Url, &jwks, &services.metrics)?));
-        count(services, Origin::Url, &taken, &mut told);
+            .and_then(|text| Ok(verifier.take(text, KeySource::Url, &jwks, &services.metrics)?));
+        count(services, KeySource::Url, &taken, &mut told);
         let wait = if taken.is_ok() {
             backoff = BACKOFF;
             jwks.refresh_interval
@@ -245,20 +243,20 @@ fn on_unknown_kid(missed_at: Option<Instant>, now: Instant) -> Instant {
 /// Counts a reading, and tells of a fault that is another than the last one.
 fn count(
     services: &Services,
-    from: Origin,
+    from: KeySource,
     taken: &Result<(), JwksError>,
     told: &mut Option<&'static str>,
 ) {
     let metrics = &services.metrics;
     match taken {
         Ok(()) => {
-            metrics.jwks_read.with_label_values(&[from.kind()]).set(unix_seconds());
+            metrics.jwks_read.with_label_values(&[from.label()]).set(unix_seconds());
             *told = None;
         }
         Err(error) => {
-            metrics.jwks_failures.with_label_values(&[from.kind(), error.kind()]).inc();
-            if told.replace(error.kind()) != Some(error.kind()) {
-                let (origin, error) = (from.kind(), error as &dyn Error);
+            metrics.jwks_failures.with_label_values(&[from.label(), error.label()]).inc();
+            if told.replace(error.label()) != Some(error.label()) {
+                let (origin, error) = (from.label(), error as &dyn Error);
                 tracing::warn!(error, origin, "no key set; the keys stay those of the last one");
             }
         }
@@ -275,7 +273,7 @@ pub(crate) async fn read_url(verifier: &Verifier, metrics: &Metrics) -> Result<(
         return Ok(());
     }
     let text = timeout(jwks.timeout, fetch(&jwks)).await.unwrap_or(Err(JwksError::Timeout))?;
-    Ok(verifier.take(text, Origin::Url, &jwks, metrics)?)
+    Ok(verifier.take(text, KeySource::Url, &jwks, metrics)?)
 }
 
 /// The bytes that the URL answers with.
@@ -382,11 +380,8 @@ mod tests {
             JwksError::Timeout,
             JwksError::Document(DocumentError::TooMany),
         ] {
-            let kind = error.kind();
-            assert!(
-                Origin::ALL.iter().any(|from| JwksError::kinds(*from).contains(&kind)),
-                "{kind}"
-            );
+            let mut pairs = JwksFailure::all();
+            assert!(pairs.any(|[_, label]| label == error.label()), "{}", error.label());
         }
     }
 }

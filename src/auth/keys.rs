@@ -1,9 +1,8 @@
-//! The keys that tokens are checked with: the project's secrets, and a JSON Web Key Set.
+//! The keys that tokens are verified with: the project's secrets and the keys of key sets.
 //!
-//! Invariants: a key is used for the algorithms that are bound to it and for no other; a token's
-//! header only selects among keys, and what it brings along (`jwk`, `jku`, `x5u`, `x5c`) is not
-//! read; a public key is found by its `kid` alone, and there is no other to fall back to; a key of
-//! doubtful shape is left out by name. Nothing here does I/O, and no key is ever formatted.
+//! Invariants: a token's header only selects among these keys, and keys or addresses in it (`jwk`,
+//! `jku`, `x5u`, `x5c`) are not read; a public key is found by its `kid` alone, and there is no
+//! other to fall back to. Nothing here does I/O, and no key is ever formatted.
 
 use std::collections::HashMap;
 
@@ -23,23 +22,23 @@ pub(super) struct KeySet {
 }
 
 impl KeySet {
-    /// The secrets that are set, and the keys of both documents; of two with one `kid` that of the
-    /// file, which is nearer to the operator's hand.
+    /// Collects the secrets that are set, and the keys of both documents. Of two keys with one `kid`
+    /// the file's is used, which the operator controls directly.
     pub(super) fn new(secrets: [&Secret; 2], file: &Published, url: &Published) -> Self {
-        let [current, previous] =
-            secrets.map(|it| (!it.is_empty()).then(|| Key::of_secret(it.expose().as_bytes())));
+        let [current, previous] = secrets
+            .map(|secret| (!secret.is_empty()).then(|| Key::of_secret(secret.expose().as_bytes())));
         let mut published = url.keys.clone();
         published.extend(file.keys.clone());
         Self { current, previous, published }
     }
 
-    /// Whether one of the keys has signed this, and which.
+    /// Returns the key that has signed `signed`.
     ///
-    /// A symmetric algorithm is for the symmetric key that `kid` names in a document, or else for
-    /// the project's secrets; any other is for the key of that `kid`.
+    /// A symmetric algorithm is tried with the symmetric key that `kid` names in a document, or else
+    /// with the project's secrets; any other algorithm with the key of that `kid`.
     ///
     /// # Errors
-    /// [`TokenError::NoSigner`] if there is no key to ask, else [`TokenError::Signature`].
+    /// [`TokenError::NoSigner`] if there is no key to try, else [`TokenError::Signature`].
     pub(super) fn verify(
         &self,
         header: &Header,
@@ -48,7 +47,8 @@ impl KeySet {
     ) -> Result<VerifiedBy, TokenError> {
         let algorithm = header.algorithm;
         let named = self.named(header);
-        let candidates = if algorithm.is_symmetric() && named.is_none_or(|it| !it.is_symmetric()) {
+        let candidates = if algorithm.is_symmetric() && named.is_none_or(|key| !key.is_symmetric())
+        {
             [(KeySlot::Current, self.current.as_ref()), (KeySlot::Previous, self.previous.as_ref())]
         } else {
             let named = named.filter(|key| key.algorithms.contains(&algorithm));
@@ -65,7 +65,7 @@ impl KeySet {
         Err(error)
     }
 
-    /// Whether the header names a public key that we have not heard of.
+    /// Whether the header names a public key that is not here.
     pub(super) fn lacks(&self, header: &Header) -> bool {
         header.kid.is_some() && !header.algorithm.is_symmetric() && self.named(header).is_none()
     }
@@ -83,7 +83,7 @@ mod tests {
     use crate::auth::{
         algorithm::Algorithm,
         jwk::{
-            Origin,
+            KeySource,
             tests::{jwk, parse, rsa_key},
         },
     };
@@ -92,8 +92,8 @@ mod tests {
     fn of_two_keys_with_one_kid_that_of_the_file_is_used() {
         let mut other = jwk(include_str!("../../protocol/jws/es256.json"));
         other["kid"] = rsa_key()["kid"].clone();
-        let file = parse(&json!([other]), Origin::File).unwrap();
-        let url = parse(&json!([rsa_key()]), Origin::Url).unwrap();
+        let file = parse(&json!([other]), KeySource::File).unwrap();
+        let url = parse(&json!([rsa_key()]), KeySource::Url).unwrap();
         let keys = KeySet::new([&Secret::default(), &Secret::default()], &file, &url);
         let kid = rsa_key()["kid"].as_str().unwrap().into();
         assert_eq!(keys.published.len(), 1);
@@ -103,7 +103,7 @@ mod tests {
 
     #[test]
     fn only_an_unknown_public_key_is_missed() {
-        let file = parse(&json!([rsa_key()]), Origin::File).unwrap();
+        let file = parse(&json!([rsa_key()]), KeySource::File).unwrap();
         let secret = Secret::from("a-secret-that-is-long-enough-to-sign");
         let keys = KeySet::new([&secret, &secret], &file, &Published::default());
         let lacks = |algorithm, kid: Option<&str>| {

@@ -20,6 +20,6 @@ pub use self::{
     authenticator::Verifier,
     claims::Claims,
     error::TokenError,
-    jwk::{DocumentError, Origin, Unusable},
+    jwk::{DocumentError, KeySource, Unusable},
     jwt::Token,
 };

@@ -9,6 +9,7 @@ use std::{
 };
 
 use parking_lot::RwLock;
+use strum::{IntoStaticStr, VariantArray};
 
 use super::claims::Claims;
 
@@ -16,34 +17,29 @@ use super::claims::Claims;
 pub const VALUE_BYTES_MAX: usize = 128;
 
 /// The claim by which tokens are revoked.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, VariantArray, IntoStaticStr)]
+#[strum(serialize_all = "snake_case")]
 pub enum By {
-    /// `sub`: a person's tokens that were issued until now; those of a later sign-in hold.
+    /// `sub`: the tokens of a person that were issued until the revocation, so that those of a later
+    /// sign-in are valid.
     Sub,
-    /// `session_id`: whatever a session was issued or will be.
+    /// `session_id`: every token of a session, past or future.
     SessionId,
     /// `jti`: one token.
     Jti,
 }
 
 impl By {
-    /// Every claim.
-    pub const ALL: [Self; 3] = [Self::Sub, Self::SessionId, Self::Jti];
-
     /// The claim's name.
     #[must_use]
     pub fn claim(self) -> &'static str {
-        match self {
-            Self::Sub => "sub",
-            Self::SessionId => "session_id",
-            Self::Jti => "jti",
-        }
+        self.into()
     }
 
-    /// The claim of this name.
+    /// Returns the claim of this name.
     #[must_use]
     pub fn named(claim: &str) -> Option<Self> {
-        Self::ALL.into_iter().find(|by| by.claim() == claim)
+        Self::VARIANTS.iter().copied().find(|by| by.claim() == claim)
     }
 }
 
@@ -158,11 +154,11 @@ impl Revocations {
             return false;
         }
         let entries = self.entries.read();
-        By::ALL.into_iter().any(|by| {
+        By::VARIANTS.iter().any(|by| {
             let value = claims.text_at(std::iter::once(by.claim().to_owned()));
-            let found = value.and_then(|value| entries.get(&by)?.get(value));
+            let found = value.and_then(|value| entries.get(by)?.get(value));
             found.is_some_and(|Entry { at, until, .. }| {
-                let is_later = by == By::Sub && claims.iat().is_some_and(|iat| iat > *at);
+                let is_later = *by == By::Sub && claims.iat().is_some_and(|iat| iat > *at);
                 now < *until && !is_later
             })
         })

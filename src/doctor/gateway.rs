@@ -247,10 +247,10 @@ async fn keys(patient: &Patient, metrics: &Metrics) -> (Seen, Option<Verifier>) 
         }
     }
     let saw = sources.join(", ");
-    let unusable = crate::auth::Unusable::ALL
-        .into_iter()
+    let unusable = <crate::auth::Unusable as strum::VariantArray>::VARIANTS
+        .iter()
         .map(|reason| {
-            (reason.kind(), metrics.jwks_keys_unusable.with_label_values(&[reason.kind()]).get())
+            (reason.label(), metrics.jwks_keys_unusable.with_label_values(&[reason.label()]).get())
         })
         .find(|(_, count)| *count > 0);
     let is_short = |it: &&crate::secret::Secret| (1..SECRET_BYTES_MIN).contains(&it.expose().len());

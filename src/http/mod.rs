@@ -275,10 +275,10 @@ async fn upgrade(
         Ok(token) => token,
         Err(Unverified::Unread) => return too_many(&services, caller, RefusedUpgrade::Failures),
         Err(Unverified::Wrong(error)) => {
-            tracing::debug!(reason = error.kind(), "upgrade refused");
+            tracing::debug!(reason = error.label(), "upgrade refused");
             sleep(services.config.protocol.error_delay).await;
             let answer = refused_upgrade(&error.refuse_upgrade());
-            return refuse(&services, caller, RefusedUpgrade::Token, Some(error.kind()), answer);
+            return refuse(&services, caller, RefusedUpgrade::Token, Some(error.label()), answer);
         }
     };
     let outbox = services.sockets.outbox(serializer);
@@ -404,7 +404,7 @@ impl Unverified {
     /// The label of the audit log.
     pub(crate) fn kind(&self) -> &'static str {
         match self {
-            Self::Wrong(error) => error.kind(),
+            Self::Wrong(error) => error.label(),
             Self::Unread => "unread",
         }
     }

@@ -585,7 +585,7 @@ impl Channel {
         verified: Result<Arc<Token>, TokenError>,
     ) -> Fate {
         let sub_topic = self.sub_topic();
-        let fault = verified.as_ref().err().map(TokenError::kind);
+        let fault = verified.as_ref().err().map(TokenError::label);
         let (decision, token) = authorize(context, &sub_topic, self.key.privacy, verified);
         let had_read = self.may_read;
         let is_same = token.as_ref().is_some_and(|it| Arc::ptr_eq(it, &self.token));

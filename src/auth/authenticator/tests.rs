@@ -1,4 +1,4 @@
-//! Which tokens are believed.
+//! Tests of which tokens are accepted.
 
 use proptest::prelude::*;
 use serde_json::{Value, json};
@@ -161,7 +161,7 @@ fn a_reload_that_fails_changes_nothing() {
     config.jwt_secret = "another-secret-that-is-long-enough-to-sign".into();
     config.jwks.file = "/nowhere/keys.json".to_owned();
     let error = verifier.reload(&config, &Metrics::new()).unwrap_err();
-    assert_eq!(error.kind(), "unreadable");
+    assert_eq!(error.label(), "unreadable");
     assert!(!changes.has_changed().unwrap() && verifier.verify(&lasting(), NOW).is_ok());
 }
 
@@ -172,15 +172,15 @@ fn a_document_read_for_other_settings_is_ignored_and_the_same_one_changes_nothin
     let changes = verifier.changes();
     let read_as = verifier.jwks();
     let document = br#"{"keys":[]}"#.to_vec();
-    verifier.take(document.clone(), Origin::Url, &read_as, &metrics).unwrap();
+    verifier.take(document.clone(), KeySource::Url, &read_as, &metrics).unwrap();
     assert!(changes.has_changed().unwrap());
     for (read_as, text) in [(&Arc::new(config.jwks.clone()), b"{}".to_vec()), (&read_as, document)]
     {
         let changes = verifier.changes();
-        verifier.take(text, Origin::Url, read_as, &metrics).unwrap();
+        verifier.take(text, KeySource::Url, read_as, &metrics).unwrap();
         assert!(!changes.has_changed().unwrap());
     }
-    let error = verifier.take(b"{}".to_vec(), Origin::Url, &read_as, &metrics).unwrap_err();
+    let error = verifier.take(b"{}".to_vec(), KeySource::Url, &read_as, &metrics).unwrap_err();
     assert_eq!(error, DocumentError::Malformed);
 }
 

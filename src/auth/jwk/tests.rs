@@ -1,4 +1,4 @@
-//! Which documents and keys are taken.
+//! Tests of which documents and keys are accepted.
 
 use proptest::prelude::*;
 use serde_json::json;
@@ -14,28 +14,28 @@ pub(in crate::auth) fn rsa_key() -> Value {
     jwk(include_str!("../../../protocol/jws/rs256.json"))
 }
 
-pub(in crate::auth) fn parse(keys: &Value, from: Origin) -> Result<Published, DocumentError> {
+pub(in crate::auth) fn parse(keys: &Value, from: KeySource) -> Result<Published, DocumentError> {
     Published::parse(json!({ "keys": keys }).to_string().as_bytes(), from)
 }
 
-fn reasons(keys: &Value, from: Origin) -> Vec<&'static str> {
+fn reasons(keys: &Value, from: KeySource) -> Vec<&'static str> {
     let published = parse(keys, from).unwrap();
-    published.unusable.iter().map(|(_, reason)| reason.kind()).collect()
+    published.unusable.iter().map(|(_, reason)| reason.label()).collect()
 }
 
 #[test]
 fn a_document_is_an_object_with_a_list_of_at_most_64_keys() {
     for text in ["", "[]", "{}", "null", r#"{"keys":{}}"#, r#"{"keys":[],"keys":[]}"#, "<html>"] {
-        let error = Published::parse(text.as_bytes(), Origin::File).err();
+        let error = Published::parse(text.as_bytes(), KeySource::File).err();
         assert_eq!(error, Some(DocumentError::Malformed), "{text}");
     }
     let keys = |count| {
         let key = |at| json!({ "kty": "oct", "kid": format!("{at}"), "k": "A".repeat(43) });
         (0..count).map(key).collect::<Vec<_>>().into()
     };
-    assert_eq!(parse(&keys(64), Origin::File).map(|it| it.key_count()), Ok(64));
-    assert_eq!(parse(&keys(65), Origin::File).err(), Some(DocumentError::TooMany));
-    assert_eq!(parse(&json!([]), Origin::Url).map(|it| it.key_count()), Ok(0));
+    assert_eq!(parse(&keys(64), KeySource::File).map(|it| it.key_count()), Ok(64));
+    assert_eq!(parse(&keys(65), KeySource::File).err(), Some(DocumentError::TooMany));
+    assert_eq!(parse(&json!([]), KeySource::Url).map(|it| it.key_count()), Ok(0));
 }
 
 #[test]
@@ -81,10 +81,10 @@ fn each_reason_to_leave_a_key_out_is_named() {
     ];
     for (key, reason) in cases {
         let expected: Vec<_> = Some(reason).filter(|it| !it.is_empty()).into_iter().collect();
-        assert_eq!(reasons(&json!([key]), Origin::File), expected, "{key}");
+        assert_eq!(reasons(&json!([key]), KeySource::File), expected, "{key}");
     }
     let twice = json!([rsa_key(), rsa_key()]);
-    assert_eq!(reasons(&twice, Origin::File), ["duplicate", "duplicate"]);
+    assert_eq!(reasons(&twice, KeySource::File), ["duplicate", "duplicate"]);
 }
 
 #[test]
@@ -95,27 +95,27 @@ fn a_modulus_may_have_its_sign_in_front_and_8192_bits() {
         json!([{ "kty": "RSA", "kid": "a", "e": "AQAB", "n": URL_SAFE_NO_PAD.encode(bytes) }])
     };
     for (zeros, length) in [(0, 256), (1, 256), (1, 1024)] {
-        assert!(reasons(&modulus(zeros, length), Origin::Url).is_empty());
+        assert!(reasons(&modulus(zeros, length), KeySource::Url).is_empty());
     }
-    assert_eq!(reasons(&modulus(1, 255), Origin::Url), ["weak"]);
+    assert_eq!(reasons(&modulus(1, 255), KeySource::Url), ["weak"]);
 }
 
 #[test]
 fn a_symmetric_key_at_a_url_is_everybodys_and_nobody_is_believed_by_it() {
     let keys = json!([{ "kty": "oct", "kid": "a", "k": "A".repeat(43) }]);
-    assert!(reasons(&keys, Origin::File).is_empty());
-    assert_eq!(reasons(&keys, Origin::Url), ["private"]);
+    assert!(reasons(&keys, KeySource::File).is_empty());
+    assert_eq!(reasons(&keys, KeySource::Url), ["private"]);
     let short = json!([{ "kty": "oct", "kid": "a", "k": "A".repeat(42) }]);
-    assert_eq!(reasons(&short, Origin::File), ["weak"]);
+    assert_eq!(reasons(&short, KeySource::File), ["weak"]);
 }
 
 proptest! {
     #[test]
     fn random_documents_never_panic(text in any::<Vec<u8>>(), name in "[a-z_5#]{1,8}", value in r#"[ -~]{0,40}"#) {
-        let _ = Published::parse(&text, Origin::File); // Whether it is one is not the question.
+        let _ = Published::parse(&text, KeySource::File); // Whether it is one is not the question.
         let mut key = rsa_key();
         key[&name] = serde_json::from_str(&value).unwrap_or(Value::String(value));
-        prop_assert!(parse(&json!([key]), Origin::Url).is_ok());
+        prop_assert!(parse(&json!([key]), KeySource::Url).is_ok());
     }
 
     #[test]
@@ -129,7 +129,7 @@ proptest! {
     ) {
         let mut key = rsa_key();
         key[member] = value;
-        let published = parse(&json!([key]), Origin::Url).unwrap();
+        let published = parse(&json!([key]), KeySource::Url).unwrap();
         prop_assert_eq!(published.key_count() + published.unusable.len(), 1);
     }
 }

@@ -1,7 +1,7 @@
 //! The admin port: readiness, metrics, and who may ask.
 
 use serde_json::{Value, json};
-use strum::VariantArray;
+use strum::{VariantArray, VariantNames};
 use tidegate::{
     auth::TokenError,
     http::connection::CloseReason,
@@ -253,7 +253,7 @@ async fn every_series_is_there_before_anything_has_happened() {
     for malformed in Malformed::ALL {
         wanted.push(format!("malformed_total{{reason=\"{}\"}}", malformed.kind()));
     }
-    for result in TokenError::KINDS {
+    for result in TokenError::VARIANTS {
         wanted.push(format!("tokens_total{{result=\"{result}\"}}"));
     }
     for why in Why::ALL {

@@ -173,7 +173,7 @@ async fn status(server: &TestServer, token: &str) -> u16 {
 
 fn kind(server: &TestServer, token: &str) -> &'static str {
     let verified = server.services.verifier.verify(token, unix_now());
-    verified.map_or_else(|error| error.kind(), |_| "ok")
+    verified.map_or_else(|error| error.label(), |_| "ok")
 }
 
 #[tokio::test]
@@ -422,7 +422,7 @@ async fn a_gateway_starts_with_any_kind_of_key_and_with_no_file_that_it_cannot_r
         let error = match Server::bind(settings.clone()) {
             Ok(_) => None,
             Err(StartError::Keys { file, source }) if file == settings.jwks.file => {
-                Some(source.kind())
+                Some(source.label())
             }
             Err(error) => panic!("{error}"),
         };
