@@ -20,11 +20,7 @@ use super::{
     revocations::Revocations,
 };
 use crate::secret::Secret;
-use crate::{
-    metrics::Metrics,
-    protocol::payload::OPAQUE_KEY_PREFIX,
-    server::settings::{Config, Jwks},
-};
+use crate::{metrics::Metrics, protocol::payload::OPAQUE_KEY_PREFIX, server::settings::Config};
 
 /// Most verified tokens that are remembered; 10,000 viewers share one anon key.
 const REMEMBERED_MAX: usize = 16_384;
@@ -52,7 +48,7 @@ struct Sources {
     opaque: Vec<(Secret, Arc<Token>)>,
     demands: Arc<Demands>,
     token_bytes_max: usize,
-    jwks: Arc<Jwks>,
+    jwks: Arc<jwks::Settings>,
     file: Document,
     url: Document,
 }
@@ -212,7 +208,7 @@ impl Verifier {
     }
 
     /// Where the key set is.
-    pub(super) fn jwks(&self) -> Arc<Jwks> {
+    pub(super) fn jwks(&self) -> Arc<jwks::Settings> {
         Arc::clone(&self.sources.lock().jwks)
     }
 
@@ -230,7 +226,7 @@ impl Verifier {
         &self,
         text: Vec<u8>,
         from: KeySource,
-        read_as: &Arc<Jwks>,
+        read_as: &Arc<jwks::Settings>,
         metrics: &Metrics,
     ) -> Result<(), DocumentError> {
         let mut sources = self.sources.lock();

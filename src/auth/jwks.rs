@@ -17,8 +17,11 @@ use std::{
 
 use futures_util::future::{Either, join, select};
 use http_body_util::{BodyExt, Empty, LengthLimitError, Limited};
-use hyper::{Request, StatusCode, Uri, body::Bytes, client::conn::http1, header};
+use hyper::{
+    Request, StatusCode, Uri, body::Bytes, client::conn::http1, header, http::uri::Scheme,
+};
 use hyper_util::rt::TokioIo;
+use serde::Deserialize;
 use strum::{IntoStaticStr, VariantArray, VariantNames};
 use tokio::{
     net::TcpStream,
@@ -39,9 +42,9 @@ use super::{
     jwk::{DocumentError, KeySource, Published},
 };
 use crate::{
-    clock::unix_seconds,
+    clock::{duration, unix_seconds},
     metrics::Metrics,
-    server::{Services, settings::Jwks},
+    server::Services,
     telemetry::metrics::Label,
 };
 
@@ -53,6 +56,68 @@ const UNKNOWN_KID_INTERVAL: Duration = Duration::from_secs(30);
 const BACKOFF: Duration = Duration::from_secs(1);
 /// Largest head of an answer.
 const HEAD_BYTES_MAX: usize = 16 * 1024;
+
+/// Public keys that tokens are signed with: the section `[jwks]`.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Settings {
+    /// A file with a JSON Web Key Set, read again when it changes; empty is none.
+    pub file: String,
+    /// An https URL of a JSON Web Key Set; empty is none.
+    pub url: String,
+    /// A file with the certificates (PEM) that the URL's server is trusted by; empty trusts the
+    /// public authorities.
+    pub ca_file: String,
+    /// Between two readings of the URL.
+    #[serde(deserialize_with = "duration")]
+    pub refresh_interval: Duration,
+    /// A reading that takes longer is given up; the keys of the last one stay.
+    #[serde(deserialize_with = "duration")]
+    pub timeout: Duration,
+    /// Largest document.
+    pub bytes_max: usize,
+}
+
+impl Settings {
+    /// Returns every mistake of the section.
+    pub(crate) fn validate(&self) -> Vec<String> {
+        let mut mistakes = Vec::new();
+        if !self.url.is_empty() && !is_address(&self.url) {
+            mistakes.push("jwks.url: expected https://HOST/PATH, without a user".to_owned());
+        }
+        for (name, file) in [("jwks.file", &self.file), ("jwks.ca_file", &self.ca_file)] {
+            if file.contains("://") || file.ends_with('/') {
+                mistakes.push(format!("{name}: expected the path of a file"));
+            }
+        }
+        if self.url.is_empty() && !self.ca_file.is_empty() {
+            mistakes.push("jwks.ca_file: of no use without jwks.url".to_owned());
+        }
+        if self.bytes_max == 0 {
+            mistakes.push("jwks.bytes_max: must be at least 1".to_owned());
+        }
+        for (name, value) in
+            [("jwks.timeout", self.timeout), ("jwks.refresh_interval", self.refresh_interval)]
+        {
+            if value.is_zero() {
+                mistakes.push(format!("{name}: must be longer than 0s"));
+            }
+        }
+        mistakes
+    }
+}
+
+/// Whether a key set may be read from this URL.
+fn is_address(url: &str) -> bool {
+    let parsed = url.parse::<Uri>().ok();
+    let is_https = parsed.is_some_and(|url| {
+        let has_host = url.host().is_some_and(|host| !host.is_empty());
+        // A password here would be printed with the settings.
+        let is_bare = url.authority().is_some_and(|authority| !authority.as_str().contains('@'));
+        url.scheme() == Some(&Scheme::HTTPS) && has_host && is_bare
+    });
+    is_https && !url.contains('#')
+}
 
 /// Why a key set could not be read.
 #[derive(Debug, thiserror::Error, VariantNames, IntoStaticStr)]
@@ -145,7 +210,7 @@ pub(super) fn note(published: &Published, from: KeySource, metrics: &Metrics) {
 ///
 /// # Errors
 /// [`JwksError`] if it cannot be read or has too many.
-pub(super) fn read_file(jwks: &Jwks) -> Result<Vec<u8>, JwksError> {
+pub(super) fn read_file(jwks: &Settings) -> Result<Vec<u8>, JwksError> {
     let read = || {
         // A pipe would be waited for.
         if !std::fs::metadata(&jwks.file)?.is_file() {
@@ -172,7 +237,7 @@ impl Stamp {
 
 /// Takes the file's keys whenever it is another. A fault is told once for each state of the file.
 async fn watch_file(services: &Services) {
-    let mut seen: Option<(Arc<Jwks>, Option<Stamp>)> = None;
+    let mut seen: Option<(Arc<Settings>, Option<Stamp>)> = None;
     loop {
         let jwks = services.verifier.jwks();
         if !jwks.file.is_empty() {
@@ -277,7 +342,7 @@ pub(crate) async fn read_url(verifier: &Verifier, metrics: &Metrics) -> Result<(
 }
 
 /// The bytes that the URL answers with.
-async fn fetch(jwks: &Jwks) -> Result<Vec<u8>, JwksError> {
+async fn fetch(jwks: &Settings) -> Result<Vec<u8>, JwksError> {
     // The settings' check has read the URL.
     let uri = jwks.url.parse::<Uri>().unwrap_or_default();
     let host = uri.host().unwrap_or_default().to_owned();
@@ -317,7 +382,11 @@ fn http(error: hyper::Error) -> JwksError {
     JwksError::Http(error.into())
 }
 
-async fn connect(jwks: &Jwks, host: &str, port: u16) -> Result<TlsStream<TcpStream>, JwksError> {
+async fn connect(
+    jwks: &Settings,
+    host: &str,
+    port: u16,
+) -> Result<TlsStream<TcpStream>, JwksError> {
     // An IPv6 address stands in brackets.
     let host = host.trim_matches(['[', ']']);
     let name = ServerName::try_from(host.to_owned())

@@ -13,6 +13,7 @@ mod json;
 mod jwk;
 mod jwt;
 mod keys;
+mod settings;
 
 pub(crate) use self::algorithm::SECRET_BYTES_MIN;
 pub use self::{
@@ -22,4 +23,5 @@ pub use self::{
     error::TokenError,
     jwk::{DocumentError, KeySource, Unusable},
     jwt::Token,
+    settings::{Settings, TrustSettings},
 };

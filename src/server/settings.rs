@@ -10,11 +10,11 @@ use figment::{
     providers::{Format, Toml},
     value::{Dict, Map, Num, Value},
 };
-use hyper::{Uri, http::uri::Scheme};
 use serde::Deserialize;
 
 use crate::{
     access::{self, Rule, Topics},
+    auth::{self, TrustSettings, jwks},
     clock::duration,
     db,
     limits::{self, NetworkSettings},
@@ -58,9 +58,9 @@ pub struct Config {
     /// What clients notice.
     pub protocol: Protocol,
     /// What is asked of tokens.
-    pub auth: Auth,
+    pub auth: auth::Settings,
     /// Public keys that tokens are signed with.
-    pub jwks: Jwks,
+    pub jwks: jwks::Settings,
     /// The database's decisions about private channels.
     pub policies: Policies,
     /// Who is in front.
@@ -90,48 +90,6 @@ pub struct Protocol {
     pub error_delay: Duration,
     /// Whether a client that sends a `presence` object without `enabled` waits for a state.
     pub presence_default: bool,
-}
-
-/// What is asked of tokens.
-#[derive(Debug, Clone, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Auth {
-    /// By so much `exp` and `nbf` may be missed by clocks that differ.
-    #[serde(deserialize_with = "duration")]
-    pub leeway: Duration,
-    /// So long after `exp` a joined channel still lives on its token; no shorter than the leeway.
-    #[serde(deserialize_with = "duration")]
-    pub grace: Duration,
-    /// One of these must be `iss`; an empty list asks for nothing.
-    pub issuers: Vec<String>,
-    /// One of these must be in `aud`; an empty list asks for nothing.
-    pub audiences: Vec<String>,
-    /// Most revocations that are remembered; beyond, a further one is refused.
-    pub revocations_max: usize,
-    /// How long a revocation holds, unless it says: no shorter than a token's life.
-    #[serde(deserialize_with = "duration")]
-    pub revocation_keep: Duration,
-}
-
-/// Public keys that tokens are signed with.
-#[derive(Debug, Clone, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Jwks {
-    /// A file with a JSON Web Key Set, read again when it changes; empty is none.
-    pub file: String,
-    /// An https URL of a JSON Web Key Set; empty is none.
-    pub url: String,
-    /// A file with the certificates (PEM) that the URL's server is trusted by; empty trusts the
-    /// public authorities.
-    pub ca_file: String,
-    /// Between two readings of the URL.
-    #[serde(deserialize_with = "duration")]
-    pub refresh_interval: Duration,
-    /// A reading that takes longer is given up; the keys of the last one stay.
-    #[serde(deserialize_with = "duration")]
-    pub timeout: Duration,
-    /// Largest document.
-    pub bytes_max: usize,
 }
 
 /// The database's decisions about private channels.
@@ -289,6 +247,20 @@ impl Config {
         first_set([&self.database_url, &self.notify_database_url])
     }
 
+    /// All settings that decide which tokens are accepted.
+    #[must_use]
+    pub fn trust(&self) -> TrustSettings {
+        TrustSettings {
+            jwt_secret: self.jwt_secret.clone(),
+            jwt_secret_previous: self.jwt_secret_previous.clone(),
+            publishable_key: self.publishable_key.clone(),
+            secret_key: self.secret_key.clone(),
+            auth: self.auth.clone(),
+            jwks: self.jwks.clone(),
+            token_bytes_max: self.limits.token_bytes_max,
+        }
+    }
+
     /// The URL for migrations.
     #[must_use]
     pub fn migrate_url(&self) -> &Secret {
@@ -329,23 +301,11 @@ impl Config {
                 mistakes.push(format!("{name}: expected postgres://USER:PASSWORD@HOST/DATABASE"));
             }
         }
-        for (name, values) in
-            [("auth.issuers", &self.auth.issuers), ("auth.audiences", &self.auth.audiences)]
-        {
-            if values.iter().any(String::is_empty) {
-                mistakes.push(format!("{name}: one of them is empty"));
-            }
-        }
-        if self.auth.grace < self.auth.leeway {
-            mistakes.push(
-                "auth.grace: no shorter than auth.leeway, or who is let in is thrown out"
-                    .to_owned(),
-            );
-        }
+        mistakes.extend(self.auth.validate());
         if self.metrics.events_max > 1000 {
             mistakes.push("metrics.events_max: at most 1000, each has five series".to_owned());
         }
-        mistakes.extend(self.jwks.mistakes());
+        mistakes.extend(self.jwks.validate());
         mistakes.extend(self.limits.validate());
         mistakes.extend(self.zeros());
         for (name, key) in
@@ -362,12 +322,8 @@ impl Config {
     /// What must not be nothing, and is.
     fn zeros(&self) -> Vec<String> {
         let mut mistakes = Vec::new();
-        for (name, value) in
-            [("relay.listens_max", self.relay.listens_max), ("jwks.bytes_max", self.jwks.bytes_max)]
-        {
-            if value == 0 {
-                mistakes.push(format!("{name}: must be at least 1"));
-            }
+        if self.relay.listens_max == 0 {
+            mistakes.push("relay.listens_max: must be at least 1".to_owned());
         }
         for (name, value) in [
             ("relay.heartbeat_interval", self.relay.heartbeat_interval),
@@ -376,39 +332,10 @@ impl Config {
             ("relay.canary_interval", self.relay.canary_interval),
             ("relay.canary_timeout", self.relay.canary_timeout),
             ("policies.timeout", self.policies.timeout),
-            ("jwks.timeout", self.jwks.timeout),
-            ("jwks.refresh_interval", self.jwks.refresh_interval),
         ] {
             if value.is_zero() {
                 mistakes.push(format!("{name}: must be longer than 0s"));
             }
-        }
-        mistakes
-    }
-}
-
-impl Jwks {
-    fn mistakes(&self) -> Vec<String> {
-        let mut mistakes = Vec::new();
-        let is_address = |url: &str| {
-            let url = url.parse::<Uri>().ok();
-            url.is_some_and(|url| {
-                let host = url.host().is_some_and(|host| !host.is_empty());
-                // A password here would be printed with the settings.
-                let is_bare = url.authority().is_some_and(|it| !it.as_str().contains('@'));
-                url.scheme() == Some(&Scheme::HTTPS) && host && is_bare
-            })
-        };
-        if !self.url.is_empty() && (!is_address(&self.url) || self.url.contains('#')) {
-            mistakes.push("jwks.url: expected https://HOST/PATH, without a user".to_owned());
-        }
-        for (name, file) in [("jwks.file", &self.file), ("jwks.ca_file", &self.ca_file)] {
-            if file.contains("://") || file.ends_with('/') {
-                mistakes.push(format!("{name}: expected the path of a file"));
-            }
-        }
-        if self.url.is_empty() && !self.ca_file.is_empty() {
-            mistakes.push("jwks.ca_file: of no use without jwks.url".to_owned());
         }
         mistakes
     }
