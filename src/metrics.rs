@@ -3,7 +3,7 @@
 //! Invariants: label values come from closed sets, and all of them exist from the start, so that a
 //! rate over a counter sees its first increment; hot paths use handles resolved here, once.
 
-use std::{sync::Arc, time::Duration};
+use std::time::Duration;
 
 use prometheus::{
     Counter, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge,
@@ -11,10 +11,9 @@ use prometheus::{
     core::{AtomicF64, GenericGauge, GenericGaugeVec},
 };
 
-use strum::{VariantArray, VariantNames};
+use strum::VariantArray;
 
 use crate::{
-    auth::{KeySource, Token, TokenError, Unusable, VerifiedBy, jwks::JwksFailure},
     db::deployed::TRIGGERS,
     http::{Route, connection::CloseReason},
     hub::outbox::{Committed, Departure},
@@ -24,7 +23,7 @@ use crate::{
     relay::{LinkError, Outcome},
     server::reload::ReloadError,
     socket::channel::EndReason,
-    telemetry::metrics::{Label, Registry},
+    telemetry::metrics::Registry,
     upkeep::survey,
 };
 
@@ -33,11 +32,6 @@ use crate::{
 const LATENCY_BUCKETS: [f64; 15] = [
     0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0,
     10.0,
-];
-/// What is computed and waits for nobody: from 5 µs to 10 ms.
-const COMPUTING_BUCKETS: [f64; 11] = [
-    0.000_005, 0.000_01, 0.000_025, 0.000_05, 0.000_1, 0.000_25, 0.000_5, 0.001, 0.002_5, 0.005,
-    0.01,
 ];
 /// Lives of connections: from a second to a day.
 const LIFETIME_BUCKETS: [f64; 9] =
@@ -199,8 +193,6 @@ pub struct Metrics {
     pub accept_errors: IntCounter,
     /// Settings read again, by result.
     pub reloads: IntCounterVec,
-    /// Revocations that hold, at the time of the scrape.
-    pub revocations: IntGauge,
     /// Joined channels.
     pub channels: IntGauge,
     /// By result (`ok`, `withheld`, `error`) and [`ErrorCode`].
@@ -221,24 +213,10 @@ pub struct Metrics {
     pub malformed: IntCounterVec,
     /// Messages understood and dropped, by [`Dropped`].
     pub dropped: IntCounterVec,
-    /// Verifications, by `ok` or [`TokenError::label`].
-    pub tokens: IntCounterVec,
-    /// Verifications that were `ok`, by key and algorithm: [`VerifiedBy`].
-    pub tokens_accepted: IntCounterVec,
-    /// One verification.
-    pub token_seconds: Histogram,
     /// Tokens that expired on an open socket.
     pub token_expiries: IntCounter,
     /// `access_token` events, by `ok` or `refused`.
     pub token_refreshes: IntCounterVec,
-    /// When a key set was last read, by [`KeySource`], seconds since 1970.
-    pub jwks_read: GenericGaugeVec<AtomicF64>,
-    /// Keys that can be used, by [`KeySource`].
-    pub jwks_keys: IntGaugeVec,
-    /// Keys left out, by [`Unusable`]; once for each document.
-    pub jwks_keys_unusable: IntCounterVec,
-    /// By [`KeySource`] and [`JwksFailure`].
-    pub jwks_failures: IntCounterVec,
     /// By source (`event`, `stats`, `other`) and [`Outcome`].
     pub notifications: IntCounterVec,
     /// Payloads of notifications.
@@ -417,7 +395,6 @@ impl Metrics {
                 "Readings of rules and keys while running, by result.",
                 &["result"],
             ),
-            revocations: new.gauge("revocations", "Revocations that hold."),
             channels: new.gauge("channels", "Joined channels."),
             joins: new.counters(
                 "joins_total",
@@ -444,38 +421,11 @@ impl Metrics {
                 "Messages understood and dropped, by reason.",
                 &["reason"],
             ),
-            tokens: new.counters("tokens_total", "Token verifications, by result.", &["result"]),
-            tokens_accepted: new.counters(
-                "tokens_accepted_total",
-                "Tokens found genuine, by key and algorithm.",
-                &["key", "algorithm"],
-            ),
-            token_seconds: new.histogram_of(
-                "token_seconds",
-                "One verification of a token.",
-                &COMPUTING_BUCKETS,
-            ),
             token_expiries: new.counter("token_expiries_total", "Tokens that expired on open channels."),
             token_refreshes: new.counters(
                 "token_refreshes_total",
                 "Tokens sent for channels that are joined, by result.",
                 &["result"],
-            ),
-            jwks_read: new.times(
-                "jwks_last_success_timestamp_seconds",
-                "When the key set was last read, by origin; 0 if never.",
-                &["origin"],
-            ),
-            jwks_keys: new.gauges("jwks_keys", "Keys that can be used, by origin.", &["origin"]),
-            jwks_keys_unusable: new.counters(
-                "jwks_keys_unusable_total",
-                "Keys of documents that are left out, by reason.",
-                &["reason"],
-            ),
-            jwks_failures: new.counters(
-                "jwks_failures_total",
-                "Key sets that could not be had, by origin and kind.",
-                &["origin", "kind"],
             ),
             notifications: new.counters(
                 "notifications_total",
@@ -674,15 +624,6 @@ impl Metrics {
         metrics
     }
 
-    /// Counts a verification, which found out nothing if there was no token.
-    pub(crate) fn count_token(&self, result: &Result<Arc<Token>, TokenError>) {
-        let label = result.as_ref().map_or_else(TokenError::label, |_| "ok");
-        self.tokens.with_label_values(&[label]).inc();
-        if let Ok(token) = result {
-            self.tokens_accepted.with_label_values(&token.verified_by.values()).inc();
-        }
-    }
-
     /// Measures a write that has ended, of what was committed then.
     pub(crate) fn count_write(&self, committed: Committed) {
         let took = match committed.departure {
@@ -797,22 +738,6 @@ impl Metrics {
         }
         for reason in Dropped::ALL {
             self.dropped.with_label_values(&[reason.kind()]);
-        }
-        for result in TokenError::VARIANTS.iter().copied().chain(["ok"]) {
-            self.tokens.with_label_values(&[result]);
-        }
-        for verified_by in VerifiedBy::all() {
-            self.tokens_accepted.with_label_values(&verified_by.values());
-        }
-        for source in KeySource::VARIANTS {
-            self.jwks_read.with_label_values(&[source.label()]);
-            self.jwks_keys.with_label_values(&[source.label()]);
-        }
-        for failure in JwksFailure::all() {
-            self.jwks_failures.with_label_values(&failure);
-        }
-        for reason in Unusable::VARIANTS {
-            self.jwks_keys_unusable.with_label_values(&[reason.label()]);
         }
     }
 

@@ -16,7 +16,6 @@ use super::{
     events::{Seen, look},
 };
 use crate::{
-    clock::unix_now,
     http::{Answer, content},
     metrics::Metrics,
     server::Services,
@@ -24,12 +23,11 @@ use crate::{
 
 /// Everything that is measured, in Prometheus' text format.
 pub(super) async fn scrape(services: &Services) -> Answer {
-    let (metrics, revocations) = (&services.metrics, &services.verifier.revocations);
-    revocations.sweep(unix_now());
+    let metrics = &services.metrics;
+    services.verifier.show();
     services.hub.show();
     services.sockets.show();
     services.limits.show();
-    metrics.revocations.set(count(revocations.count()));
     if let Some(pool) = &services.pool {
         metrics.show_pool(pool.size(), pool.num_idle());
     }

@@ -2,9 +2,7 @@
 
 use crate::{
     access::{AccessRequest, Action, Reason, Rules},
-    auth::{TokenError, Verifier, jwks::JwksError},
-    clock::unix_now,
-    metrics::Metrics,
+    auth::{Authenticator, TokenError, jwks::JwksError},
     protocol::topic::{Privacy, TOPIC_PREFIX},
     server::settings::Config,
 };
@@ -28,10 +26,10 @@ pub fn explain(
 ) -> Result<String, JwksError> {
     let sub_topic = sub_topic.strip_prefix(TOPIC_PREFIX).unwrap_or(sub_topic);
     let rules = Rules::new(config.topic.clone(), config.topics);
-    let verifier = Verifier::new(config, &Metrics::new())?;
+    let authenticator = Authenticator::standalone(&config.trust())?;
     let verified = match token {
         None => Err(TokenError::Missing),
-        Some(text) => verifier.verify(text, unix_now()),
+        Some(text) => authenticator.verify(text),
     };
     let mut lines = match &verified {
         Ok(token) => format!("token: verified, role {}\n", token.claims.role),
@@ -43,7 +41,7 @@ pub fn explain(
             sub_topic,
             privacy,
             token: verified.as_ref().map(|token| &token.claims),
-            fallback: Some(&verifier.anonymous().claims),
+            fallback: Some(&authenticator.anonymous().claims),
         });
         if action == Action::Read {
             lines.push_str(&match &decision.rule {

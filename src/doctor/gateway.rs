@@ -4,6 +4,7 @@ use std::{error::Error, io, time::Duration};
 
 use hyper::{Response, StatusCode, body::Bytes, header};
 use serde_json::Value;
+use strum::VariantArray;
 
 use super::{
     CANARY_EID, Check, Patient, Report, Seen,
@@ -13,9 +14,8 @@ use super::{
 use crate::{
     access::{AccessRequest, Action, Rules},
     admin::client::{self, CommandError},
-    auth::{SECRET_BYTES_MIN, Token, TokenError, Verifier, jwks},
+    auth::{Authenticator, KeySource, SECRET_BYTES_MIN, Token, TokenError, Unusable},
     clock::{unix_now, unix_seconds},
-    metrics::Metrics,
     protocol::{payload::OPAQUE_KEY_PREFIX, topic::Privacy},
 };
 
@@ -96,13 +96,12 @@ pub(super) async fn examine(
             report.skip(&[Check::GatewayLink, Check::GatewayClock], why)?;
         }
     }
-    let metrics = Metrics::new();
-    let (seen, verifier) = keys(patient, &metrics).await;
+    let (seen, authenticator) = keys(patient).await;
     report.note(Check::JwtKeys, seen)?;
-    let seen = match (&verifier, &patient.token) {
+    let seen = match (&authenticator, &patient.token) {
         (_, None) => Seen::skipped("no --token, and no jwt_secret to make one with"),
         (None, Some(_)) => Seen::skipped("the keys cannot be used: see jwt-keys"),
-        (Some(verifier), Some(text)) => token(patient, verifier, text.expose()),
+        (Some(authenticator), Some(text)) => token(patient, authenticator, text.expose()),
     };
     report.note(Check::Token, seen)?;
     Ok(gateway)
@@ -215,18 +214,17 @@ fn seconds_of(date: &str) -> Option<f64> {
 }
 
 /// Whether tokens can be verified, and what with.
-async fn keys(patient: &Patient, metrics: &Metrics) -> (Seen, Option<Verifier>) {
+async fn keys(patient: &Patient) -> (Seen, Option<Authenticator>) {
     let config = &patient.config;
-    let verifier = match Verifier::new(config, metrics) {
-        Ok(verifier) => verifier,
+    let authenticator = match Authenticator::standalone(&config.trust()) {
+        Ok(authenticator) => authenticator,
         Err(error) => {
             let why = error.source().map(|it| format!(": {it}")).unwrap_or_default();
             let fix = "correct TIDEGATE_JWKS__FILE, or the file";
             return (Seen::failed(format!("{error}{why}"), fix), None);
         }
     };
-    let read = jwks::read_url(&verifier, metrics).await;
-    let count = |origin: &str| metrics.jwks_keys.with_label_values(&[origin]).get();
+    let read = authenticator.read_url().await;
     let secrets = [&config.jwt_secret, &config.jwt_secret_previous];
     let mut sources = Vec::new();
     for (name, key) in [
@@ -239,22 +237,23 @@ async fn keys(patient: &Patient, metrics: &Metrics) -> (Seen, Option<Verifier>) 
             sources.push(name.to_owned());
         }
     }
-    for (name, place, origin) in
-        [("jwks.file", &config.jwks.file, "file"), ("jwks.url", &config.jwks.url, "url")]
-    {
+    for (name, place, origin) in [
+        ("jwks.file", &config.jwks.file, KeySource::File),
+        ("jwks.url", &config.jwks.url, KeySource::Url),
+    ] {
         if !place.is_empty() {
-            sources.push(format!("{} keys of {name}", count(origin)));
+            sources.push(format!("{} keys of {name}", authenticator.key_count(origin)));
         }
     }
     let saw = sources.join(", ");
-    let unusable = <crate::auth::Unusable as strum::VariantArray>::VARIANTS
+    let left_out = authenticator.unusable_keys();
+    let unusable = Unusable::VARIANTS
         .iter()
-        .map(|reason| {
-            (reason.label(), metrics.jwks_keys_unusable.with_label_values(&[reason.label()]).get())
-        })
+        .map(|reason| (reason.label(), left_out.iter().filter(|it| *it == reason).count()))
         .find(|(_, count)| *count > 0);
     let is_short = |it: &&crate::secret::Secret| (1..SECRET_BYTES_MIN).contains(&it.expose().len());
-    let can_verify = secrets.iter().any(|it| !it.is_empty()) || count("file") + count("url") > 0;
+    let can_verify = secrets.iter().any(|it| !it.is_empty())
+        || KeySource::VARIANTS.iter().any(|from| authenticator.key_count(*from) > 0);
     let seen = if let Err(error) = read {
         let why = error.source().map(|it| format!(": {it}")).unwrap_or_default();
         Seen::failed(
@@ -281,13 +280,13 @@ async fn keys(patient: &Patient, metrics: &Metrics) -> (Seen, Option<Verifier>) 
     } else {
         Seen::ok(saw)
     };
-    (seen, Some(verifier))
+    (seen, Some(authenticator))
 }
 
 /// What the token is good for.
-fn token(patient: &Patient, verifier: &Verifier, text: &str) -> Seen {
+fn token(patient: &Patient, authenticator: &Authenticator, text: &str) -> Seen {
     let now = unix_now();
-    let token = match verifier.verify(text, now) {
+    let token = match authenticator.verify_at(text, now) {
         Ok(token) => token,
         Err(error) => return Seen::failed(format!("the token: {error}"), mend(&error)),
     };
@@ -299,7 +298,7 @@ fn token(patient: &Patient, verifier: &Verifier, text: &str) -> Seen {
             sub_topic: &sub_topic,
             privacy: Privacy::Public,
             token: Ok(&token.claims),
-            fallback: Some(&verifier.anonymous().claims),
+            fallback: Some(&authenticator.anonymous().claims),
         })
     };
     let (read, write) = (decide(Action::Read), decide(Action::Write));

@@ -417,9 +417,8 @@ pub(crate) fn verify(
     text: Option<&str>,
 ) -> Result<Arc<Token>, Unverified> {
     let Some(text) = text else {
-        let missing = Err(TokenError::Missing);
-        services.metrics.count_token(&missing);
-        return missing.map_err(Unverified::Wrong);
+        services.verifier.count_missing();
+        return Err(Unverified::Wrong(TokenError::Missing));
     };
     let (addresses, address) = (&services.limits.addresses, caller.address().into());
     let is_known = services.verifier.is_known(text);
@@ -427,7 +426,7 @@ pub(crate) fn verify(
         services.limits.count(Limited::AddressFailures);
         return Err(Unverified::Unread);
     }
-    let verified = services.verify(text);
+    let verified = services.verifier.verify(text);
     if !is_known && verified.is_err() {
         addresses.fail(address);
     }

@@ -22,11 +22,7 @@ use self::{reload::Reload, settings::Config};
 use crate::{
     access::{Access, Rules},
     admin::{self, busiest::Busiest},
-    auth::{
-        Token, TokenError, Verifier,
-        jwks::{self, JwksError},
-    },
-    clock::unix_now,
+    auth::{self, Authenticator, KeyFollower, jwks::JwksError},
     db,
     http::{self, visits::Visits},
     hub::{Hub, Sockets, outbox::Ended},
@@ -77,7 +73,7 @@ pub struct Services {
     /// Who may; its rules are exchanged as a whole when the settings are read again.
     pub access: Arc<Access>,
     /// Who somebody is.
-    pub verifier: Arc<Verifier>,
+    pub verifier: Arc<Authenticator>,
     /// Who may what on private channels.
     pub policies: Arc<Policies>,
     /// How much of everything.
@@ -124,7 +120,8 @@ impl Services {
     pub fn new(config: Config) -> Result<Arc<Self>, JwksError> {
         let metrics = Metrics::new();
         let (registry, draining) = (&metrics.registry, CancellationToken::new());
-        let verifier = Arc::new(Verifier::new(&config, &metrics)?);
+        let auth_metrics = auth::Metrics::new(registry);
+        let verifier = Arc::new(Authenticator::new(&config.trust(), auth_metrics)?);
         let rules = Rules::new(config.topic.clone(), config.topics);
         let tracker = TaskTracker::new();
         Ok(Arc::new(Self {
@@ -161,18 +158,6 @@ impl Services {
             metrics,
             config,
         }))
-    }
-
-    /// The token with its claims, if it holds now.
-    ///
-    /// # Errors
-    /// As [`Verifier::verify`].
-    pub(crate) fn verify(&self, text: &str) -> Result<Arc<Token>, TokenError> {
-        let started = Instant::now();
-        let verified = self.verifier.verify(text, unix_now());
-        self.metrics.token_seconds.observe(started.elapsed().as_secs_f64());
-        self.metrics.count_token(&verified);
-        verified
     }
 
     /// Has every socket look at its channels' tokens and topics anew.
@@ -279,7 +264,8 @@ impl Server {
             services.tracker.spawn(survey::run(Arc::clone(&services), pool.clone()));
             services.tracker.spawn(revocations::run(Arc::clone(&services), pool));
         }
-        services.tracker.spawn(jwks::run(Arc::clone(&services)));
+        let follower = KeyFollower::new(Arc::clone(&services.verifier));
+        services.tracker.spawn(follower.run(services.stopped.clone()));
         services.tracker.spawn(invalidation::run(Arc::clone(&services)));
         services.tracker.spawn(healing::run(Arc::clone(&services)));
         services.tracker.spawn(reload::watch(Arc::clone(&services)));

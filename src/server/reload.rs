@@ -116,7 +116,7 @@ impl Services {
         // Of two at once the one that reads later takes over later.
         let _one_at_a_time = self.reload.turn.lock();
         let config = read().map_err(ReloadError::Config)?;
-        self.verifier.reload(&config, &self.metrics).map_err(ReloadError::Keys)?;
+        self.verifier.reload(&config.trust()).map_err(ReloadError::Keys)?;
         self.access.replace(Rules::new(config.topic, config.topics));
         self.review();
         Ok(())

@@ -148,7 +148,7 @@ impl Channel {
         let presence_default = services.config.protocol.presence_default;
         let mut config = JoinConfig::parse(&payload, sub_topic, presence_default)?;
         let verified = match config.token.take() {
-            Some(text) if !context.apikey.is(&text) => services.verify(&text),
+            Some(text) if !context.apikey.is(&text) => services.verifier.verify(&text),
             Some(_) | None => {
                 services.verifier.recheck(context.apikey, unix_now(), services.config.auth.leeway)
             }
@@ -561,7 +561,7 @@ impl Channel {
         if text.starts_with(OPAQUE_KEY_PREFIX) || self.token.is(text) {
             return Fate::Open;
         }
-        let verified = context.services.verify(text);
+        let verified = context.services.verifier.verify(text);
         let result = if verified.is_ok() { "ok" } else { "refused" };
         context.services.metrics.token_refreshes.with_label_values(&[result]).inc();
         self.replace_token(context, verified)

@@ -8,6 +8,7 @@ use crate::auth::{
     algorithm::{Algorithm, KeySlot, VerifiedBy},
     sign::sign,
 };
+use crate::server::settings::Config;
 
 const NOW: i64 = 1_800_000_000;
 const SECRET: &str = "a-secret-that-is-long-enough-to-sign";
@@ -19,8 +20,8 @@ fn config() -> Config {
     config
 }
 
-fn verifier(config: &Config) -> Verifier {
-    Verifier::new(config, &Metrics::new()).unwrap()
+fn verifier(config: &Config) -> Authenticator {
+    Authenticator::standalone(&config.trust()).unwrap()
 }
 
 fn token(claims: &Value) -> String {
@@ -28,7 +29,7 @@ fn token(claims: &Value) -> String {
 }
 
 fn verify(claims: &Value) -> Result<Arc<Token>, TokenError> {
-    verifier(&config()).verify(&token(claims), NOW)
+    verifier(&config()).verify_at(&token(claims), NOW)
 }
 
 fn lasting() -> String {
@@ -41,7 +42,7 @@ fn a_token_holds_until_the_second_of_its_expiry_and_the_leeway() {
     for leeway in [0_i64, 5] {
         config.auth.leeway = Duration::from_secs(leeway.unsigned_abs());
         let verifier = verifier(&config);
-        let ends = |exp| verifier.verify(&token(&json!({ "role": "anon", "exp": exp })), NOW);
+        let ends = |exp| verifier.verify_at(&token(&json!({ "role": "anon", "exp": exp })), NOW);
         assert!(ends(NOW - leeway + 1).is_ok());
         let expired = ends(NOW - leeway).unwrap_err();
         assert_eq!(expired, TokenError::Expired { seconds: leeway });
@@ -52,28 +53,28 @@ fn a_token_holds_until_the_second_of_its_expiry_and_the_leeway() {
 fn a_remembered_token_still_expires() {
     let (verifier, token) = (verifier(&config()), lasting());
     assert!(!verifier.is_known(&token));
-    assert!(verifier.verify(&token, NOW).is_ok());
+    assert!(verifier.verify_at(&token, NOW).is_ok());
     assert!(verifier.is_known(&token));
-    let expired = verifier.verify(&token, NOW + 10).unwrap_err();
+    let expired = verifier.verify_at(&token, NOW + 10).unwrap_err();
     assert_eq!(expired, TokenError::Expired { seconds: 1 });
 }
 
 #[test]
 fn a_token_in_its_grace_is_still_checked_with_the_keys_of_the_moment() {
-    let (mut config, metrics, token) = (config(), Metrics::new(), lasting());
+    let (mut config, token) = (config(), lasting());
     let (verifier, grace) = (verifier(&config), Duration::from_secs(30));
-    let token = verifier.verify(&token, NOW).unwrap();
+    let token = verifier.verify_at(&token, NOW).unwrap();
     for reload in [false, true] {
         if reload {
-            verifier.reload(&config, &metrics).unwrap();
+            verifier.reload(&config.trust()).unwrap();
         }
         assert!(verifier.recheck(&token, NOW + 9 + 29, grace).is_ok());
         let expired = verifier.recheck(&token, NOW + 9 + 30, grace).unwrap_err();
         assert_eq!(expired, TokenError::Expired { seconds: 30 });
-        assert!(verifier.verify(token.text(), NOW + 9).is_err(), "it opens nothing");
+        assert!(verifier.verify_at(token.text(), NOW + 9).is_err(), "it opens nothing");
     }
     config.jwt_secret = "another-secret-that-is-long-enough-to-sign".into();
-    verifier.reload(&config, &metrics).unwrap();
+    verifier.reload(&config.trust()).unwrap();
     let changed = verifier.recheck(&token, NOW, grace).unwrap_err();
     assert_eq!(changed, TokenError::KeyGone);
     assert!(verifier.recheck(verifier.anonymous(), NOW, grace).is_ok());
@@ -84,10 +85,10 @@ fn an_opaque_key_that_has_been_changed_is_noticed() {
     let mut config = config();
     config.secret_key = "sb_secret_a".into();
     let verifier = verifier(&config);
-    let token = verifier.verify("sb_secret_a", NOW).unwrap();
+    let token = verifier.verify_at("sb_secret_a", NOW).unwrap();
     assert!(verifier.recheck(&token, NOW, Duration::ZERO).is_ok());
     config.secret_key = "sb_secret_b".into();
-    verifier.reload(&config, &Metrics::new()).unwrap();
+    verifier.reload(&config.trust()).unwrap();
     let gone = verifier.recheck(&token, NOW, Duration::ZERO).unwrap_err();
     assert_eq!(gone, TokenError::KeyGone);
 }
@@ -117,16 +118,16 @@ fn the_previous_secret_is_good_as_long_as_it_is_set() {
     let mut config = config();
     config.jwt_secret = "another-secret-that-is-long-enough-to-sign".into();
     let verifier = verifier(&config);
-    assert_eq!(verifier.verify(&old, NOW).unwrap_err(), TokenError::Signature);
+    assert_eq!(verifier.verify_at(&old, NOW).unwrap_err(), TokenError::Signature);
     config.jwt_secret_previous = SECRET.into();
-    verifier.reload(&config, &Metrics::new()).unwrap();
-    let verified_by = verifier.verify(&old, NOW).unwrap().verified_by;
+    verifier.reload(&config.trust()).unwrap();
+    let verified_by = verifier.verify_at(&old, NOW).unwrap().verified_by;
     assert_eq!(verified_by.slot, KeySlot::Previous);
     assert_eq!(verified_by.algorithm, Some(Algorithm::Hs256));
     config.jwt_secret_previous = Secret::default();
-    verifier.reload(&config, &Metrics::new()).unwrap();
+    verifier.reload(&config.trust()).unwrap();
     assert!(!verifier.is_known(&old), "it outlives its key");
-    assert_eq!(verifier.verify(&old, NOW).unwrap_err(), TokenError::Signature);
+    assert_eq!(verifier.verify_at(&old, NOW).unwrap_err(), TokenError::Signature);
 }
 
 #[test]
@@ -136,21 +137,21 @@ fn a_reload_is_told_and_takes_over_opaque_keys_issuers_and_bounds() {
     let verifier = verifier(&config);
     let mut changes = verifier.changes();
     assert!(
-        verifier.verify("sb_publishable_a", NOW).is_ok()
-            && verifier.verify(&lasting(), NOW).is_ok()
+        verifier.verify_at("sb_publishable_a", NOW).is_ok()
+            && verifier.verify_at(&lasting(), NOW).is_ok()
     );
     assert!(!changes.has_changed().unwrap());
     config.publishable_key = "sb_publishable_b".into();
     config.auth.issuers = vec!["us".to_owned()];
-    verifier.reload(&config, &Metrics::new()).unwrap();
+    verifier.reload(&config.trust()).unwrap();
     assert!(changes.has_changed().unwrap());
     changes.mark_unchanged();
     assert!(!verifier.is_known("sb_publishable_a") && verifier.is_known("sb_publishable_b"));
-    assert_eq!(verifier.verify(&lasting(), NOW).unwrap_err(), TokenError::Issuer);
+    assert_eq!(verifier.verify_at(&lasting(), NOW).unwrap_err(), TokenError::Issuer);
     config.auth.issuers.clear();
     config.limits.token_bytes_max = lasting().len() - 1;
-    verifier.reload(&config, &Metrics::new()).unwrap();
-    assert_eq!(verifier.verify(&lasting(), NOW).unwrap_err(), TokenError::Malformed);
+    verifier.reload(&config.trust()).unwrap();
+    assert_eq!(verifier.verify_at(&lasting(), NOW).unwrap_err(), TokenError::Malformed);
 }
 
 #[test]
@@ -160,27 +161,27 @@ fn a_reload_that_fails_changes_nothing() {
     let changes = verifier.changes();
     config.jwt_secret = "another-secret-that-is-long-enough-to-sign".into();
     config.jwks.file = "/nowhere/keys.json".to_owned();
-    let error = verifier.reload(&config, &Metrics::new()).unwrap_err();
+    let error = verifier.reload(&config.trust()).unwrap_err();
     assert_eq!(error.label(), "unreadable");
-    assert!(!changes.has_changed().unwrap() && verifier.verify(&lasting(), NOW).is_ok());
+    assert!(!changes.has_changed().unwrap() && verifier.verify_at(&lasting(), NOW).is_ok());
 }
 
 #[test]
 fn a_document_read_for_other_settings_is_ignored_and_the_same_one_changes_nothing() {
-    let (config, metrics) = (config(), Metrics::new());
+    let config = config();
     let verifier = verifier(&config);
     let changes = verifier.changes();
     let read_as = verifier.jwks();
     let document = br#"{"keys":[]}"#.to_vec();
-    verifier.take(document.clone(), KeySource::Url, &read_as, &metrics).unwrap();
+    verifier.take(document.clone(), KeySource::Url, &read_as).unwrap();
     assert!(changes.has_changed().unwrap());
     for (read_as, text) in [(&Arc::new(config.jwks.clone()), b"{}".to_vec()), (&read_as, document)]
     {
         let changes = verifier.changes();
-        verifier.take(text, KeySource::Url, read_as, &metrics).unwrap();
+        verifier.take(text, KeySource::Url, read_as).unwrap();
         assert!(!changes.has_changed().unwrap());
     }
-    let error = verifier.take(b"{}".to_vec(), KeySource::Url, &read_as, &metrics).unwrap_err();
+    let error = verifier.take(b"{}".to_vec(), KeySource::Url, &read_as).unwrap_err();
     assert_eq!(error, DocumentError::Malformed);
 }
 
@@ -190,23 +191,23 @@ fn an_opaque_key_stands_for_its_role_and_an_unknown_one_for_nothing() {
     config.publishable_key = "sb_publishable_a".into();
     config.secret_key = "sb_secret_b".into();
     let verifier = verifier(&config);
-    let role = |key| verifier.verify(key, NOW).map(|token| token.claims.role.to_string());
+    let role = |key| verifier.verify_at(key, NOW).map(|token| token.claims.role.to_string());
     assert_eq!(role("sb_publishable_a").unwrap(), "anon");
     assert_eq!(role("sb_secret_b").unwrap(), "service_role");
     for key in ["sb_", "sb_secret_", "sb_secret_bb", "sb_publishable_b"] {
         assert_eq!(role(key).unwrap_err(), TokenError::Malformed, "{key}");
     }
     // An empty `access_token` is not the one that the key stands for.
-    assert!(!verifier.verify("sb_secret_b", NOW).unwrap().is(""));
+    assert!(!verifier.verify_at("sb_secret_b", NOW).unwrap().is(""));
 }
 
 #[test]
 fn a_token_above_the_bound_is_not_looked_at() {
     let (mut config, token) = (config(), lasting());
     config.limits.token_bytes_max = token.len();
-    assert!(verifier(&config).verify(&token, NOW).is_ok());
+    assert!(verifier(&config).verify_at(&token, NOW).is_ok());
     config.limits.token_bytes_max = token.len() - 1;
-    assert_eq!(verifier(&config).verify(&token, NOW).unwrap_err(), TokenError::Malformed);
+    assert_eq!(verifier(&config).verify_at(&token, NOW).unwrap_err(), TokenError::Malformed);
 }
 
 #[test]
@@ -224,7 +225,7 @@ fn a_secret_signs_with_each_of_its_algorithms_whatever_the_kid() {
         };
         let claims = json!({ "role": "anon", "exp": NOW + 9 });
         let token = jsonwebtoken::encode(&header, &claims, &key).unwrap();
-        let verified_by = verifier.verify(&token, NOW).unwrap().verified_by;
+        let verified_by = verifier.verify_at(&token, NOW).unwrap().verified_by;
         assert_eq!(verified_by, VerifiedBy { slot: KeySlot::Current, algorithm: Some(ours) });
     }
 }
@@ -236,7 +237,7 @@ proptest! {
         let place = place.index(token.len());
         let changed: String =
             token.chars().enumerate().map(|(at, it)| if at == place { by } else { it }).collect();
-        prop_assert_eq!(verifier.verify(&changed, NOW).is_ok(), changed == token);
+        prop_assert_eq!(verifier.verify_at(&changed, NOW).is_ok(), changed == token);
     }
 
     #[test]
@@ -249,7 +250,7 @@ proptest! {
         let (from, to) = (from.index(token.len()), to.index(token.len() + 1));
         let part = token.get(from..to).unwrap_or_default();
         for changed in [format!("{part}{more}"), format!("{more}{part}"), format!("{token}{more}"), format!("{more}{token}")] {
-            prop_assert_eq!(verifier.verify(&changed, NOW).is_ok(), changed == token);
+            prop_assert_eq!(verifier.verify_at(&changed, NOW).is_ok(), changed == token);
         }
     }
 
@@ -264,7 +265,7 @@ proptest! {
         let header = r#"{"alg":"HS256"}"#;
         let headed = format!("{}.{parts}", URL_SAFE_NO_PAD.encode(header));
         for text in [text, parts, headed] {
-            prop_assert!(verifier.verify(&text, NOW).is_err());
+            prop_assert!(verifier.verify_at(&text, NOW).is_err());
         }
     }
 

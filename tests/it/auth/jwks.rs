@@ -172,7 +172,7 @@ async fn status(server: &TestServer, token: &str) -> u16 {
 }
 
 fn kind(server: &TestServer, token: &str) -> &'static str {
-    let verified = server.services.verifier.verify(token, unix_now());
+    let verified = server.services.verifier.verify_at(token, unix_now());
     verified.map_or_else(|error| error.label(), |_| "ok")
 }
 
@@ -204,7 +204,7 @@ async fn a_key_that_is_new_at_the_url_is_fetched_when_a_token_names_it_and_not_a
         // An exchange, during which it could.
         assert_eq!(status(&server, &old).await, 401);
     }
-    server.services.verifier.reload(&settings, &server.services.metrics).unwrap();
+    server.services.verifier.reload(&settings.trust()).unwrap();
     keys.asked_times(3).await;
     let read = server.metric("tidegate_jwks_last_success_timestamp_seconds{origin=\"url\"}").await;
     assert!((unix_now() as f64 - read).abs() < 60.0, "{read}");
@@ -343,11 +343,11 @@ async fn keys_of_a_url_that_is_no_longer_set_are_dropped_by_the_reload() {
     let server = TestServer::start_with(settings.clone());
     has_keys(&server, "url", 1.0).await;
     assert_eq!(kind(&server, &token), "ok");
-    let (verifier, metrics) = (&server.services.verifier, &server.services.metrics);
-    verifier.reload(&settings, metrics).unwrap();
+    let verifier = &server.services.verifier;
+    verifier.reload(&settings.trust()).unwrap();
     assert_eq!(kind(&server, &token), "ok", "it is the same URL");
     (settings.jwks.url, settings.jwks.ca_file) = (String::new(), String::new());
-    verifier.reload(&settings, metrics).unwrap();
+    verifier.reload(&settings.trust()).unwrap();
     assert_eq!(kind(&server, &token), "no_signer");
     assert_eq!(server.metric("tidegate_jwks_keys{origin=\"url\"}").await, 0.0);
     server.stop().await;

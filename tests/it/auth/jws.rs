@@ -22,8 +22,7 @@ use serde::Deserialize;
 use serde_json::Value;
 use strum::VariantNames;
 use tidegate::{
-    auth::{TokenError, VerifiedBy, Verifier},
-    metrics::Metrics,
+    auth::{Authenticator, TokenError, VerifiedBy},
     secret::Secret,
     server::settings::Config,
 };
@@ -62,7 +61,7 @@ struct Vector {
 
 impl Vectors {
     /// A verifier of this file's keys.
-    fn verifier(&self, secret: Option<&str>) -> Verifier {
+    fn verifier(&self, secret: Option<&str>) -> Authenticator {
         let folder = Folder::new();
         let mut config = Config::defaults();
         config.jwt_secret = Secret::from(secret.unwrap_or_default());
@@ -73,7 +72,7 @@ impl Vectors {
         if let Some(jwks) = &self.jwks {
             config.jwks.file = folder.write("keys.json", &jwks.to_string());
         }
-        Verifier::new(&config, &Metrics::new()).unwrap()
+        Authenticator::standalone(&config.trust()).unwrap()
     }
 }
 
@@ -99,8 +98,8 @@ pub(crate) fn good(name: &str) -> (Value, String) {
     (vectors.jwks.unwrap(), vectors.tests[0].jws.clone())
 }
 
-fn answer(verifier: &Verifier, jws: &str, now: i64) -> &'static str {
-    match verifier.verify(jws, now) {
+fn answer(verifier: &Authenticator, jws: &str, now: i64) -> &'static str {
+    match verifier.verify_at(jws, now) {
         Ok(_) => "ok",
         Err(error) => error.label(),
     }
@@ -158,13 +157,13 @@ fn no_token_of_the_vectors_is_good_under_other_keys() {
         let (own, mut strange) =
             (vectors.verifier(vectors.jwt_secret.as_deref()), Config::defaults());
         strange.jwt_secret = Secret::from("another-secret-than-that-of-the-vectors");
-        let strange = Verifier::new(&strange, &Metrics::new()).unwrap();
+        let strange = Authenticator::standalone(&strange.trust()).unwrap();
         for Vector { name, jws, .. } in &vectors.tests {
-            if let Ok(token) = own.verify(jws, vectors.now) {
+            if let Ok(token) = own.verify_at(jws, vectors.now) {
                 good += 1;
                 let verified_by = token.verified_by;
                 assert!(VerifiedBy::all().any(|it| it == verified_by), "{name}: {verified_by:?}");
-                let error = strange.verify(jws, vectors.now).unwrap_err();
+                let error = strange.verify_at(jws, vectors.now).unwrap_err();
                 assert!(matches!(error.label(), "signature" | "no_signer"), "{name}: {error}");
             }
         }

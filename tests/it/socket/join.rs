@@ -105,7 +105,7 @@ async fn the_reply_precedes_every_broadcast_however_many_are_sent() {
         }
         deliveries
     });
-    let token = services.verifier.verify(&token::of_role("anon"), unix_now()).unwrap();
+    let token = services.verifier.verify_at(&token::of_role("anon"), unix_now()).unwrap();
     let mut early = None;
     for _ in 0..20_000 {
         let outbox = Arc::new(Outbox::new(Serializer::V2, &OutboxBounds::new(1 << 20)));
@@ -489,7 +489,7 @@ async fn who_joins_during_a_drain_is_told_that_the_server_restarts() {
     let services = Services::new(config()).unwrap();
     services.draining.cancel();
     let outbox = Arc::new(Outbox::new(Serializer::V2, &OutboxBounds::new(1 << 20)));
-    let token = services.verifier.verify(&token::of_role("anon"), unix_now()).unwrap();
+    let token = services.verifier.verify_at(&token::of_role("anon"), unix_now()).unwrap();
     let mut socket = Socket::new(services, Arc::clone(&outbox), token, client_key(), caller());
     let frame = Frame::text(join("1", "realtime:room").to_string());
     socket.handle([Serializer::V2.decode(frame).unwrap()]).await;

@@ -69,7 +69,7 @@ impl Page {
     }
 
     fn reading(services: &Arc<Services>, client: ClientKey, token: &str, bytes_max: usize) -> Self {
-        let token = services.verifier.verify(token, unix_now()).unwrap();
+        let token = services.verifier.verify_at(token, unix_now()).unwrap();
         let outbox = Arc::new(Outbox::new(V1, &OutboxBounds::new(bytes_max)));
         let socket =
             Socket::new(Arc::clone(services), Arc::clone(&outbox), token, client, client::caller());

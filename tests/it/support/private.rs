@@ -109,7 +109,7 @@ impl Private {
 
 /// A question by somebody with these claims.
 pub(crate) fn asking(services: &Services, claims: Value, sub_topic: &str) -> Asking {
-    let token = services.verifier.verify(&token::with_claims(claims), unix_now()).unwrap();
+    let token = services.verifier.verify_at(&token::with_claims(claims), unix_now()).unwrap();
     Asking { token, sub_topic: sub_topic.into(), headers: "{}".into() }
 }
 
