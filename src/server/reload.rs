@@ -5,10 +5,10 @@
 
 use std::{
     error::Error,
-    fmt, fs,
-    path::{Path, PathBuf},
+    fmt,
+    path::PathBuf,
     sync::{Arc, OnceLock},
-    time::{Duration, SystemTime},
+    time::Duration,
 };
 
 use parking_lot::Mutex;
@@ -18,7 +18,7 @@ use super::{
     Services,
     settings::{Config, ConfigError},
 };
-use crate::{access::Rules, auth::jwks::JwksError, telemetry::audit::Audit};
+use crate::{access::Rules, auth::jwks::JwksError, clock::FileStamp, telemetry::audit::Audit};
 
 /// Between two looks at the settings' file.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
@@ -33,19 +33,16 @@ pub(crate) struct Reload {
     turn: Mutex<()>,
 }
 
-/// A file, and what it was when it was first looked at.
+/// A file, and its stamp when it was first looked at.
 struct Watched {
     file: PathBuf,
-    seen: Option<Look>,
+    seen: Option<FileStamp>,
 }
-
-/// What tells a file from what it was before.
-type Look = (SystemTime, u64);
 
 impl Reload {
     /// Says where from, once.
     pub(crate) fn set(&self, read: Read, file: Option<PathBuf>) {
-        let watched = file.map(|file| Watched { seen: look(&file), file });
+        let watched = file.map(|file| Watched { seen: FileStamp::of(&file), file });
         // Whoever comes second is not heard: a server has one source.
         let _ = self.source.set((read, watched));
     }
@@ -130,7 +127,7 @@ pub(crate) async fn watch(services: Arc<Services>) {
     let watch = async {
         loop {
             sleep(LOOK_INTERVAL).await;
-            let now = look(file);
+            let now = FileStamp::of(file);
             // A file that is away is being replaced.
             if now.is_some() && now != seen {
                 seen = now;
@@ -151,9 +148,4 @@ pub(crate) async fn follow_keys(services: Arc<Services>) {
         }
     };
     services.stopped.run_until_cancelled(follow).await;
-}
-
-fn look(file: &Path) -> Option<Look> {
-    let metadata = fs::metadata(file).ok()?;
-    Some((metadata.modified().ok()?, metadata.len()))
 }
