@@ -135,7 +135,7 @@ async fn ingest(services: &Services, channel: &str, payloads: Vec<(String, Insta
         metrics.notifications.with_label_values(&[source, outcome.kind()]).inc_by(count as u64);
     };
     if channel == REVOCATIONS_CHANNEL {
-        services.revocations_changed.notify_one();
+        services.verifier.revocations.mark_stale();
         return count("revocations", Outcome::Noted, payloads.len());
     }
     if channel == STATS_CHANNEL {

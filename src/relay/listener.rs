@@ -332,7 +332,7 @@ impl Session {
         })
         .await?;
         // One may have been told before.
-        services.revocations_changed.notify_one();
+        services.verifier.revocations.mark_stale();
         let identity = self.run(|listener| Box::pin(db::identity(listener))).await?;
         let (cause, covered) = (link.cause, services.listens.covered());
         self.sync_for(services, cause).await?;

@@ -12,7 +12,7 @@ use parking_lot::Mutex;
 use sqlx::PgPool;
 use tokio::{
     net::{TcpListener, TcpSocket, TcpStream},
-    sync::{Notify, Semaphore},
+    sync::Semaphore,
     time::{Instant, sleep, timeout_at},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -88,8 +88,6 @@ pub struct Services {
     pub(crate) healing: Arc<Healing>,
     /// Which events have series of their own.
     pub(crate) busiest: Mutex<Busiest>,
-    /// Somebody has told that the database's revocations have changed.
-    pub(crate) revocations_changed: Notify,
     /// From where doctors have come.
     pub(crate) visits: Visits,
     /// What reads the settings again.
@@ -129,7 +127,6 @@ impl Services {
             limits: Arc::new(Limits::new(config.limits.clone(), config.network.clone(), registry)),
             hub: Arc::new(Hub::new(registry)),
             access: Arc::new(Access::new(rules)),
-            revocations_changed: Notify::new(),
             visits: Visits::default(),
             reload: Reload::default(),
             verifier,

@@ -29,7 +29,7 @@ pub(crate) async fn run(services: Arc<Services>, pool: PgPool) {
                 }
             };
             // Whichever comes first.
-            let _ = timeout(wait, services.revocations_changed.notified()).await;
+            let _ = timeout(wait, services.verifier.revocations.stale()).await;
             sleep(SPACING).await;
         }
     };
