@@ -1,4 +1,4 @@
-//! What a verified token says: its claims, and the demands on them.
+//! The claims of a verified token, and the demands on them.
 
 use std::{fmt, time::Duration};
 
@@ -6,17 +6,17 @@ use serde_json::{Map, Value};
 
 use super::{error::TokenError, json};
 
-/// Longest name of a Postgres role.
+/// Longest name of a Postgres role, in bytes.
 const ROLE_BYTES_MAX: usize = 63;
 
-/// What is asked of every token's claims.
+/// The demands on the claims of every token.
 #[derive(Debug, Default)]
 pub(super) struct Demands {
-    /// By so much `exp` and `nbf` may be missed at the first look.
+    /// How much `exp` and `nbf` may be off when a token is first verified.
     pub(super) leeway: Duration,
-    /// One of them must be `iss`, if there are any.
+    /// `iss` must be one of these; an empty list accepts every issuer.
     pub(super) issuers: Vec<String>,
-    /// One of them must be in `aud`, if there are any.
+    /// `aud` must contain one of these; an empty list accepts every audience.
     pub(super) audiences: Vec<String>,
 }
 
@@ -25,17 +25,22 @@ pub(super) struct Demands {
 pub struct Claims {
     /// The Postgres role: `anon`, `authenticated`, `service_role`.
     pub role: Box<str>,
-    /// When the token ends, in seconds since 1970.
+    /// The end of the token, in seconds since 1970.
     pub exp: i64,
-    pub(super) all: Map<String, Value>,
+    all: Map<String, Value>,
 }
 
 impl Claims {
-    /// Reads the claims of a token whose signature is right, and which has not ended, or has up to
-    /// `allowance` ago.
+    /// The claims of an opaque key: a role and no end.
+    pub(super) fn of_role(role: &str) -> Self {
+        Self { role: role.into(), exp: i64::MAX, all: Map::new() }
+    }
+
+    /// Reads the claims of a token whose signature has been verified. `exp` may be over by
+    /// `allowance`.
     ///
     /// # Errors
-    /// [`TokenError`], in the order that this file's table gives.
+    /// [`TokenError`], in the order of the table of [`super::jwt`].
     pub(super) fn read(
         payload: &[u8],
         demands: &Demands,
@@ -57,7 +62,7 @@ impl Claims {
         }
         let claims = Self::try_from(all)?;
         let is_of = |names: &[String], name: &Value| {
-            name.as_str().is_some_and(|it| names.iter().any(|name| name == it))
+            name.as_str().is_some_and(|name| names.iter().any(|known| known == name))
         };
         if !demands.issuers.is_empty() && !is_of(&demands.issuers, claims.at("iss")) {
             return Err(TokenError::Issuer);
@@ -73,31 +78,31 @@ impl Claims {
         Ok(claims)
     }
 
-    /// Whose token it is.
+    /// The subject: the person whose token it is.
     #[must_use]
     pub fn sub(&self) -> Option<&str> {
         self.at("sub").as_str()
     }
 
-    /// The sign-in that it comes from.
+    /// The session, which begins with a sign-in.
     #[must_use]
     pub fn session_id(&self) -> Option<&str> {
         self.at("session_id").as_str()
     }
 
-    /// The token's own name.
+    /// The identifier of the token.
     #[must_use]
     pub fn jti(&self) -> Option<&str> {
         self.at("jti").as_str()
     }
 
-    /// When it was made, in seconds since 1970.
+    /// When the token was issued, in seconds since 1970.
     #[must_use]
     pub fn iat(&self) -> Option<i64> {
         seconds(&self.all, "iat")
     }
 
-    /// All claims as a JSON object; those of a key that is no JWT are its role alone.
+    /// Returns all claims as a JSON object; those of an opaque key are its role alone.
     pub(crate) fn json(&self) -> String {
         let mut all = self.all.clone();
         all.entry("role").or_insert_with(|| Value::from(&*self.role));
@@ -108,7 +113,7 @@ impl Claims {
         self.all.get(name).unwrap_or(&Value::Null)
     }
 
-    /// The string at this path, if there is one.
+    /// Returns the text at this path, if there is one.
     pub fn text_at(&self, path: impl Iterator<Item = String>) -> Option<&str> {
         let mut path = path;
         let first = self.all.get(&path.next()?)?;
@@ -119,7 +124,7 @@ impl Claims {
 impl TryFrom<Map<String, Value>> for Claims {
     type Error = TokenError;
 
-    /// Takes the claims if `role` may name a Postgres role and `exp` is a number; decimals are
+    /// Accepts the claims if `role` may name a Postgres role and `exp` is a number; decimals are
     /// rounded.
     fn try_from(all: Map<String, Value>) -> Result<Self, TokenError> {
         let role = all.get("role").and_then(Value::as_str).filter(|role| {
@@ -137,14 +142,18 @@ impl fmt::Debug for Claims {
     }
 }
 
-/// A time among the claims, rounded, in seconds since 1970.
+/// Returns a claim that is a time, rounded, in seconds since 1970.
 fn seconds(claims: &Map<String, Value>, name: &str) -> Option<i64> {
     let time = claims.get(name)?.as_f64()?;
-    #[expect(clippy::cast_possible_truncation, reason = "saturates, which is what is meant")]
+    #[expect(clippy::cast_possible_truncation, reason = "the cast saturates, as intended")]
     let time = time.round() as i64;
     Some(time)
 }
 
+/// Checks that `exp` is not over by `allowance` or more.
+///
+/// # Errors
+/// [`TokenError::Expired`].
 pub(super) fn check_expiry(exp: i64, now: i64, allowance: Duration) -> Result<(), TokenError> {
     let seconds = now.saturating_sub(exp);
     let allowance = i64::try_from(allowance.as_secs()).unwrap_or(i64::MAX);

@@ -1,4 +1,4 @@
-//! A token's text → its parts → its claims, or why it opens nothing.
+//! A token's text → its parts → a verified token, or its fault.
 //!
 //! | a token says | the answer |
 //! |---|---|
@@ -19,11 +19,12 @@
 //! | `aud` missing, neither a text nor a list of texts, or none of `auth.audiences`, if that is set | for another audience |
 //! | `sub`, `session_id`, `jti` that is no text | as if it were missing |
 //!
-//! Of several faults the first in this order is told: form, header, signature, types, `exp`, `nbf`,
-//! `role`, `iss`, `aud`.
+//! Of several faults the first in this order is reported: form, header, signature, types, `exp`,
+//! `nbf`, `role`, `iss`, `aud`.
 //!
-//! Invariants: time is an argument; nothing of a token is believed before its signature; no token,
-//! secret or claim is ever formatted into an error or a log, but the client's own `kid` to itself.
+//! Invariants: the time is an argument; nothing of a token is believed before its signature; no
+//! token, secret or claim is ever formatted into an error or a log. The one exception is the `kid`,
+//! which only the client that sent it gets back.
 
 use std::{fmt, time::Duration};
 
@@ -39,33 +40,33 @@ use super::{
 };
 use crate::telemetry::audit::Subject;
 
-/// A token taken apart; nothing of it is believed.
+/// The parts of a token, none of which is verified yet.
 pub(super) struct Parts<'a> {
     pub(super) header: Header,
-    /// What the signature is of: the first two parts as they came.
+    /// The signed text: the first two parts as they arrived.
     pub(super) signed: &'a str,
     /// The claims, decoded.
     pub(super) payload: Vec<u8>,
-    /// In base64url.
+    /// The signature, in base64url.
     pub(super) signature: &'a str,
 }
 
-/// The part of a header that is read.
+/// The members of a header that are read.
 pub(super) struct Header {
     pub(super) algorithm: Algorithm,
     pub(super) kid: Option<Box<str>>,
 }
 
 impl<'a> Parts<'a> {
-    /// Takes a token apart.
+    /// Splits a token and decodes its header and its payload.
     ///
     /// # Errors
-    /// [`TokenError::Malformed`], or [`TokenError::NoSigner`] for an algorithm that is none.
+    /// [`TokenError::Malformed`], or [`TokenError::NoSigner`] for an unknown algorithm.
     pub(super) fn of(text: &'a str) -> Result<Self, TokenError> {
         let (signed, signature) = text.rsplit_once('.').ok_or(TokenError::Malformed)?;
         let (header, payload) = signed.split_once('.').ok_or(TokenError::Malformed)?;
         let decode = |part| URL_SAFE_NO_PAD.decode(part);
-        // A dot is no digit, so that a fourth part fails here.
+        // A dot is not a base64 digit, so that a token of more than three parts fails here.
         let (Ok(header), Ok(payload), Ok(_)) = (decode(header), decode(payload), decode(signature))
         else {
             return Err(TokenError::Malformed);
@@ -77,7 +78,7 @@ impl<'a> Parts<'a> {
 
 impl Header {
     fn read(members: &Map<String, Value>) -> Result<Self, TokenError> {
-        let is_plain = members.get("b64").is_none_or(|it| *it == Value::Bool(true));
+        let is_plain = members.get("b64").is_none_or(|value| *value == Value::Bool(true));
         if members.contains_key("crit") || !is_plain {
             return Err(TokenError::Malformed);
         }
@@ -92,19 +93,19 @@ impl Header {
         Ok(Self { algorithm, kid })
     }
 
-    /// The `kid` without what a terminal or a page might take for more than text.
+    /// Returns the `kid` without control characters, which a terminal might obey.
     pub(super) fn shown_kid(&self) -> Option<Box<str>> {
         let kid = self.kid.as_deref()?;
-        Some(kid.chars().filter(|it| !it.is_control()).collect::<String>().into())
+        Some(kid.chars().filter(|character| !character.is_control()).collect::<String>().into())
     }
 }
 
-/// A token whose signature has been verified. That it has not expired must be asked each time.
+/// A token whose signature has been verified. Its expiry must be checked at each use.
 pub struct Token {
     text: Box<str>,
-    /// What it says.
+    /// The token's claims.
     pub claims: Claims,
-    /// What has shown that it is genuine.
+    /// The key and the algorithm that have verified it.
     pub verified_by: VerifiedBy,
 }
 
@@ -113,35 +114,34 @@ impl Token {
         Self { text: text.into(), claims, verified_by }
     }
 
-    /// An opaque key: it says nothing but the role, and does not end. Without a text, what is left
-    /// of somebody who has none.
+    /// Creates the token of an opaque key: it has a role and no other claim, and does not expire.
+    /// With an empty text it stands for a client whose tokens have all expired.
     pub(super) fn opaque(text: &str, role: &str) -> Self {
-        let claims = Claims { role: role.into(), exp: i64::MAX, all: Map::new() };
-        Self::new(text, claims, VerifiedBy::OPAQUE)
+        Self::new(text, Claims::of_role(role), VerifiedBy::OPAQUE)
     }
 
-    /// The token itself, to know it again.
+    /// The text of the token.
     pub(super) fn text(&self) -> &str {
         &self.text
     }
 
-    /// The holder of the token, for the audit log.
+    /// Returns the holder of the token, for the audit log.
     pub(crate) fn subject(&self) -> Subject<'_> {
         Subject { role: &self.claims.role, sub: self.claims.sub() }
     }
 
-    /// Whether this is the same token, to the letter.
+    /// Returns whether `text` is this token, letter by letter.
     #[must_use]
     pub fn is(&self, text: &str) -> bool {
-        // Who has none has not sent an empty one.
+        // An empty text stands for no token, which no client has sent.
         !self.text.is_empty() && *self.text == *text
     }
 
-    /// Whether the token still holds at `now`, in seconds since 1970, or has ended so lately that
-    /// it is let pass.
+    /// Checks whether the token has expired at `now`, in seconds since 1970, by more than
+    /// `allowance`.
     ///
     /// # Errors
-    /// [`TokenError::Expired`] from the second of `exp` and `allowance` on.
+    /// [`TokenError::Expired`] from `exp` plus `allowance` on.
     pub fn check_expiry(&self, now: i64, allowance: Duration) -> Result<(), TokenError> {
         check_expiry(self.claims.exp, now, allowance)
     }
