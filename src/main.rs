@@ -14,7 +14,7 @@ use std::{
 use clap::{Parser, Subcommand};
 use tidegate::{
     admin::client::{self, CommandError},
-    auth::{revocations::By, sign::sign_role},
+    auth::{revocations::RevokedBy, sign::sign_role},
     bench,
     cli::explain::explain,
     db, demo,
@@ -104,8 +104,8 @@ enum Command {
     /// Has tokens open nothing from now on: a person's, a session's or a single one
     Revoke {
         /// The claim: sub, session_id or jti
-        #[arg(value_parser = |claim: &str| By::named(claim).ok_or("expected sub, session_id or jti"))]
-        claim: By,
+        #[arg(value_parser = |claim: &str| RevokedBy::named(claim).ok_or("expected sub, session_id or jti"))]
+        claim: RevokedBy,
         /// Its value
         value: String,
         /// How long; 0s takes it back

@@ -19,7 +19,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use tokio::{net::TcpStream, time::timeout};
 
-use crate::{auth::revocations::By, server::settings::Config};
+use crate::{auth::revocations::RevokedBy, server::settings::Config};
 
 /// How long an answer may take beyond what the gateway gives its database.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
@@ -126,7 +126,7 @@ pub async fn mute(config: &Config, eid: &str, length: Duration) -> Result<String
 /// [`CommandError`]; asking again does no harm.
 pub async fn revoke(
     config: &Config,
-    by: By,
+    by: RevokedBy,
     value: &str,
     length: Option<Duration>,
 ) -> Result<String, CommandError> {

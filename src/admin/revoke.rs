@@ -12,7 +12,7 @@ use tokio::time::timeout;
 
 use super::{Refused, body, fields};
 use crate::{
-    auth::revocations::{By, Full, Revocation, Stored, VALUE_BYTES_MAX},
+    auth::revocations::{Full, Revocation, RevokedBy, Stored, VALUE_BYTES_MAX},
     clock::unix_now,
     db,
     http::{Answer, Ask, object},
@@ -82,8 +82,12 @@ pub(super) async fn revoke(
     tracing::info!(claim = by.claim(), until, via, "an operator has revoked");
     let what = match (length.is_zero(), by) {
         (true, _) => format!("{} opens again what it opened", by.claim()),
-        (false, By::Sub) => "tokens of sub that were issued until now open nothing".to_owned(),
-        (false, By::SessionId | By::Jti) => format!("tokens of {} open nothing", by.claim()),
+        (false, RevokedBy::Sub) => {
+            "tokens of sub that were issued until now open nothing".to_owned()
+        }
+        (false, RevokedBy::SessionId | RevokedBy::Jti) => {
+            format!("tokens of {} open nothing", by.claim())
+        }
     };
     let message = match (via, error) {
         ("database", _) => format!("{what}, on every gateway"),
@@ -99,7 +103,7 @@ pub(super) async fn revoke(
 }
 
 /// What the body asks for.
-fn asked(services: &Services, body: &[u8]) -> Result<(By, Box<str>, Duration), Refused> {
+fn asked(services: &Services, body: &[u8]) -> Result<(RevokedBy, Box<str>, Duration), Refused> {
     let unreadable = || {
         Refused::bad(
             "the body: expected one of {\"sub\":\"…\"}, {\"session_id\":\"…\"}, {\"jti\":\"…\"}, \
@@ -108,9 +112,9 @@ fn asked(services: &Services, body: &[u8]) -> Result<(By, Box<str>, Duration), R
     };
     let Body { sub, session_id, jti, length } = fields(body).ok_or_else(unreadable)?;
     let (by, value) = match (sub, session_id, jti) {
-        (Some(sub), None, None) => (By::Sub, sub),
-        (None, Some(session_id), None) => (By::SessionId, session_id),
-        (None, None, Some(jti)) => (By::Jti, jti),
+        (Some(sub), None, None) => (RevokedBy::Sub, sub),
+        (None, Some(session_id), None) => (RevokedBy::SessionId, session_id),
+        (None, None, Some(jti)) => (RevokedBy::Jti, jti),
         (_, _, _) => return Err(unreadable()),
     };
     if !(1..=VALUE_BYTES_MAX).contains(&value.len()) || value.contains(char::is_control) {

@@ -21,7 +21,7 @@ pub const VALUE_BYTES_MAX: usize = 128;
 /// The claim by which tokens are revoked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, VariantArray, IntoStaticStr)]
 #[strum(serialize_all = "snake_case")]
-pub enum By {
+pub enum RevokedBy {
     /// `sub`: the tokens of a person that were issued until the revocation, so that those of a later
     /// sign-in are valid.
     Sub,
@@ -31,7 +31,7 @@ pub enum By {
     Jti,
 }
 
-impl By {
+impl RevokedBy {
     /// The claim's name.
     #[must_use]
     pub fn claim(self) -> &'static str {
@@ -49,7 +49,7 @@ impl By {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Revocation {
     /// The claim.
-    pub by: By,
+    pub by: RevokedBy,
     /// The claim's value.
     pub value: Box<str>,
     /// The time of the revocation, in seconds since 1970.
@@ -74,7 +74,7 @@ pub struct Revocations {
     stale: Notify,
 }
 
-type Entries = HashMap<By, HashMap<Box<str>, Entry>>;
+type Entries = HashMap<RevokedBy, HashMap<Box<str>, Entry>>;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Entry {
@@ -178,11 +178,11 @@ impl Revocations {
             return false;
         }
         let entries = self.entries.read();
-        By::VARIANTS.iter().any(|by| {
+        RevokedBy::VARIANTS.iter().any(|by| {
             let value = claims.text_at(std::iter::once(by.claim().to_owned()));
             let found = value.and_then(|value| entries.get(by)?.get(value));
             found.is_some_and(|Entry { at, until, .. }| {
-                let is_later = *by == By::Sub && claims.iat().is_some_and(|iat| iat > *at);
+                let is_later = *by == RevokedBy::Sub && claims.iat().is_some_and(|iat| iat > *at);
                 now < *until && !is_later
             })
         })
@@ -237,16 +237,16 @@ mod tests {
         Claims::try_from(fields).unwrap()
     }
 
-    fn of(by: By, value: &str) -> Revocation {
+    fn of(by: RevokedBy, value: &str) -> Revocation {
         Revocation { by, value: value.into(), at: NOW, until: NOW + 60 }
     }
 
     #[test]
     fn a_subjects_later_sign_in_holds_and_a_session_stays_ended() {
         let list = Revocations::new(10);
-        list.revoke(of(By::Sub, "u"), Stored::Yes, NOW).unwrap();
-        list.revoke(of(By::SessionId, "s"), Stored::Yes, NOW).unwrap();
-        list.revoke(of(By::Jti, "j"), Stored::Yes, NOW).unwrap();
+        list.revoke(of(RevokedBy::Sub, "u"), Stored::Yes, NOW).unwrap();
+        list.revoke(of(RevokedBy::SessionId, "s"), Stored::Yes, NOW).unwrap();
+        list.revoke(of(RevokedBy::Jti, "j"), Stored::Yes, NOW).unwrap();
         for (fields, is_revoked) in [
             (json!({ "sub": "u", "iat": NOW }), true),
             (json!({ "sub": "u", "iat": NOW - 1 }), true),
@@ -267,10 +267,11 @@ mod tests {
     fn a_revocation_holds_until_its_second_and_can_be_taken_back() {
         let list = Revocations::new(10);
         let user = claims(&json!({ "sub": "u" }));
-        list.revoke(of(By::Sub, "u"), Stored::Yes, NOW).unwrap();
+        list.revoke(of(RevokedBy::Sub, "u"), Stored::Yes, NOW).unwrap();
         assert!(list.is_revoked(&user, NOW + 59));
         assert!(!list.is_revoked(&user, NOW + 60));
-        list.revoke(Revocation { until: NOW, ..of(By::Sub, "u") }, Stored::Yes, NOW).unwrap();
+        list.revoke(Revocation { until: NOW, ..of(RevokedBy::Sub, "u") }, Stored::Yes, NOW)
+            .unwrap();
         assert!(!list.is_revoked(&user, NOW));
         assert_eq!(list.count(), 0);
     }
@@ -279,11 +280,12 @@ mod tests {
     #[test]
     fn a_full_list_refuses_until_the_time_of_one_is_over() {
         let list = Revocations::new(2);
-        list.revoke(of(By::Sub, "a"), Stored::Yes, NOW).unwrap();
-        list.revoke(Revocation { until: NOW + 9, ..of(By::Jti, "b") }, Stored::Yes, NOW).unwrap();
-        assert_eq!(list.revoke(of(By::Sub, "c"), Stored::Yes, NOW), Err(Full));
-        list.revoke(of(By::Sub, "a"), Stored::Yes, NOW).unwrap();
-        list.revoke(of(By::Sub, "c"), Stored::Yes, NOW + 9).unwrap();
+        list.revoke(of(RevokedBy::Sub, "a"), Stored::Yes, NOW).unwrap();
+        list.revoke(Revocation { until: NOW + 9, ..of(RevokedBy::Jti, "b") }, Stored::Yes, NOW)
+            .unwrap();
+        assert_eq!(list.revoke(of(RevokedBy::Sub, "c"), Stored::Yes, NOW), Err(Full));
+        list.revoke(of(RevokedBy::Sub, "a"), Stored::Yes, NOW).unwrap();
+        list.revoke(of(RevokedBy::Sub, "c"), Stored::Yes, NOW + 9).unwrap();
         assert_eq!(list.count(), 2);
         list.sweep(NOW + 60);
         assert_eq!(list.count(), 0);
@@ -292,7 +294,7 @@ mod tests {
     #[test]
     fn what_the_database_has_takes_the_place_of_what_it_should_have() {
         let list = Revocations::new(2);
-        let both = [of(By::Sub, "a"), of(By::Sub, "b"), of(By::Sub, "beyond")];
+        let both = [of(RevokedBy::Sub, "a"), of(RevokedBy::Sub, "b"), of(RevokedBy::Sub, "beyond")];
         assert!(list.replace(both.clone().into_iter(), NOW));
         assert!(!list.replace(both.into_iter(), NOW));
         assert_eq!(list.count(), 2);
@@ -305,8 +307,8 @@ mod tests {
     #[test]
     fn what_was_revoked_here_outlives_a_reading_that_does_not_know_of_it() {
         let list = Revocations::new(2);
-        list.revoke(of(By::Sub, "stored"), Stored::Yes, NOW).unwrap();
-        list.revoke(of(By::Sub, "only here"), Stored::No, NOW).unwrap();
+        list.revoke(of(RevokedBy::Sub, "stored"), Stored::Yes, NOW).unwrap();
+        list.revoke(of(RevokedBy::Sub, "only here"), Stored::No, NOW).unwrap();
         assert!(!list.replace(std::iter::empty(), NOW));
         assert!(list.replace(std::iter::empty(), NOW + STALE));
         assert!(list.is_revoked(&claims(&json!({ "sub": "only here" })), NOW + STALE));

@@ -21,7 +21,7 @@ use tokio::time::timeout;
 use uuid::Uuid;
 
 use crate::{
-    auth::revocations::{By, Revocation},
+    auth::revocations::{Revocation, RevokedBy},
     recovery::lost_sockets::{ClientKey, Record},
     secret::Secret,
 };
@@ -704,7 +704,7 @@ pub(crate) async fn revocations(pool: &PgPool, max: usize) -> Result<Vec<Revocat
     .fetch_all(pool)
     .await?;
     let revocation = |row: &PgRow| {
-        let by = By::named(row.get(0))?;
+        let by = RevokedBy::named(row.get(0))?;
         let value: String = row.get(1);
         Some(Revocation { by, value: value.into(), at: row.get(2), until: row.get(3) })
     };
