@@ -314,7 +314,7 @@ async fn through_database(
     eid: &str,
     endpoint: Option<&str>,
 ) -> Option<Result<(), String>> {
-    let invalidate = db::invalidate(services.pool.as_ref()?, eid, endpoint);
+    let invalidate = db::history::invalidate(services.pool.as_ref()?, eid, endpoint);
     let failure = match timeout(services.config.relay.connect_timeout, invalidate).await {
         Ok(Ok(_payload)) => return Some(Ok(())),
         // The database's own words, without the place in its source.

@@ -57,7 +57,7 @@ pub(super) async fn revoke(
     services.review();
     let stored = match &services.pool {
         Some(pool) => {
-            let store = db::revoke(pool, &revocation);
+            let store = db::revocations::revoke(pool, &revocation);
             match timeout(services.config.relay.connect_timeout, store).await {
                 Ok(stored) => Some(stored.map_err(|_no_detail| "the database refuses it")),
                 Err(_elapsed) => Some(Err("the database does not answer")),

@@ -9,7 +9,10 @@ use std::fmt;
 
 use sqlx::{PgConnection, postgres::types::Oid};
 
-use crate::db;
+use super::{
+    catalog::{self, FoundFunction, FoundTable},
+    migrate::{self, SYSTEM_SQL},
+};
 
 /// What writes do to a row.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -98,7 +101,7 @@ impl Function {
     #[must_use]
     pub fn all() -> Vec<Self> {
         let mut all: Vec<Self> = Vec::new();
-        for sql in db::schema_files().chain([db::SYSTEM_SQL]) {
+        for sql in migrate::schema_files().chain([SYSTEM_SQL]) {
             // What stands within another statement is made for others, under conditions.
             for definition in sql.split("\ncreate or replace function ").skip(1) {
                 let Some(function) = Self::read(definition) else { continue };
@@ -135,7 +138,7 @@ impl Function {
     }
 
     /// In what the database's function differs, of the functions of this name.
-    fn drift(&self, found: &[db::FoundFunction]) -> Option<Drift> {
+    fn drift(&self, found: &[FoundFunction]) -> Option<Drift> {
         let same = found.iter().find(|it| it.name == self.name && it.arguments == self.arguments);
         let Some(found) = same else { return Some(Drift::Missing) };
         // A file may have been run from where lines end otherwise.
@@ -235,7 +238,7 @@ impl Deployed {
     /// The session is lost, or a statement was cut off.
     pub async fn look(session: &mut PgConnection) -> Result<Self, sqlx::Error> {
         let names = TRIGGERS.map(|it| it.table);
-        let found = db::tables(session, &names).await?;
+        let found = catalog::tables(session, &names).await?;
         let tables = TRIGGERS.iter().filter_map(|trigger| {
             let table = found.iter().find(|it| it.name == trigger.table)?;
             let is_missing = |it: &&Operation| table.told & it.bit() == 0;
@@ -249,7 +252,7 @@ impl Deployed {
         let tables = tables.collect();
         let expected = Function::all();
         let names: Vec<_> = expected.iter().map(|it| it.name).collect();
-        let found = db::functions(session, &names).await?;
+        let found = catalog::functions(session, &names).await?;
         let functions = expected.iter().map(|it| (it.name, it.drift(&found))).collect();
         Ok(Self { tables, functions, migrations: migrations(session).await? })
     }
@@ -266,10 +269,10 @@ impl Deployed {
 }
 
 async fn migrations(session: &mut PgConnection) -> Result<Migrations, sqlx::Error> {
-    let Some(applied) = db::applied_migrations(session).await? else {
+    let Some(applied) = catalog::applied_migrations(session).await? else {
         return Ok(Migrations::Unreadable);
     };
-    let expected = db::migrations();
+    let expected = migrate::migrations();
     let is_pending = |it: &&sqlx::migrate::Migration| {
         let is_it = |(version, checksum): &(i64, Vec<u8>)| {
             *version == it.version && **checksum == *it.checksum
@@ -283,7 +286,7 @@ async fn migrations(session: &mut PgConnection) -> Result<Migrations, sqlx::Erro
     })
 }
 
-impl db::FoundTable {
+impl FoundTable {
     fn written(&self, operation: Operation) -> u64 {
         let count = match operation {
             Operation::Insert => self.inserted,
@@ -300,7 +303,7 @@ mod tests {
 
     #[test]
     fn the_triggers_are_those_that_the_system_file_makes() {
-        let made: Vec<_> = db::SYSTEM_SQL
+        let made: Vec<_> = SYSTEM_SQL
             .lines()
             .filter(|line| line.contains("_trigger', '"))
             .map(|line| line.trim().trim_end_matches(','))
@@ -321,8 +324,8 @@ mod tests {
     #[test]
     fn every_function_of_the_files_is_read() {
         let all = Function::all();
-        let definitions: usize = db::schema_files()
-            .chain([db::SYSTEM_SQL])
+        let definitions: usize = migrate::schema_files()
+            .chain([SYSTEM_SQL])
             .map(|sql| sql.matches("\ncreate or replace function ").count())
             .sum();
         assert_eq!(all.len(), definitions, "a function is defined twice, or not read");

@@ -318,7 +318,8 @@ async fn end_to_end(
     };
     let notified = database.ask(notify).await;
     let begun = Instant::now();
-    let invalidate = async |it: &mut PgConnection| db::invalidate(it, CANARY_EID, None).await;
+    let invalidate =
+        async |it: &mut PgConnection| db::history::invalidate(it, CANARY_EID, None).await;
     let payload = match database.ask(invalidate).await {
         Ok(payload) => serde_json::from_str::<Value>(&payload).unwrap_or_default(),
         Err(Unasked::Closed(why)) => {

@@ -138,7 +138,7 @@ fn allow_list(patient: &Patient) -> Seen {
         );
     }
     let rules = listened().filter_map(|rule| rule.listen.as_ref()).map(ToString::to_string);
-    let own = [STATS_CHANNEL, db::REVOCATIONS_CHANNEL].map(str::to_owned);
+    let own = [STATS_CHANNEL, db::revocations::REVOCATIONS_CHANNEL].map(str::to_owned);
     let channels: Vec<_> = rules.chain(own).collect();
     Seen::ok(format!("by the settings: {}, and its own canary", channels.join(", ")))
 }

@@ -32,7 +32,10 @@ use tokio_util::task::TaskTracker;
 
 use crate::{
     auth::jwt::Token,
-    db::{self, PolicyContext, PolicyRole},
+    db::{
+        self,
+        policies::{self as statements, PolicyContext, PolicyRole},
+    },
     metrics::Metrics,
     protocol::error_code::{ErrorCode, Refusal},
     server::settings::Config,
@@ -374,7 +377,7 @@ impl Policies {
                     .map_err(|_elapsed| AuthorizeError::QueryCanceled)?
             }
         };
-        let ended = timeout_at(deadline, db::end_question(&mut session)).await;
+        let ended = timeout_at(deadline, statements::end_question(&mut session)).await;
         if matches!(ended, Ok(Ok(()))) {
             self.idle.lock().push((session, Instant::now()));
         }
@@ -390,7 +393,7 @@ impl Policies {
         while let Some((mut session, since)) = self.take_idle() {
             if since.elapsed() < SESSION_IDLE
                 && let Ok((role, has_messages)) =
-                    db::begin_question(&mut session, role, limit).await
+                    statements::begin_question(&mut session, role, limit).await
             {
                 return Ok((session, role, has_messages));
             }
@@ -398,7 +401,7 @@ impl Policies {
         }
         let options = self.options.as_ref().ok_or(sqlx::Error::PoolClosed)?;
         let mut session = options.connect().await?;
-        let (role, has_messages) = db::begin_question(&mut session, role, limit).await?;
+        let (role, has_messages) = statements::begin_question(&mut session, role, limit).await?;
         Ok((session, role, has_messages))
     }
 
@@ -456,10 +459,11 @@ async fn read(
 ) -> Result<Allowed, AuthorizeError> {
     let extensions = [BROADCAST, PRESENCE];
     let extensions = if wants_presence { &extensions[..] } else { &extensions[..1] };
-    let probes =
-        db::insert_probes(session, context.sub_topic, extensions).await.map_err(of_gateway)?;
-    db::take_role(session, context).await.map_err(of_role)?;
-    let seen = db::visible_probes(session, &probes).await.map_err(of_policies)?;
+    let probes = statements::insert_probes(session, context.sub_topic, extensions)
+        .await
+        .map_err(of_gateway)?;
+    statements::take_role(session, context).await.map_err(of_role)?;
+    let seen = statements::visible_probes(session, &probes).await.map_err(of_policies)?;
     let sees = |extension| seen.iter().any(|it| it == extension);
     Ok(Allowed { broadcast: sees(BROADCAST), presence: sees(PRESENCE) })
 }
@@ -468,8 +472,8 @@ async fn write(
     session: &mut PgConnection,
     context: &PolicyContext<'_>,
 ) -> Result<Allowed, AuthorizeError> {
-    db::take_role(session, context).await.map_err(of_role)?;
-    match db::insert_broadcast(session, context.sub_topic).await {
+    statements::take_role(session, context).await.map_err(of_role)?;
+    match statements::insert_broadcast(session, context.sub_topic).await {
         Ok(()) => Ok(Allowed { broadcast: true, presence: false }),
         Err(error) if sqlstate(&error).as_deref() == Some(INSUFFICIENT_PRIVILEGE) => {
             Ok(Allowed::NONE)

@@ -15,7 +15,7 @@ use tokio::time::{Instant, timeout};
 use uuid::Uuid;
 
 use crate::{
-    db::{self, Snapshot, TriggerFailure},
+    db::history::{self, Snapshot, TriggerFailure},
     server::Services,
 };
 
@@ -63,10 +63,10 @@ pub(crate) async fn send(
     let pool = services.pool.as_ref()?;
     let look = async {
         let channel = channel(services.gateway);
-        let snapshot = db::send_canary(pool, &channel, &nonce).await?;
+        let snapshot = history::send_canary(pool, &channel, &nonce).await?;
         // After the snapshot was taken: what it does not see is found now or by the next one.
         let failures = match &looked {
-            Some(looked) => db::trigger_failures(pool, looked).await.ok(),
+            Some(looked) => history::trigger_failures(pool, looked).await.ok(),
             // Where nothing is good yet, the next session starts with the complete list.
             None => None,
         };

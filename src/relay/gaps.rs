@@ -14,7 +14,7 @@ use super::{
     listens::Source,
 };
 use crate::{
-    db::{self, Changed, Snapshot},
+    db::history::{self, Changed, Snapshot},
     invalidation::{self, Cause, Endpoints, Event, Heard},
     server::Services,
 };
@@ -112,7 +112,7 @@ pub(super) async fn learn(
         return Ok(());
     }
     let eids: Vec<_> = events.keys().cloned().collect();
-    let Some(listed) = readable(services, db::endpoints(listener, &eids).await)? else {
+    let Some(listed) = readable(services, history::endpoints(listener, &eids).await)? else {
         return Ok(());
     };
     let mut lists: HashMap<String, Endpoints> = HashMap::new();
@@ -149,11 +149,12 @@ async fn read(
         return Ok(None);
     }
     let keep = services.config.history.keep;
-    let Some(has_holes) = readable(services, db::has_holes(listener, since, keep).await)? else {
+    let Some(has_holes) = readable(services, history::has_holes(listener, since, keep).await)?
+    else {
         return Ok(None);
     };
     let eids: Vec<_> = covered.iter().map(|(_, event)| event.eid().to_owned()).collect();
-    let changed = readable(services, db::changed_since(listener, since, &eids).await)?;
+    let changed = readable(services, history::changed_since(listener, since, &eids).await)?;
     let Some(changed) = changed.filter(|_| !has_holes) else {
         return Ok(None);
     };

@@ -11,7 +11,7 @@ use tokio::{sync::mpsc, time::Instant};
 use super::clock_offset;
 use crate::{
     clock::unix_seconds,
-    db::REVOCATIONS_CHANNEL,
+    db::revocations::REVOCATIONS_CHANNEL,
     hub::{
         BroadcastSource, FanOut, To,
         outbox::{Committed, Departure},

@@ -27,7 +27,7 @@ use super::{
 };
 use crate::{
     clock::unix_seconds,
-    db::{self, REVOCATIONS_CHANNEL},
+    db::{self, history, revocations::REVOCATIONS_CHANNEL, session},
     invalidation::{self, Cause},
     metrics::Metrics,
     secret::Secret,
@@ -175,7 +175,7 @@ async fn open(url: &Secret, connect_timeout: Duration) -> Result<PgListener, Lin
     let options = db::options(url).map_err(LinkError::Url)?;
     // A connection of its own asks first: a pool tries a refused connection again until its time
     // is over, and then does not say why.
-    if db::is_in_recovery(&options).await.map_err(LinkError::Connect)? {
+    if session::is_in_recovery(&options).await.map_err(LinkError::Connect)? {
         return Err(LinkError::InRecovery);
     }
     let pool = db::single(options, connect_timeout);
@@ -299,7 +299,7 @@ impl Session {
                 _ = sweep.tick() => self.sync(services).await?,
                 _ = heartbeat.tick() => {
                     let asked = Instant::now();
-                    let theirs = self.run(|listener| Box::pin(db::heartbeat(listener))).await?;
+                    let theirs = self.run(|listener| Box::pin(session::heartbeat(listener))).await?;
                     let (ours, metrics) = (unix_seconds(), &services.metrics);
                     metrics.relay_last_heartbeat.set(ours);
                     let offset = clocks.compare(theirs, ours, asked.elapsed());
@@ -323,7 +323,7 @@ impl Session {
     /// Listens to everything that is wanted, then tells who may have missed something.
     async fn begin(&mut self, services: &Services, link: &mut Link) -> Result<(), LinkError> {
         let limit = self.deadline / 2;
-        self.run(|listener| Box::pin(db::bound(listener, limit))).await?;
+        self.run(|listener| Box::pin(session::bound(listener, limit))).await?;
         let own_channel = self.own_channel.clone();
         self.run(|listener| {
             Box::pin(async move {
@@ -333,10 +333,10 @@ impl Session {
         .await?;
         // One may have been told before.
         services.revocations_changed.notify_one();
-        let identity = self.run(|listener| Box::pin(db::identity(listener))).await?;
+        let identity = self.run(|listener| Box::pin(session::identity(listener))).await?;
         let (cause, covered) = (link.cause, services.listens.covered());
         self.sync_for(services, cause).await?;
-        let snapshot = self.run(|listener| Box::pin(db::snapshot(listener))).await?;
+        let snapshot = self.run(|listener| Box::pin(history::snapshot(listener))).await?;
         let good = link.good.clone();
         let now = Good { looked: snapshot.xacts.clone(), snapshot, identity };
         let this = now.clone();

@@ -37,7 +37,7 @@ pub(crate) async fn run(services: Arc<Services>, pool: PgPool) {
 }
 
 async fn read(services: &Services, pool: &PgPool) -> Result<(), Box<dyn Error + Send + Sync>> {
-    let revocations = db::revocations(pool, services.config.auth.revocations_max);
+    let revocations = db::revocations::revocations(pool, services.config.auth.revocations_max);
     let revocations = timeout(services.config.relay.connect_timeout, revocations).await??;
     let list = &services.verifier.revocations;
     if list.replace(revocations.into_iter(), unix_now()) {

@@ -8,7 +8,11 @@ use std::{error::Error, sync::Arc, time::Duration};
 use sqlx::PgPool;
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout, timeout_at};
 
-use crate::{db, recovery::lost_sockets::REMEMBERED, server::Services};
+use crate::{
+    db::{gateways, history},
+    recovery::lost_sockets::REMEMBERED,
+    server::Services,
+};
 
 /// How often what is slow is done: retention, topics joined of late.
 const SLOW: Duration = Duration::from_secs(60);
@@ -67,23 +71,23 @@ impl Upkeep {
     }
 
     async fn share(&mut self, services: &Services, pool: &PgPool) -> Result<(), sqlx::Error> {
-        let has_others = db::sign_of_life(pool, services.gateway).await?;
+        let has_others = gateways::sign_of_life(pool, services.gateway).await?;
         // After that: who has ended by then has left its records.
         let now = Instant::now();
         let within = self.read_at.map_or(REMEMBERED, |at| now.duration_since(at) + REREAD);
-        for record in db::lost_sockets(pool, services.gateway, within).await? {
+        for record in gateways::lost_sockets(pool, services.gateway, within).await? {
             let last_data = Instant::now().checked_sub(record.age);
             services.lost_sockets.record(record.client, &record.topic, last_data);
         }
         if self.read_at.is_none() {
-            for (topic, age) in db::recent_topics(pool, RECENT_MAX).await? {
+            for (topic, age) in gateways::recent_topics(pool, RECENT_MAX).await? {
                 services.healing.note_recent(&topic, age);
             }
         }
         self.read_at = Some(now);
         let topics: Vec<_> = services.healing.take_new().iter().map(ToString::to_string).collect();
         if !topics.is_empty() {
-            db::note_recent_topics(pool, &topics).await?;
+            gateways::note_recent_topics(pool, &topics).await?;
         }
         services.lost_sockets.set_alone(!has_others);
         Ok(())
@@ -91,15 +95,17 @@ impl Upkeep {
 }
 
 async fn forget(services: &Services, pool: &PgPool) -> Result<(), sqlx::Error> {
-    while db::forget_history(pool, services.config.history.keep).await? >= db::FORGET_BATCH {}
-    db::forget_shared(pool).await
+    while history::forget_history(pool, services.config.history.keep).await?
+        >= history::FORGET_BATCH
+    {}
+    gateways::forget_shared(pool).await
 }
 
 /// Leaves this gateway's records to the others, until the deadline. Its end is orderly if every
 /// socket has ended and so has its record.
 pub(crate) async fn end(services: &Services, pool: &PgPool, is_orderly: bool, deadline: Instant) {
     let records = services.lost_sockets.records();
-    let end = db::end_gateway(pool, services.gateway, is_orderly, &records);
+    let end = gateways::end_gateway(pool, services.gateway, is_orderly, &records);
     match timeout_at(deadline, end).await {
         Ok(Ok(())) => tracing::info!(records = records.len(), "records of lost sockets are left"),
         Ok(Err(error)) => {

@@ -14,7 +14,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 use crate::clock::unix_seconds;
 use crate::{
     db::{
-        self, Recorded,
+        catalog::{self, Recorded},
         deployed::{Deployed, Migrations, TRIGGERS, Table},
     },
     metrics::Metrics,
@@ -97,9 +97,9 @@ impl Survey {
         limit: Duration,
     ) -> Result<(), sqlx::Error> {
         let metrics = &services.metrics;
-        let mut session = db::begin_reading(pool, limit).await?;
+        let mut session = catalog::begin_reading(pool, limit).await?;
         let deployed = Deployed::look(&mut session).await?;
-        let server = db::server(&mut session).await?;
+        let server = catalog::server(&mut session).await?;
         show(metrics, &deployed);
         self.tell(&deployed);
         metrics.database_notify_queue.set(server.notify_queue);
@@ -108,7 +108,7 @@ impl Survey {
         let before = before.filter(|it| it.is_comparable(&server.run));
         // After the statistics, which are late: what they count has been written down by now.
         let since = before.and_then(|it| it.recorded.as_deref());
-        let recorded = match db::recorded(&mut session, since).await {
+        let recorded = match catalog::recorded(&mut session, since).await {
             Err(sqlx::Error::Database(error)) if is_absent(&*error) => None,
             recorded => Some(recorded?),
         };

@@ -1,0 +1,141 @@
+//! What the gateways of one database leave to each other.
+
+use std::time::Duration;
+
+use sqlx::{PgPool, Row};
+use uuid::Uuid;
+
+use crate::recovery::lost_sockets::{ClientKey, Record};
+
+/// Says that this gateway lives, and asks whether another one does, or died within a day without
+/// an orderly end.
+pub(crate) async fn sign_of_life(pool: &PgPool, gateway: Uuid) -> Result<bool, sqlx::Error> {
+    sqlx::query_scalar(
+        "WITH me AS (
+            INSERT INTO tidegate.gateways (id) VALUES ($1)
+            ON CONFLICT (id) DO UPDATE SET seen_at = clock_timestamp()
+        )
+        SELECT EXISTS (
+            SELECT FROM tidegate.gateways
+            WHERE id <> $1 AND ended_at IS NULL
+                AND seen_at > clock_timestamp() - interval '24 hours')",
+    )
+    .bind(gateway)
+    .fetch_one(pool)
+    .await
+}
+
+/// What other gateways wrote at their end, within so long.
+pub(crate) async fn lost_sockets(
+    pool: &PgPool,
+    gateway: Uuid,
+    within: Duration,
+) -> Result<Vec<Record>, sqlx::Error> {
+    let rows = sqlx::query(
+        "SELECT client, topic, extract(epoch FROM clock_timestamp() - min(last_data_at))::float8
+        FROM tidegate.lost_sockets
+        WHERE gateway <> $1 AND at > clock_timestamp() - make_interval(secs => $2)
+        GROUP BY 1, 2",
+    )
+    .bind(gateway)
+    .bind(within.as_secs_f64())
+    .fetch_all(pool)
+    .await?;
+    rows.iter()
+        .map(|row| {
+            let seconds = row.try_get::<f64, _>(2)?.max(0.0);
+            Ok(Record {
+                client: ClientKey(row.try_get(0)?),
+                topic: row.try_get::<String, _>(1)?.into(),
+                age: Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX),
+            })
+        })
+        .collect()
+}
+
+/// Writes this gateway's records and, if they are all, that it has ended, at once.
+pub(crate) async fn end_gateway(
+    pool: &PgPool,
+    gateway: Uuid,
+    is_orderly: bool,
+    records: &[Record],
+) -> Result<(), sqlx::Error> {
+    let clients: Vec<_> = records.iter().map(|it| it.client.0).collect();
+    let topics: Vec<_> = records.iter().map(|it| it.topic.to_string()).collect();
+    let ages: Vec<_> = records.iter().map(|it| it.age.as_secs_f64()).collect();
+    let mut transaction = pool.begin().await?;
+    sqlx::query(
+        "INSERT INTO tidegate.lost_sockets (gateway, client, topic, last_data_at)
+        SELECT $1, client, topic, clock_timestamp() - make_interval(secs => age)
+        FROM unnest($2::uuid[], $3::text[], $4::float8[]) r (client, topic, age)",
+    )
+    .bind(gateway)
+    .bind(clients)
+    .bind(topics)
+    .bind(ages)
+    .execute(&mut *transaction)
+    .await?;
+    sqlx::query(
+        "INSERT INTO tidegate.gateways (id, ended_at)
+        VALUES ($1, CASE WHEN $2 THEN clock_timestamp() END)
+        ON CONFLICT (id) DO UPDATE SET seen_at = clock_timestamp(), ended_at = excluded.ended_at",
+    )
+    .bind(gateway)
+    .bind(is_orderly)
+    .execute(&mut *transaction)
+    .await?;
+    transaction.commit().await
+}
+
+/// The topics that were joined within a day, and how long ago.
+pub(crate) async fn recent_topics(
+    pool: &PgPool,
+    limit: usize,
+) -> Result<Vec<(String, Duration)>, sqlx::Error> {
+    let rows = sqlx::query(
+        "SELECT topic, extract(epoch FROM clock_timestamp() - seen_at)::float8
+        FROM tidegate.recent_topics
+        WHERE seen_at > clock_timestamp() - interval '24 hours'
+        ORDER BY seen_at DESC
+        LIMIT $1",
+    )
+    .bind(i64::try_from(limit).unwrap_or(i64::MAX))
+    .fetch_all(pool)
+    .await?;
+    rows.iter()
+        .map(|row| {
+            let seconds = row.try_get::<f64, _>(1)?.max(0.0);
+            let age = Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX);
+            Ok((row.try_get(0)?, age))
+        })
+        .collect()
+}
+
+/// Remembers that these topics were joined.
+pub(crate) async fn note_recent_topics(
+    pool: &PgPool,
+    topics: &[String],
+) -> Result<(), sqlx::Error> {
+    sqlx::query(
+        "INSERT INTO tidegate.recent_topics (topic)
+        SELECT DISTINCT topic FROM unnest($1::text[]) t (topic) ORDER BY topic
+        ON CONFLICT (topic) DO UPDATE SET seen_at = clock_timestamp()",
+    )
+    .bind(topics)
+    .execute(pool)
+    .await
+    .map(drop)
+}
+
+/// Deletes what gateways have shared and no longer need.
+pub(crate) async fn forget_shared(pool: &PgPool) -> Result<(), sqlx::Error> {
+    for statement in [
+        "DELETE FROM tidegate.lost_sockets WHERE at < clock_timestamp() - interval '24 hours'",
+        "DELETE FROM tidegate.recent_topics WHERE seen_at < clock_timestamp() - interval '24 hours'",
+        "DELETE FROM tidegate.gateways WHERE seen_at < clock_timestamp() - interval '48 hours'",
+        "DELETE FROM tidegate.revocations WHERE until < clock_timestamp()",
+    ] {
+        sqlx::query(statement).execute(pool).await?;
+    }
+    Ok(())
+}

@@ -1,0 +1,60 @@
+//! What is asked of the session that listens, besides to listen.
+
+use std::time::Duration;
+
+use sqlx::{
+    ConnectOptions, Connection, Executor, Row,
+    postgres::{PgConnectOptions, PgListener},
+};
+
+/// Whether the server is a standby, asked over a connection of its own.
+pub(crate) async fn is_in_recovery(options: &PgConnectOptions) -> Result<bool, sqlx::Error> {
+    let mut connection = options.connect().await?;
+    let answer = connection.fetch_one("SELECT pg_is_in_recovery()").await?.try_get(0);
+    connection.close().await?;
+    answer
+}
+
+/// Asks the session for a sign of life: the server's clock, in seconds since 1970.
+pub(crate) async fn heartbeat(listener: &mut PgListener) -> Result<f64, sqlx::Error> {
+    // One exchange, the first time, too: a prepared statement would take two.
+    listener.fetch_one("SELECT extract(epoch FROM clock_timestamp())::float8").await?.try_get(0)
+}
+
+/// Bounds what a statement of the session may take, so that a locked table ends the statement and
+/// not the session.
+pub(crate) async fn bound(listener: &mut PgListener, limit: Duration) -> Result<(), sqlx::Error> {
+    let limit = limit.as_millis().to_string();
+    sqlx::query(
+        "SELECT set_config('statement_timeout', $1, false), set_config('lock_timeout', $1, false)",
+    )
+    .bind(limit)
+    .execute(listener)
+    .await
+    .map(drop)
+}
+
+/// What tells one database from another and from what it was before it was restored: the server's
+/// system identifier and timeline, and its own oid. The timeline is that of the log being written:
+/// the control file has the old one until the first checkpoint after a promotion. Where a provider
+/// has closed these functions, the time of the server's start instead.
+pub(crate) async fn identity(listener: &mut PgListener) -> Result<String, sqlx::Error> {
+    let identity = sqlx::query_scalar(
+        "SELECT concat_ws(' ', d.oid, (SELECT system_identifier FROM pg_control_system()),
+            left(pg_walfile_name(pg_current_wal_lsn()), 8))
+        FROM pg_database d WHERE d.datname = current_database()",
+    )
+    .fetch_one(&mut *listener)
+    .await;
+    match identity {
+        Err(sqlx::Error::Database(_)) => {
+            sqlx::query_scalar(
+                "SELECT concat_ws(' ', d.oid, pg_postmaster_start_time())
+                FROM pg_database d WHERE d.datname = current_database()",
+            )
+            .fetch_one(listener)
+            .await
+        }
+        Ok(_) | Err(_) => identity,
+    }
+}
