@@ -14,7 +14,7 @@ use super::{Refused, body, fields};
 use crate::{
     auth::revocations::{By, Full, Revocation, Stored, VALUE_BYTES_MAX},
     clock::unix_now,
-    db,
+    db::revocations::{self, RevocationRow},
     http::{Answer, Ask, object},
     server::Services,
     telemetry::audit::{Audit, Caller},
@@ -57,7 +57,13 @@ pub(super) async fn revoke(
     services.review();
     let stored = match &services.pool {
         Some(pool) => {
-            let store = db::revocations::revoke(pool, &revocation);
+            let row = RevocationRow {
+                claim: by.claim().to_owned(),
+                value: value.clone().into(),
+                at: now,
+                until,
+            };
+            let store = revocations::revoke(pool, &row);
             match timeout(services.config.relay.connect_timeout, store).await {
                 Ok(stored) => Some(stored.map_err(|_no_detail| "the database refuses it")),
                 Err(_elapsed) => Some(Err("the database does not answer")),

@@ -5,7 +5,16 @@ use std::time::Duration;
 use sqlx::{PgPool, Row};
 use uuid::Uuid;
 
-use crate::recovery::lost_sockets::{ClientKey, Record};
+/// A topic that a client held when its socket ended.
+#[derive(Debug)]
+pub(crate) struct LostSocket {
+    /// Stands for the client's address and `User-Agent`.
+    pub(crate) client: Uuid,
+    /// Without `realtime:`.
+    pub(crate) topic: String,
+    /// Time since the socket's last data frame.
+    pub(crate) age: Duration,
+}
 
 /// Says that this gateway lives, and asks whether another one does, or died within a day without
 /// an orderly end.
@@ -30,7 +39,7 @@ pub(crate) async fn lost_sockets(
     pool: &PgPool,
     gateway: Uuid,
     within: Duration,
-) -> Result<Vec<Record>, sqlx::Error> {
+) -> Result<Vec<LostSocket>, sqlx::Error> {
     let rows = sqlx::query(
         "SELECT client, topic, extract(epoch FROM clock_timestamp() - min(last_data_at))::float8
         FROM tidegate.lost_sockets
@@ -44,9 +53,9 @@ pub(crate) async fn lost_sockets(
     rows.iter()
         .map(|row| {
             let seconds = row.try_get::<f64, _>(2)?.max(0.0);
-            Ok(Record {
-                client: ClientKey(row.try_get(0)?),
-                topic: row.try_get::<String, _>(1)?.into(),
+            Ok(LostSocket {
+                client: row.try_get(0)?,
+                topic: row.try_get(1)?,
                 age: Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX),
             })
         })
@@ -58,10 +67,10 @@ pub(crate) async fn end_gateway(
     pool: &PgPool,
     gateway: Uuid,
     is_orderly: bool,
-    records: &[Record],
+    records: &[LostSocket],
 ) -> Result<(), sqlx::Error> {
-    let clients: Vec<_> = records.iter().map(|it| it.client.0).collect();
-    let topics: Vec<_> = records.iter().map(|it| it.topic.to_string()).collect();
+    let clients: Vec<_> = records.iter().map(|it| it.client).collect();
+    let topics: Vec<_> = records.iter().map(|it| &*it.topic).collect();
     let ages: Vec<_> = records.iter().map(|it| it.age.as_secs_f64()).collect();
     let mut transaction = pool.begin().await?;
     sqlx::query(

@@ -8,7 +8,12 @@ use std::{error::Error, sync::Arc, time::Duration};
 use sqlx::PgPool;
 use tokio::time::{sleep, timeout};
 
-use crate::{clock::unix_now, db, server::Services};
+use crate::{
+    auth::revocations::{By, Revocation},
+    clock::unix_now,
+    db,
+    server::Services,
+};
 
 /// Between two readings, if nobody tells of a change.
 const REREAD: Duration = Duration::from_secs(60);
@@ -40,7 +45,12 @@ async fn read(services: &Services, pool: &PgPool) -> Result<(), Box<dyn Error + 
     let revocations = db::revocations::revocations(pool, services.config.auth.revocations_max);
     let revocations = timeout(services.config.relay.connect_timeout, revocations).await??;
     let list = &services.verifier.revocations;
-    if list.replace(revocations.into_iter(), unix_now()) {
+    // A newer gateway may revoke by claims that this one does not know.
+    let known = revocations.into_iter().filter_map(|row| {
+        let by = By::named(&row.claim)?;
+        Some(Revocation { by, value: row.value.into(), at: row.at, until: row.until })
+    });
+    if list.replace(known, unix_now()) {
         tracing::info!(revocations = list.count(), "revocations have changed");
         services.review();
     }

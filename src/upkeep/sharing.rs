@@ -9,8 +9,11 @@ use sqlx::PgPool;
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout, timeout_at};
 
 use crate::{
-    db::{gateways, history},
-    recovery::lost_sockets::REMEMBERED,
+    db::{
+        gateways::{self, LostSocket},
+        history,
+    },
+    recovery::lost_sockets::{ClientKey, REMEMBERED, Record},
     server::Services,
 };
 
@@ -77,7 +80,7 @@ impl Upkeep {
         let within = self.read_at.map_or(REMEMBERED, |at| now.duration_since(at) + REREAD);
         for record in gateways::lost_sockets(pool, services.gateway, within).await? {
             let last_data = Instant::now().checked_sub(record.age);
-            services.lost_sockets.record(record.client, &record.topic, last_data);
+            services.lost_sockets.record(ClientKey(record.client), &record.topic, last_data);
         }
         if self.read_at.is_none() {
             for (topic, age) in gateways::recent_topics(pool, RECENT_MAX).await? {
@@ -104,7 +107,7 @@ async fn forget(services: &Services, pool: &PgPool) -> Result<(), sqlx::Error> {
 /// Leaves this gateway's records to the others, until the deadline. Its end is orderly if every
 /// socket has ended and so has its record.
 pub(crate) async fn end(services: &Services, pool: &PgPool, is_orderly: bool, deadline: Instant) {
-    let records = services.lost_sockets.records();
+    let records: Vec<_> = services.lost_sockets.records().into_iter().map(row).collect();
     let end = gateways::end_gateway(pool, services.gateway, is_orderly, &records);
     match timeout_at(deadline, end).await {
         Ok(Ok(())) => tracing::info!(records = records.len(), "records of lost sockets are left"),
@@ -113,4 +116,10 @@ pub(crate) async fn end(services: &Services, pool: &PgPool, is_orderly: bool, de
         }
         Err(_elapsed) => tracing::warn!("no records of lost sockets are left in time"),
     }
+}
+
+/// The row of a record.
+fn row(record: Record) -> LostSocket {
+    let Record { client, topic, age } = record;
+    LostSocket { client: client.0, topic: topic.to_string(), age }
 }

@@ -200,8 +200,6 @@ const BREACHES: &[&str] = &[
     "src/auth/jwks.rs names server",
     "src/cli/explain.rs names clock",
     "src/cli/explain.rs names metrics",
-    "src/db/gateways.rs names recovery",
-    "src/db/revocations.rs names auth",
     "src/doctor/client.rs names bench",
     "src/doctor/gateway.rs names metrics",
     "src/doctor/socket.rs names bench",
