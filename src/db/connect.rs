@@ -1,4 +1,7 @@
-//! How the database's URL is read, and what connects by it.
+//! Parses the database's URL and creates pools.
+//!
+//! Invariant: a URL with a parameter that the library does not know is refused, because the library
+//! would log the parameter's value.
 
 use std::{str::FromStr, time::Duration};
 
@@ -9,8 +12,8 @@ use sqlx::{
 
 use crate::secret::Secret;
 
-/// The parameters of a URL that the library reads. It warns of others with their values, which may
-/// be secrets.
+/// Parameters of a URL that the library reads. The library logs any other parameter with its value,
+/// which may be a secret.
 const PARAMETERS: [&str; 18] = [
     "sslmode",
     "ssl-mode",
@@ -32,14 +35,15 @@ const PARAMETERS: [&str; 18] = [
     "options",
 ];
 
-/// Connections for what the listening session is not for, and how long one is kept unused.
+/// Most connections of the pool, and the time after which it closes an idle one.
 const POOL_MAX: u32 = 3;
 const POOL_IDLE: Duration = Duration::from_secs(60);
 
-/// What the URL says, and our name.
+/// Parses the URL and sets `tidegate` as the application's name.
 ///
 /// # Errors
-/// The URL is not one of Postgres, or cannot be read.
+/// The URL does not begin with `postgres://` or `postgresql://`, has an unknown parameter, or cannot
+/// be parsed.
 pub(crate) fn options(url: &Secret) -> Result<PgConnectOptions, sqlx::Error> {
     let text = url.expose();
     if !["postgres://", "postgresql://"].iter().any(|scheme| text.starts_with(scheme)) {
@@ -57,7 +61,8 @@ pub(crate) fn options(url: &Secret) -> Result<PgConnectOptions, sqlx::Error> {
     Ok(options.application_name("tidegate").disable_statement_logging())
 }
 
-/// A pool of one connection, made anew for each session: fresh DNS, nothing left over.
+/// Creates a pool of one connection for one listening session. A session never uses the pool of the
+/// one before, so each resolves the host again and inherits no state.
 pub(crate) fn single(options: PgConnectOptions, connect_timeout: Duration) -> PgPool {
     PgPoolOptions::new()
         .max_connections(1)
@@ -68,10 +73,11 @@ pub(crate) fn single(options: PgConnectOptions, connect_timeout: Duration) -> Pg
         .connect_lazy_with(options)
 }
 
-/// A pool for what the listening session is not for.
+/// Creates the pool for everything but the listening session and the policies' sessions. It connects
+/// when a connection is first needed.
 ///
 /// # Errors
-/// The URL cannot be read.
+/// As [`options`].
 pub(crate) fn pool(url: &Secret, connect_timeout: Duration) -> Result<PgPool, sqlx::Error> {
     Ok(PgPoolOptions::new()
         .max_connections(POOL_MAX)

@@ -1,4 +1,5 @@
-//! What the gateways of one database leave to each other.
+//! Statements about what the gateways of one database share: heartbeats, sockets that stopped
+//! gateways have lost, topics that were joined recently.
 
 use std::time::Duration;
 
@@ -8,7 +9,7 @@ use uuid::Uuid;
 /// A topic that a client held when its socket ended.
 #[derive(Debug)]
 pub(crate) struct LostSocket {
-    /// Stands for the client's address and `User-Agent`.
+    /// Hash of the client's address and `User-Agent`.
     pub(crate) client: Uuid,
     /// Without `realtime:`.
     pub(crate) topic: String,
@@ -16,9 +17,9 @@ pub(crate) struct LostSocket {
     pub(crate) age: Duration,
 }
 
-/// Says that this gateway lives, and asks whether another one does, or died within a day without
-/// an orderly end.
-pub(crate) async fn sign_of_life(pool: &PgPool, gateway: Uuid) -> Result<bool, sqlx::Error> {
+/// Records that this gateway is alive. Returns whether another gateway is alive, or has died within
+/// 24 hours without an orderly end.
+pub(crate) async fn heartbeat(pool: &PgPool, gateway: Uuid) -> Result<bool, sqlx::Error> {
     sqlx::query_scalar(
         "WITH me AS (
             INSERT INTO tidegate.gateways (id) VALUES ($1)
@@ -34,7 +35,7 @@ pub(crate) async fn sign_of_life(pool: &PgPool, gateway: Uuid) -> Result<bool, s
     .await
 }
 
-/// What other gateways wrote at their end, within so long.
+/// Returns the lost sockets that other gateways have recorded within the last `within`.
 pub(crate) async fn lost_sockets(
     pool: &PgPool,
     gateway: Uuid,
@@ -62,8 +63,8 @@ pub(crate) async fn lost_sockets(
         .collect()
 }
 
-/// Writes this gateway's records and, if they are all, that it has ended, at once.
-pub(crate) async fn end_gateway(
+/// Records this gateway's lost sockets and, if `is_orderly`, its end, in one transaction.
+pub(crate) async fn deregister(
     pool: &PgPool,
     gateway: Uuid,
     is_orderly: bool,
@@ -96,7 +97,8 @@ pub(crate) async fn end_gateway(
     transaction.commit().await
 }
 
-/// The topics that were joined within a day, and how long ago.
+/// Returns the topics that were joined within 24 hours, at most `limit`, the latest first, each with
+/// the time since then.
 pub(crate) async fn recent_topics(
     pool: &PgPool,
     limit: usize,
@@ -120,7 +122,7 @@ pub(crate) async fn recent_topics(
         .collect()
 }
 
-/// Remembers that these topics were joined.
+/// Records that these topics have been joined.
 pub(crate) async fn note_recent_topics(
     pool: &PgPool,
     topics: &[String],
@@ -136,8 +138,8 @@ pub(crate) async fn note_recent_topics(
     .map(drop)
 }
 
-/// Deletes what gateways have shared and no longer need.
-pub(crate) async fn forget_shared(pool: &PgPool) -> Result<(), sqlx::Error> {
+/// Deletes lost sockets, recent topics, gateways and revocations that are past their time.
+pub(crate) async fn prune_shared(pool: &PgPool) -> Result<(), sqlx::Error> {
     for statement in [
         "DELETE FROM tidegate.lost_sockets WHERE at < clock_timestamp() - interval '24 hours'",
         "DELETE FROM tidegate.recent_topics WHERE seen_at < clock_timestamp() - interval '24 hours'",

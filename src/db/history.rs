@@ -1,4 +1,8 @@
-//! What triggers have written down: the history of broadcasts, and what they could not do.
+//! Statements about the messages that triggers have sent: snapshots and canaries, the history of
+//! messages, the failures of triggers, retention.
+//!
+//! Invariant: a row is newer than a snapshot if its transaction is not visible in it; ids are not
+//! compared, because transactions commit in another order than they take ids.
 
 use std::time::Duration;
 
@@ -7,31 +11,31 @@ use sqlx::{
     postgres::{PgExecutor, PgListener},
 };
 
-/// More changed endpoints than this are not told one by one.
+/// Most changed endpoints that [`changed_since`] returns; its statement reads one more.
 const CHANGED_MAX: usize = 100_000;
 
-/// Under which gateways take turns in deleting what is over: `tidegate` in ASCII.
-const FORGET_LOCK: i64 = 0x7469_6465_6761_7465;
-/// Rows of the history that are deleted at a time.
-pub(crate) const FORGET_BATCH: i32 = 1_000;
+/// Advisory lock that one gateway at a time holds while it prunes the history: `tidegate` in ASCII.
+const PRUNE_LOCK: i64 = 0x7469_6465_6761_7465;
+/// Most rows that one call of [`prune_history`] deletes.
+pub(crate) const PRUNE_BATCH: i32 = 1_000;
 
-/// What the database had committed at a moment.
+/// The transactions that were committed at one moment.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Snapshot {
-    /// As `pg_snapshot` writes it: `xmin:xmax:xip,…`.
+    /// In the text form of `pg_snapshot`: `xmin:xmax:xip,…`.
     pub(crate) xacts: String,
-    /// The server's clock.
+    /// The server's clock at that moment, in the text form of `timestamptz`.
     pub(crate) at: String,
 }
 
 impl Snapshot {
-    /// The first transaction that had not begun.
+    /// Returns the first transaction id that was not yet assigned.
     pub(crate) fn xmax(&self) -> Option<u64> {
         self.xacts.split(':').nth(1)?.parse().ok()
     }
 }
 
-/// What the database has committed at this moment.
+/// Takes a snapshot.
 pub(crate) async fn snapshot(listener: &mut PgListener) -> Result<Snapshot, sqlx::Error> {
     let row = sqlx::query("SELECT pg_current_snapshot()::text, clock_timestamp()::text")
         .fetch_one(listener)
@@ -39,7 +43,7 @@ pub(crate) async fn snapshot(listener: &mut PgListener) -> Result<Snapshot, sqlx
     Ok(Snapshot { xacts: row.try_get(0)?, at: row.try_get(1)? })
 }
 
-/// Notifies `nonce` on this gateway's own channel, and gives what had been committed before.
+/// Notifies `nonce` on `channel`. Returns the snapshot that was taken before.
 pub(crate) async fn send_canary(
     pool: &PgPool,
     channel: &str,
@@ -55,20 +59,24 @@ pub(crate) async fn send_canary(
     Ok(Snapshot { xacts: row.try_get(0)?, at: row.try_get(1)? })
 }
 
-/// What a trigger could not do.
+/// A message that a trigger failed to send.
 #[derive(Debug)]
 pub(crate) struct TriggerFailure {
-    /// The event, if it was known.
+    /// The event, if the trigger knew it.
     pub(crate) eid: Option<String>,
-    /// Whether the message is in the history all the same: the queue was too full to notify.
+    /// Whether the message is in the history: only the notification failed, because the queue was
+    /// too full.
     pub(crate) is_in_history: bool,
 }
 
-/// What triggers could not do and had not recorded at `since`, where a viewer may have missed
-/// something: not where there is no event to tell of, nor where the message was sent and only the
-/// history lacks it, nor what concerns `auction_winner` alone. A transaction records ten failures
-/// and the table about a thousand: beyond, anything may have failed. Gives them with what was seen,
-/// as `pg_snapshot` writes it; so is `since`.
+/// Returns the failures of triggers that were recorded after `since` and by which a viewer may have
+/// missed something, with the snapshot in which they were read. Both snapshots are in the text form
+/// of `pg_snapshot`.
+///
+/// Left out are failures without an event to notify, failures after which the message was sent and
+/// only the history lacks it, and failures that concern `auction_winner` alone. A transaction records
+/// at most ten failures and the table holds about a thousand: where failures may have been cut off,
+/// a failure without an event is returned, because any event may be affected.
 pub(crate) async fn trigger_failures(
     pool: &PgPool,
     since: &str,
@@ -107,8 +115,8 @@ pub(crate) async fn trigger_failures(
     Ok((seen, failures))
 }
 
-/// Whether the history lacks something that was committed after `since`: it was not written, or is
-/// no longer kept.
+/// Returns whether the history may lack a message that was committed after `since`, because a trigger
+/// could not write it or because it is older than `keep`.
 pub(crate) async fn has_holes(
     listener: &mut PgListener,
     since: &Snapshot,
@@ -133,17 +141,22 @@ pub(crate) async fn has_holes(
     .await
 }
 
-/// An endpoint of an event in the history.
+/// An endpoint of an event that the history names.
 #[derive(Debug)]
 pub(crate) struct Changed {
+    /// The event.
     pub(crate) eid: String,
-    /// None for a message without any.
+    /// `None` stands for a message without endpoints.
     pub(crate) endpoint: Option<String>,
-    /// Whether it stands for everything of the event.
+    /// Whether one of the messages is a pointer, which stands for all endpoints of the event.
     pub(crate) is_pointer: bool,
 }
 
-/// What the history says has changed of these events since `since`, and within the minute before.
+/// Returns the endpoints of these events that the history names in messages committed after `since`
+/// or within the 60 seconds before it.
+///
+/// # Errors
+/// [`sqlx::Error::Protocol`] if there are more than 100,000; then the caller resends everything.
 pub(crate) async fn changed_since(
     listener: &mut PgListener,
     since: &Snapshot,
@@ -179,7 +192,8 @@ pub(crate) async fn changed_since(
         .collect()
 }
 
-/// The endpoints that the events have, and those that changed within a day: `(eid, endpoint)`.
+/// Returns the endpoints that the events have, and those that the history names within 24 hours:
+/// `(eid, endpoint)`.
 pub(crate) async fn endpoints(
     listener: &mut PgListener,
     eids: &[String],
@@ -200,8 +214,8 @@ pub(crate) async fn endpoints(
         .collect()
 }
 
-/// Invalidates an endpoint of an event, or the event and its media, for the viewers of every
-/// gateway. Gives the payload.
+/// Invalidates one endpoint of an event, or the event and its media, for the viewers of every
+/// gateway. Returns the payload that was notified.
 pub(crate) async fn invalidate(
     database: impl PgExecutor<'_>,
     eid: &str,
@@ -214,17 +228,17 @@ pub(crate) async fn invalidate(
         .await
 }
 
-/// Deletes a batch of the history that is older than `keep`, if no other gateway is at it. Gives
-/// how many rows.
-pub(crate) async fn forget_history(pool: &PgPool, keep: Duration) -> Result<i32, sqlx::Error> {
-    let forgotten = sqlx::query_scalar::<_, Option<i32>>(
+/// Deletes at most [`PRUNE_BATCH`] rows of the history that are older than `keep`, unless another
+/// gateway is pruning. Returns the number of deleted rows.
+pub(crate) async fn prune_history(pool: &PgPool, keep: Duration) -> Result<i32, sqlx::Error> {
+    let pruned = sqlx::query_scalar::<_, Option<i32>>(
         "SELECT CASE WHEN pg_try_advisory_xact_lock($1)
             THEN tidegate.forget_history(make_interval(secs => $2), $3) END",
     )
-    .bind(FORGET_LOCK)
+    .bind(PRUNE_LOCK)
     .bind(keep.as_secs_f64())
-    .bind(FORGET_BATCH)
+    .bind(PRUNE_BATCH)
     .fetch_one(pool)
     .await?;
-    Ok(forgotten.unwrap_or(0))
+    Ok(pruned.unwrap_or(0))
 }

@@ -1,4 +1,7 @@
-//! The migrations of schema `tidegate` and the system file: made, and taken away.
+//! Installs and removes the gateway's database objects: the migrations of schema `tidegate` and the
+//! system file of triggers and functions.
+//!
+//! Invariant: every file may be run again.
 
 use std::time::Duration;
 
@@ -11,17 +14,18 @@ use tokio::time::timeout;
 use super::connect::options;
 use crate::secret::Secret;
 
-/// The re-runnable file of triggers and functions.
+/// The system file: triggers and functions. It may be run again.
 pub(super) const SYSTEM_SQL: &str =
     include_str!("../../migrations/broadcast_cache_invalidation_system.sql");
 
-/// The re-runnable file that takes everything of ours away.
+/// The file that removes all database objects of the gateway. It may be run again.
 const UNINSTALL_SQL: &str = include_str!("../../migrations/uninstall.sql");
 
-/// How long `migrate` waits for a connection.
+/// Time that [`migrate`] and [`uninstall`] wait for a connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// The gateway's own schema, one migration after the other.
+/// Migrations of the gateway's own schema, in the order in which they run: number, description,
+/// text.
 const SCHEMA: [(i64, &str, &str); 6] = [
     (1, "gateway schema", include_str!("../../migrations/schema/0001_gateway_schema.sql")),
     (2, "broadcast history", include_str!("../../migrations/schema/0002_broadcast_history.sql")),
@@ -31,35 +35,35 @@ const SCHEMA: [(i64, &str, &str); 6] = [
     (6, "forget person", include_str!("../../migrations/schema/0006_forget_person.sql")),
 ];
 
-/// Why `migrate` or `migrate --uninstall` could not do its work.
+/// Why [`migrate`] or [`uninstall`] failed.
 #[derive(Debug, thiserror::Error)]
 pub enum MigrateError {
-    /// No database was named.
+    /// No URL is set.
     #[error("no database: set TIDEGATE_MIGRATE_DATABASE_URL or TIDEGATE_DATABASE_URL")]
     NoUrl,
-    /// The URL cannot be read or nobody answers.
+    /// The URL cannot be parsed, or the server cannot be reached or refuses the session.
     #[error("no connection to the database")]
     Connect(#[source] sqlx::Error),
-    /// Somebody took the connection and said nothing in time.
+    /// The server accepted the connection and did not answer in time.
     #[error("the database does not answer")]
     Unanswered,
-    /// The gateway's schema.
+    /// A migration of schema `tidegate` failed.
     #[error("the migrations of schema tidegate failed")]
     Schema(#[source] sqlx::migrate::MigrateError),
-    /// The system file.
+    /// The system file failed.
     #[error("migrations/broadcast_cache_invalidation_system.sql failed")]
     System(#[source] sqlx::Error),
-    /// The file that takes everything away.
+    /// The file that removes the database objects failed.
     #[error("migrations/uninstall.sql failed, and nothing was taken away")]
     Uninstall(#[source] sqlx::Error),
 }
 
-/// The text of each migration of the gateway's own schema, in order.
+/// Returns the text of each migration, in the order in which they run.
 pub(super) fn schema_files() -> impl Iterator<Item = &'static str> {
     SCHEMA.into_iter().map(|(_, _, sql)| sql)
 }
 
-/// The migrations of the gateway's own schema, in order.
+/// Returns the migrations in the order in which they run.
 pub(super) fn migrations() -> Vec<Migration> {
     SCHEMA
         .into_iter()
@@ -70,14 +74,15 @@ pub(super) fn migrations() -> Vec<Migration> {
         .collect()
 }
 
-/// Brings schema `tidegate` up to date, then runs the system file.
+/// Runs the pending migrations of schema `tidegate`, then the system file.
 ///
 /// # Errors
-/// [`MigrateError`]; what was done before stays, and running again goes on from there.
+/// [`MigrateError`]; the migrations that have run stay, and the next run continues after them.
 pub async fn migrate(url: &Secret) -> Result<(), MigrateError> {
     let mut connection = connect(url).await?;
     let mut migrator = Migrator::with_migrations(migrations());
-    // In a schema of our own: nothing is left in `public` but what the system file names.
+    // The table of migrations stands in schema `tidegate`, so that `public` contains only the
+    // objects that the system file names.
     migrator.dangerous_set_table_name("tidegate.migrations");
     migrator.create_schema("tidegate");
     migrator.run(&mut connection).await.map_err(MigrateError::Schema)?;
@@ -85,17 +90,17 @@ pub async fn migrate(url: &Secret) -> Result<(), MigrateError> {
     connection.close().await.map_err(MigrateError::Connect)
 }
 
-/// Takes away what [`migrate`] has made, the history too; the role `tidegate` stays.
+/// Removes everything that [`migrate`] has created, the history too, except the role `tidegate`.
 ///
 /// # Errors
-/// [`MigrateError`]; nothing was taken away, unless only the end of the session failed.
+/// [`MigrateError`]; nothing was removed, unless only closing the session failed.
 pub async fn uninstall(url: &Secret) -> Result<(), MigrateError> {
     let mut connection = connect(url).await?;
     sqlx::raw_sql(UNINSTALL_SQL).execute(&mut connection).await.map_err(MigrateError::Uninstall)?;
     connection.close().await.map_err(MigrateError::Connect)
 }
 
-/// A session as the role that owns the tables.
+/// Connects as the role that owns the tables.
 async fn connect(url: &Secret) -> Result<PgConnection, MigrateError> {
     if url.is_empty() {
         return Err(MigrateError::NoUrl);

@@ -1,4 +1,8 @@
-//! Pools, migrations, and every SQL statement of the gateway.
+//! Every SQL statement of the gateway, by subject.
+//!
+//! Invariants: no other room holds SQL; a row is a struct of plain values (text, numbers, times,
+//! `Uuid`), from which the caller makes its own types; an error is the library's, and the caller
+//! decides what it means.
 
 pub(crate) mod catalog;
 mod connect;

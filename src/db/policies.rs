@@ -1,32 +1,34 @@
-//! The statements of a question to the policies on `realtime.messages`.
+//! Statements of one query to the policies on `realtime.messages`.
+//!
+//! Invariant: a query is one transaction, from [`begin`] to [`roll_back`], and leaves no row behind.
 
 use std::time::Duration;
 
 use sqlx::{Executor, PgConnection, Row};
 use uuid::Uuid;
 
-/// What a role is to the policies on `realtime.messages`.
+/// How the policies on `realtime.messages` apply to a role.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum PolicyRole {
-    /// Postgres knows none of this name.
+    /// No role has this name.
     Unknown,
-    /// Bound by nothing, and nobody's role in a token.
+    /// A superuser, which nothing restricts and which no token may name.
     Superuser,
-    /// Policies do not bind it: `service_role`.
+    /// The role bypasses row-level security: `service_role`.
     Bypasses,
-    /// Policies decide.
+    /// The policies apply.
     Bound,
 }
 
-/// Begins a question to the policies, each of whose statements may take `limit`. Gives what the
-/// role is, and whether `realtime.messages` is there.
-pub(crate) async fn begin_question(
+/// Begins the transaction of a query, each of whose statements may run for `limit`. Returns how the
+/// policies apply to the role, and whether the table `realtime.messages` exists.
+pub(crate) async fn begin(
     session: &mut PgConnection,
     role: &str,
     limit: Duration,
 ) -> Result<(PolicyRole, bool), sqlx::Error> {
     session.execute("BEGIN").await?;
-    // A name is compared as text: cast to a name it would be cut to 63 bytes.
+    // The statement compares names as text: a cast to `name` would cut the parameter to 63 bytes.
     let row = sqlx::query(
         "SELECT r.rolsuper, r.rolbypassrls, EXISTS (
                 SELECT FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
@@ -47,7 +49,8 @@ pub(crate) async fn begin_question(
     Ok((role, row.try_get(2)?))
 }
 
-/// Inserts a row of the topic for each extension, as the owner of the table. Gives their ids.
+/// Inserts a row of the topic for each extension, with the rights of the table's owner. Returns the
+/// ids of the rows.
 pub(crate) async fn insert_probes(
     session: &mut PgConnection,
     sub_topic: &str,
@@ -60,22 +63,23 @@ pub(crate) async fn insert_probes(
         .await
 }
 
-/// In whose name the policies are asked, and what they may look at.
+/// The values of a token and a request that policies can read.
 #[derive(Debug)]
 pub(crate) struct PolicyContext<'a> {
-    /// `role` of the token.
+    /// Claim `role` of the token.
     pub(crate) role: &'a str,
-    /// `sub` of the token, or nothing.
+    /// Claim `sub` of the token, or an empty text.
     pub(crate) sub: &'a str,
-    /// All claims, as JSON.
+    /// All claims of the token, as a JSON object.
     pub(crate) claims: &'a str,
     /// Headers of the request, as a JSON object.
     pub(crate) headers: &'a str,
-    /// The topic without its prefix.
+    /// The topic without `realtime:`.
     pub(crate) sub_topic: &'a str,
 }
 
-/// Becomes the token's role until the transaction ends.
+/// Switches to the token's role, with its claims, headers and topic as settings, until the
+/// transaction ends.
 pub(crate) async fn take_role(
     session: &mut PgConnection,
     context: &PolicyContext<'_>,
@@ -96,7 +100,7 @@ pub(crate) async fn take_role(
     .map(drop)
 }
 
-/// The extensions of those probes that the role may see.
+/// Returns the extensions of those probes that the policies let the role see.
 pub(crate) async fn visible_probes(
     session: &mut PgConnection,
     probes: &[Uuid],
@@ -107,8 +111,8 @@ pub(crate) async fn visible_probes(
         .await
 }
 
-/// Inserts a broadcast's row as the role. Nothing is returned, so that only the policies for
-/// inserting are asked.
+/// Inserts the row of a broadcast as the token's role. The statement has no RETURNING, so that only
+/// the policies for INSERT apply.
 pub(crate) async fn insert_broadcast(
     session: &mut PgConnection,
     sub_topic: &str,
@@ -120,7 +124,7 @@ pub(crate) async fn insert_broadcast(
         .map(drop)
 }
 
-/// Undoes everything since [`begin_question`], the role too.
-pub(crate) async fn end_question(session: &mut PgConnection) -> Result<(), sqlx::Error> {
+/// Rolls the transaction back, and with it the role and the settings.
+pub(crate) async fn roll_back(session: &mut PgConnection) -> Result<(), sqlx::Error> {
     session.execute("ROLLBACK").await.map(drop)
 }

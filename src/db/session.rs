@@ -1,4 +1,4 @@
-//! What is asked of the session that listens, besides to listen.
+//! Statements of the listening session, except LISTEN itself.
 
 use std::time::Duration;
 
@@ -7,7 +7,7 @@ use sqlx::{
     postgres::{PgConnectOptions, PgListener},
 };
 
-/// Whether the server is a standby, asked over a connection of its own.
+/// Returns whether the server is a standby. Opens a connection for this statement alone.
 pub(crate) async fn is_in_recovery(options: &PgConnectOptions) -> Result<bool, sqlx::Error> {
     let mut connection = options.connect().await?;
     let answer = connection.fetch_one("SELECT pg_is_in_recovery()").await?.try_get(0);
@@ -15,14 +15,14 @@ pub(crate) async fn is_in_recovery(options: &PgConnectOptions) -> Result<bool, s
     answer
 }
 
-/// Asks the session for a sign of life: the server's clock, in seconds since 1970.
+/// Checks that the session answers. Returns the server's clock, seconds since 1970.
 pub(crate) async fn heartbeat(listener: &mut PgListener) -> Result<f64, sqlx::Error> {
-    // One exchange, the first time, too: a prepared statement would take two.
+    // An unprepared statement takes one exchange; preparing one would add another the first time.
     listener.fetch_one("SELECT extract(epoch FROM clock_timestamp())::float8").await?.try_get(0)
 }
 
-/// Bounds what a statement of the session may take, so that a locked table ends the statement and
-/// not the session.
+/// Limits the time that each statement of the session may run or wait for a lock, so that a locked
+/// table ends the statement and not the session.
 pub(crate) async fn bound(listener: &mut PgListener, limit: Duration) -> Result<(), sqlx::Error> {
     let limit = limit.as_millis().to_string();
     sqlx::query(
@@ -34,10 +34,11 @@ pub(crate) async fn bound(listener: &mut PgListener, limit: Duration) -> Result<
     .map(drop)
 }
 
-/// What tells one database from another and from what it was before it was restored: the server's
-/// system identifier and timeline, and its own oid. The timeline is that of the log being written:
-/// the control file has the old one until the first checkpoint after a promotion. Where a provider
-/// has closed these functions, the time of the server's start instead.
+/// Returns a text that differs for each database, and for one database before and after it was
+/// restored: the database's oid with the server's system identifier and timeline. The timeline is
+/// that of the log being written, because the control file keeps the old one until the first
+/// checkpoint after a promotion. Where a provider has closed these functions, the time of the
+/// server's start takes their place.
 pub(crate) async fn identity(listener: &mut PgListener) -> Result<String, sqlx::Error> {
     let identity = sqlx::query_scalar(
         "SELECT concat_ws(' ', d.oid, (SELECT system_identifier FROM pg_control_system()),

@@ -48,7 +48,7 @@ pub(super) async fn examine(
         report.skip(&others, "there is no session with the database")?;
         return report.skip(&dry_runs, "there is no session with the database");
     }
-    match database.ask(async |it| Deployed::look(it).await).await {
+    match database.ask(async |it| Deployed::read(it).await).await {
         Ok(deployed) => {
             report.note(Check::TriggerCoverage, coverage(&deployed))?;
             report.note(Check::FunctionDrift, drift(&deployed))?;
@@ -81,7 +81,7 @@ fn coverage(deployed: &Deployed) -> Seen {
     let tables: Vec<_> = deployed.tables.iter().map(|it| it.name).collect();
     let missing: Vec<_> = deployed
         .missing_triggers()
-        .map(|(table, operation)| format!("{table} {}", operation.kind()))
+        .map(|(table, operation)| format!("{table} {}", operation.label()))
         .collect();
     if tables.is_empty() {
         return Seen::warning(

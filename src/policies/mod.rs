@@ -377,7 +377,7 @@ impl Policies {
                     .map_err(|_elapsed| AuthorizeError::QueryCanceled)?
             }
         };
-        let ended = timeout_at(deadline, statements::end_question(&mut session)).await;
+        let ended = timeout_at(deadline, statements::roll_back(&mut session)).await;
         if matches!(ended, Ok(Ok(()))) {
             self.idle.lock().push((session, Instant::now()));
         }
@@ -392,8 +392,7 @@ impl Policies {
     ) -> Result<(PgConnection, PolicyRole, bool), sqlx::Error> {
         while let Some((mut session, since)) = self.take_idle() {
             if since.elapsed() < SESSION_IDLE
-                && let Ok((role, has_messages)) =
-                    statements::begin_question(&mut session, role, limit).await
+                && let Ok((role, has_messages)) = statements::begin(&mut session, role, limit).await
             {
                 return Ok((session, role, has_messages));
             }
@@ -401,7 +400,7 @@ impl Policies {
         }
         let options = self.options.as_ref().ok_or(sqlx::Error::PoolClosed)?;
         let mut session = options.connect().await?;
-        let (role, has_messages) = statements::begin_question(&mut session, role, limit).await?;
+        let (role, has_messages) = statements::begin(&mut session, role, limit).await?;
         Ok((session, role, has_messages))
     }
 

@@ -74,7 +74,7 @@ impl Upkeep {
     }
 
     async fn share(&mut self, services: &Services, pool: &PgPool) -> Result<(), sqlx::Error> {
-        let has_others = gateways::sign_of_life(pool, services.gateway).await?;
+        let has_others = gateways::heartbeat(pool, services.gateway).await?;
         // After that: who has ended by then has left its records.
         let now = Instant::now();
         let within = self.read_at.map_or(REMEMBERED, |at| now.duration_since(at) + REREAD);
@@ -98,17 +98,17 @@ impl Upkeep {
 }
 
 async fn forget(services: &Services, pool: &PgPool) -> Result<(), sqlx::Error> {
-    while history::forget_history(pool, services.config.history.keep).await?
-        >= history::FORGET_BATCH
-    {}
-    gateways::forget_shared(pool).await
+    while history::prune_history(pool, services.config.history.keep).await? >= history::PRUNE_BATCH
+    {
+    }
+    gateways::prune_shared(pool).await
 }
 
 /// Leaves this gateway's records to the others, until the deadline. Its end is orderly if every
 /// socket has ended and so has its record.
 pub(crate) async fn end(services: &Services, pool: &PgPool, is_orderly: bool, deadline: Instant) {
     let records: Vec<_> = services.lost_sockets.records().into_iter().map(row).collect();
-    let end = gateways::end_gateway(pool, services.gateway, is_orderly, &records);
+    let end = gateways::deregister(pool, services.gateway, is_orderly, &records);
     match timeout_at(deadline, end).await {
         Ok(Ok(())) => tracing::info!(records = records.len(), "records of lost sockets are left"),
         Ok(Err(error)) => {

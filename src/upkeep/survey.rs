@@ -98,8 +98,8 @@ impl Survey {
     ) -> Result<(), sqlx::Error> {
         let metrics = &services.metrics;
         let mut session = catalog::begin_reading(pool, limit).await?;
-        let deployed = Deployed::look(&mut session).await?;
-        let server = catalog::server(&mut session).await?;
+        let deployed = Deployed::read(&mut session).await?;
+        let server = catalog::server_state(&mut session).await?;
         show(metrics, &deployed);
         self.tell(&deployed);
         metrics.database_notify_queue.set(server.notify_queue);
@@ -133,7 +133,7 @@ impl Survey {
     /// Logs what is missing, if that is not what was logged last.
     fn tell(&mut self, deployed: &Deployed) {
         let triggers = deployed.missing_triggers();
-        let triggers = triggers.map(|(table, operation)| format!("{table} {}", operation.kind()));
+        let triggers = triggers.map(|(table, operation)| format!("{table} {}", operation.label()));
         let functions = if deployed.drifted().count() == deployed.functions.len() {
             "all".to_owned()
         } else {
@@ -183,7 +183,7 @@ fn show(metrics: &Metrics, deployed: &Deployed) {
     for trigger in TRIGGERS {
         let table = deployed.tables.iter().find(|it| it.name == trigger.table);
         for operation in trigger.operations {
-            let labels = [trigger.table, operation.kind()];
+            let labels = [trigger.table, operation.label()];
             match table {
                 Some(table) => {
                     let is_present = !table.missing.contains(operation);
