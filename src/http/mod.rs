@@ -4,6 +4,7 @@
 //! `error_delay`, for anything else at once: overload must hold nobody's place.
 
 pub mod connection;
+mod policy_headers;
 mod rest;
 pub(crate) mod visits;
 
@@ -35,7 +36,6 @@ use crate::{
     hub::{NoPermit, Permit, outbox::Outbox},
     limits::{AddressPermit, Limited, client_ip},
     metrics::RefusedUpgrade,
-    policies,
     protocol::{
         error_code::{ErrorCode, Refusal},
         serializer::Serializer,
@@ -297,7 +297,7 @@ async fn upgrade(
     let trusted = &services.limits.trusted_proxies;
     services.visits.note(&user_agent, ask.headers(), caller, peer, trusted);
     let number = services.sockets.next_number();
-    let headers = policies::socket_headers(ask.headers());
+    let headers = policy_headers::socket_headers(ask.headers());
     let caller = caller.on(number);
     let socket = Socket::new(Arc::clone(&services), Arc::clone(&outbox), token, client, caller)
         .with_headers(headers);

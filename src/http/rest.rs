@@ -18,7 +18,8 @@ use serde_json::{Value, json, value::RawValue};
 use tokio::time::{Instant, timeout};
 
 use super::{
-    Answer, Ask, TOO_MANY_REQUESTS, Unverified, empty, header_text, object, query_value, verify,
+    Answer, Ask, TOO_MANY_REQUESTS, Unverified, empty, header_text, object, policy_headers,
+    query_value, verify,
 };
 use crate::{
     access::decision::{Action, Asked, Decision, Verdict},
@@ -27,7 +28,7 @@ use crate::{
     invalidation,
     limits::{self, TooFast},
     metrics::Dropped,
-    policies::{self, Asking, AuthorizeError},
+    policies::{Asking, AuthorizeError},
     protocol::{
         message::{FIELD_BYTES_MAX, Json, UserBroadcast, UserPayload},
         serializer::Broadcast,
@@ -234,7 +235,7 @@ struct Sender<'a> {
 
 impl<'a> Sender<'a> {
     fn new(services: &'a Services, caller: Caller, token: Arc<Token>, ask: &Ask) -> Self {
-        let headers = policies::rest_headers(ask.headers());
+        let headers = policy_headers::rest_headers(ask.headers());
         let deadline = Instant::now() + QUESTIONS_TIMEOUT;
         Self { services, caller, token, headers, answers: HashMap::new(), deadline }
     }
