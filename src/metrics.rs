@@ -21,7 +21,7 @@ use crate::{
     http::{Route, connection::CloseReason},
     hub::outbox::{Committed, Departure},
     invalidation::{BadEndpoint, Cause, Method, Tally, Why},
-    policies::{AuthorizeError, Question},
+    policies::{PolicyAction, QueryError},
     protocol::{error_code::ErrorCode, generation::Generation, message::Malformed},
     relay::{LinkError, Outcome},
     server::reload::ReloadError,
@@ -297,9 +297,9 @@ pub struct Metrics {
     pub canary_failures: IntCounter,
     /// Questions to the history that the server refused.
     pub history_unreadable: IntCounter,
-    /// Questions to the policies of private channels, by [`Question`].
+    /// Questions to the policies of private channels, by [`PolicyAction`].
     pub policy_seconds: HistogramVec,
-    /// By [`Question`] and `allowed`, `denied` or [`AuthorizeError::kind`].
+    /// By [`PolicyAction`] and `allowed`, `denied` or [`QueryError::kind`].
     pub policy_questions: IntCounterVec,
     /// 1 while the listening session is up.
     pub relay_link_up: IntGauge,
@@ -762,9 +762,9 @@ impl Metrics {
         for timing in ["on_time", "late"] {
             self.heartbeats.with_label_values(&[timing]);
         }
-        for question in Question::ALL {
+        for question in PolicyAction::ALL {
             self.policy_seconds.with_label_values(&[question.kind()]);
-            for result in AuthorizeError::KINDS.into_iter().chain(["allowed", "denied"]) {
+            for result in QueryError::KINDS.into_iter().chain(["allowed", "denied"]) {
                 self.policy_questions.with_label_values(&[question.kind(), result]);
             }
         }

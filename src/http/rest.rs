@@ -28,7 +28,7 @@ use crate::{
     invalidation,
     limits::{self, TooFast},
     metrics::Dropped,
-    policies::{Asking, AuthorizeError},
+    policies::{PolicyQuery, QueryError},
     protocol::{
         message::{FIELD_BYTES_MAX, Json, UserBroadcast, UserPayload},
         serializer::Broadcast,
@@ -188,7 +188,7 @@ enum Unsent {
     /// The topic may not be written to with this token.
     Denied,
     /// The policies of a private channel gave no answer.
-    Unanswered(AuthorizeError),
+    Unanswered(QueryError),
     /// They have allowed it, and it is one too many.
     TooFast,
 }
@@ -207,16 +207,16 @@ impl Unsent {
 /// What a sender is told without whose policies' answer nothing was sent.
 ///
 /// Source: supabase/realtime `broadcast_controller.ex` @833cf36.
-fn unanswered(error: &AuthorizeError) -> (StatusCode, &'static str) {
+fn unanswered(error: &QueryError) -> (StatusCode, &'static str) {
     let status = StatusCode::UNPROCESSABLE_ENTITY;
     match error {
-        AuthorizeError::Policy { .. } => (status, "RLS policy error"),
-        AuthorizeError::QueryCanceled => (status, "Query canceled"),
-        AuthorizeError::MissingPartition => (status, "Missing messages partition"),
-        AuthorizeError::Unavailable(_) | AuthorizeError::NotSetUp(_) => {
+        QueryError::Policy { .. } => (status, "RLS policy error"),
+        QueryError::QueryCanceled => (status, "Query canceled"),
+        QueryError::MissingPartition => (status, "Missing messages partition"),
+        QueryError::Unavailable(_) | QueryError::NotSetUp(_) => {
             (status, "Tenant database unavailable")
         }
-        AuthorizeError::PoolTimeout => (StatusCode::TOO_MANY_REQUESTS, "Connection pool exhausted"),
+        QueryError::PoolTimeout => (StatusCode::TOO_MANY_REQUESTS, "Connection pool exhausted"),
     }
 }
 
@@ -301,10 +301,10 @@ impl<'a> Sender<'a> {
         }
         let may_write = if Instant::now() < self.deadline {
             let (token, headers) = (Arc::clone(&self.token), Arc::clone(&self.headers));
-            let asking = Asking { token, sub_topic: sub_topic.into(), headers };
+            let asking = PolicyQuery { token, sub_topic: sub_topic.into(), headers };
             self.services.policies.write(asking).await
         } else {
-            Err(AuthorizeError::PoolTimeout)
+            Err(QueryError::PoolTimeout)
         };
         let (answer, unsent) = match may_write {
             Ok(true) => (None, Ok(())),

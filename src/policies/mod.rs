@@ -67,7 +67,7 @@ pub struct Policies {
 
 /// Who asks, for which topic.
 #[derive(Debug, Clone)]
-pub struct Asking {
+pub struct PolicyQuery {
     /// A verified one.
     pub token: Arc<Token>,
     /// The topic without its prefix.
@@ -78,7 +78,7 @@ pub struct Asking {
 
 /// What is asked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Question {
+pub enum PolicyAction {
     /// Which extensions may be read.
     Read {
         /// Whether presence is among those asked about.
@@ -88,7 +88,7 @@ pub enum Question {
     Write,
 }
 
-impl Question {
+impl PolicyAction {
     /// Every question's label once.
     pub const ALL: [Self; 2] = [Self::Read { presence: false }, Self::Write];
 
@@ -126,7 +126,7 @@ impl Allowed {
 
 /// Why the policies gave no answer.
 #[derive(Debug, thiserror::Error)]
-pub enum AuthorizeError {
+pub enum QueryError {
     /// Nobody answers, or the server cannot serve.
     #[error("the database is not available")]
     Unavailable(#[source] Option<sqlx::Error>),
@@ -150,7 +150,7 @@ pub enum AuthorizeError {
     },
 }
 
-impl AuthorizeError {
+impl QueryError {
     /// Every label that [`Self::kind`] gives.
     pub const KINDS: [&'static str; 6] = [
         "unavailable",
@@ -242,34 +242,34 @@ impl Policies {
     /// What the token may read of the topic; nothing is an answer, too.
     ///
     /// # Errors
-    /// [`AuthorizeError`] if the policies gave no answer.
+    /// [`QueryError`] if the policies gave no answer.
     ///
     /// # Cancel safety
     /// A question that has come to its turn goes on to its end, for nobody.
     pub async fn read(
         self: &Arc<Self>,
-        asking: Asking,
+        asking: PolicyQuery,
         wants_presence: bool,
-    ) -> Result<Allowed, AuthorizeError> {
-        self.count(asking, Question::Read { presence: wants_presence }).await
+    ) -> Result<Allowed, QueryError> {
+        self.count(asking, PolicyAction::Read { presence: wants_presence }).await
     }
 
     /// Whether the token may broadcast to the topic.
     ///
     /// # Errors
-    /// [`AuthorizeError`] if the policies gave no answer.
+    /// [`QueryError`] if the policies gave no answer.
     ///
     /// # Cancel safety
     /// A question that has come to its turn goes on to its end, for nobody.
-    pub async fn write(self: &Arc<Self>, asking: Asking) -> Result<bool, AuthorizeError> {
-        self.count(asking, Question::Write).await.map(|allowed| allowed.broadcast)
+    pub async fn write(self: &Arc<Self>, asking: PolicyQuery) -> Result<bool, QueryError> {
+        self.count(asking, PolicyAction::Write).await.map(|allowed| allowed.broadcast)
     }
 
     async fn count(
         self: &Arc<Self>,
-        asking: Asking,
-        question: Question,
-    ) -> Result<Allowed, AuthorizeError> {
+        asking: PolicyQuery,
+        question: PolicyAction,
+    ) -> Result<Allowed, QueryError> {
         let started = Instant::now();
         let answer = self.ask(asking, question, started + self.timeout).await;
         let kind = question.kind();
@@ -279,14 +279,14 @@ impl Policies {
             Ok(_) => "denied",
             Err(error) => {
                 match error {
-                    AuthorizeError::NotSetUp(missing) => self.tell(*missing),
-                    AuthorizeError::Policy { sqlstate } => {
+                    QueryError::NotSetUp(missing) => self.tell(*missing),
+                    QueryError::Policy { sqlstate } => {
                         tracing::debug!(code = "RlsPolicyError", action = kind, %sqlstate, "denied");
                     }
-                    AuthorizeError::Unavailable(_)
-                    | AuthorizeError::PoolTimeout
-                    | AuthorizeError::QueryCanceled
-                    | AuthorizeError::MissingPartition => {
+                    QueryError::Unavailable(_)
+                    | QueryError::PoolTimeout
+                    | QueryError::QueryCanceled
+                    | QueryError::MissingPartition => {
                         let error = error as &dyn Error;
                         tracing::debug!(error, action = kind, "the policies give no answer");
                     }
@@ -300,25 +300,25 @@ impl Policies {
 
     async fn ask(
         self: &Arc<Self>,
-        asking: Asking,
-        question: Question,
+        asking: PolicyQuery,
+        question: PolicyAction,
         deadline: Instant,
-    ) -> Result<Allowed, AuthorizeError> {
+    ) -> Result<Allowed, QueryError> {
         // A text of Postgres cannot hold it, so that no policy is for such a topic.
         if asking.sub_topic.contains('\0') {
             return Ok(Allowed::NONE);
         }
         if self.options.is_none() {
-            return Err(AuthorizeError::NotSetUp(Missing::Database));
+            return Err(QueryError::NotSetUp(Missing::Database));
         }
         // Half of the time is for the question itself: who comes to it later would only be told that
         // it takes too long.
         let place =
             timeout_at(deadline - self.timeout / 2, Arc::clone(&self.places).acquire_owned())
                 .await
-                .map_err(|_elapsed| AuthorizeError::PoolTimeout)?
+                .map_err(|_elapsed| QueryError::PoolTimeout)?
                 // Never closed.
-                .map_err(|_closed| AuthorizeError::PoolTimeout)?;
+                .map_err(|_closed| QueryError::PoolTimeout)?;
         let policies = Arc::clone(self);
         // On its own, so that it keeps its place until the server is done, also when nobody waits
         // for it any more: clients that come and go hold no more sessions than those that stay.
@@ -327,24 +327,24 @@ impl Policies {
             drop(place);
             answer
         });
-        asked.await.unwrap_or(Err(AuthorizeError::Unavailable(None)))
+        asked.await.unwrap_or(Err(QueryError::Unavailable(None)))
     }
 
     async fn ask_once(
         &self,
-        asking: &Asking,
-        question: Question,
+        asking: &PolicyQuery,
+        question: PolicyAction,
         deadline: Instant,
-    ) -> Result<Allowed, AuthorizeError> {
-        let Asking { token, sub_topic, headers } = asking;
+    ) -> Result<Allowed, QueryError> {
+        let PolicyQuery { token, sub_topic, headers } = asking;
         let claims = &token.claims;
         // The server's own limit goes first, so that the session lives on.
         let limit = deadline.saturating_duration_since(Instant::now()).mul_f64(0.9);
         let (mut session, role, has_messages) =
             timeout_at(deadline, self.begin(&claims.role, limit))
                 .await
-                .map_err(|_elapsed| AuthorizeError::Unavailable(None))?
-                .map_err(|error| AuthorizeError::Unavailable(Some(error)))?;
+                .map_err(|_elapsed| QueryError::Unavailable(None))?
+                .map_err(|error| QueryError::Unavailable(Some(error)))?;
         let json = claims.json();
         let context = PolicyContext {
             role: &claims.role,
@@ -356,20 +356,20 @@ impl Policies {
         let answer = match (role, has_messages) {
             (PolicyRole::Bypasses, _) => Ok(Allowed::ALL),
             (PolicyRole::Unknown | PolicyRole::Superuser, _) => {
-                Err(AuthorizeError::Policy { sqlstate: UNKNOWN_ROLE.into() })
+                Err(QueryError::Policy { sqlstate: UNKNOWN_ROLE.into() })
             }
-            (PolicyRole::Bound, false) => Err(AuthorizeError::NotSetUp(Missing::Schema)),
+            (PolicyRole::Bound, false) => Err(QueryError::NotSetUp(Missing::Schema)),
             (PolicyRole::Bound, true) => {
                 let answer = async {
                     match question {
-                        Question::Read { presence } => read(&mut session, &context, presence).await,
-                        Question::Write => write(&mut session, &context).await,
+                        PolicyAction::Read { presence } => {
+                            read(&mut session, &context, presence).await
+                        }
+                        PolicyAction::Write => write(&mut session, &context).await,
                     }
                 };
                 // A session that is still busy is closed.
-                timeout_at(deadline, answer)
-                    .await
-                    .map_err(|_elapsed| AuthorizeError::QueryCanceled)?
+                timeout_at(deadline, answer).await.map_err(|_elapsed| QueryError::QueryCanceled)?
             }
         };
         let ended = timeout_at(deadline, statements::roll_back(&mut session)).await;
@@ -414,7 +414,7 @@ async fn read(
     session: &mut PgConnection,
     context: &PolicyContext<'_>,
     wants_presence: bool,
-) -> Result<Allowed, AuthorizeError> {
+) -> Result<Allowed, QueryError> {
     let extensions = [BROADCAST, PRESENCE];
     let extensions = if wants_presence { &extensions[..] } else { &extensions[..1] };
     let probes = statements::insert_probes(session, context.sub_topic, extensions)
@@ -429,7 +429,7 @@ async fn read(
 async fn write(
     session: &mut PgConnection,
     context: &PolicyContext<'_>,
-) -> Result<Allowed, AuthorizeError> {
+) -> Result<Allowed, QueryError> {
     statements::take_role(session, context).await.map_err(of_role)?;
     match statements::insert_broadcast(session, context.sub_topic).await {
         Ok(()) => Ok(Allowed { broadcast: true, presence: false }),
@@ -450,50 +450,50 @@ fn sqlstate(error: &sqlx::Error) -> Option<Cow<'_, str>> {
 }
 
 /// Of a statement that the gateway's own role runs.
-fn of_gateway(error: sqlx::Error) -> AuthorizeError {
+fn of_gateway(error: sqlx::Error) -> QueryError {
     match sqlstate(&error).as_deref() {
         // No such function, schema, table or column, or no right to it.
         Some("42883" | "3F000" | "42P01" | "42703" | INSUFFICIENT_PRIVILEGE) => {
-            AuthorizeError::NotSetUp(Missing::Schema)
+            QueryError::NotSetUp(Missing::Schema)
         }
-        _ => of_server(error).unwrap_or_else(|error| AuthorizeError::Unavailable(Some(error))),
+        _ => of_server(error).unwrap_or_else(|error| QueryError::Unavailable(Some(error))),
     }
 }
 
 /// Of becoming the token's role.
-fn of_role(error: sqlx::Error) -> AuthorizeError {
+fn of_role(error: sqlx::Error) -> QueryError {
     match sqlstate(&error).as_deref() {
-        Some(INSUFFICIENT_PRIVILEGE) => AuthorizeError::NotSetUp(Missing::Membership),
+        Some(INSUFFICIENT_PRIVILEGE) => QueryError::NotSetUp(Missing::Membership),
         _ => of_policies(error),
     }
 }
 
 /// Of a statement that policies may make fail.
-fn of_policies(error: sqlx::Error) -> AuthorizeError {
+fn of_policies(error: sqlx::Error) -> QueryError {
     of_server(error).unwrap_or_else(|error| match sqlstate(&error) {
-        Some(sqlstate) => AuthorizeError::Policy { sqlstate: sqlstate.into() },
-        None => AuthorizeError::Unavailable(Some(error)),
+        Some(sqlstate) => QueryError::Policy { sqlstate: sqlstate.into() },
+        None => QueryError::Unavailable(Some(error)),
     })
 }
 
 /// What any statement may end with.
-fn of_server(error: sqlx::Error) -> Result<AuthorizeError, sqlx::Error> {
+fn of_server(error: sqlx::Error) -> Result<QueryError, sqlx::Error> {
     let Some(database) = error.as_database_error() else {
-        return Ok(AuthorizeError::Unavailable(Some(error)));
+        return Ok(QueryError::Unavailable(Some(error)));
     };
     let code = database.code().unwrap_or_default();
     match &*code {
-        "57014" => Ok(AuthorizeError::QueryCanceled),
+        "57014" => Ok(QueryError::QueryCanceled),
         // Of all checks only this one is the table's and has no name.
         "23514" if database.table() == Some("messages") && database.constraint().is_none() => {
-            Ok(AuthorizeError::MissingPartition)
+            Ok(QueryError::MissingPartition)
         }
         // None of a policy's doing: the connection, the transaction, a statement that a pooler in
         // between has lost, a deadlock, resources, an operator, the system.
         _ if ["08", "25", "26", "40", "53", "55", "57", "58", "XX"]
             .contains(&code.get(..2).unwrap_or_default()) =>
         {
-            Ok(AuthorizeError::Unavailable(Some(error)))
+            Ok(QueryError::Unavailable(Some(error)))
         }
         _ => Err(error),
     }
@@ -506,13 +506,13 @@ mod tests {
     #[test]
     fn every_answer_is_counted_under_a_name_that_exists_from_the_start() {
         let all = [
-            AuthorizeError::Unavailable(None),
-            AuthorizeError::NotSetUp(Missing::Database),
-            AuthorizeError::PoolTimeout,
-            AuthorizeError::QueryCanceled,
-            AuthorizeError::MissingPartition,
-            AuthorizeError::Policy { sqlstate: UNKNOWN_ROLE.into() },
+            QueryError::Unavailable(None),
+            QueryError::NotSetUp(Missing::Database),
+            QueryError::PoolTimeout,
+            QueryError::QueryCanceled,
+            QueryError::MissingPartition,
+            QueryError::Policy { sqlstate: UNKNOWN_ROLE.into() },
         ];
-        assert_eq!(all.map(|error| error.kind()), AuthorizeError::KINDS);
+        assert_eq!(all.map(|error| error.kind()), QueryError::KINDS);
     }
 }

@@ -24,7 +24,7 @@ use crate::{
     invalidation::Known,
     limits::Limited,
     metrics::Dropped,
-    policies::{Allowed, Asking, AuthorizeError},
+    policies::{Allowed, PolicyQuery, QueryError},
     protocol::{
         error_code::{ErrorCode, Refusal, error_reply},
         generation::Generation,
@@ -156,8 +156,8 @@ pub struct Due {
 enum Answer {
     /// A time to come, or a LISTEN.
     Nothing,
-    Reads(Result<Allowed, AuthorizeError>),
-    Writes(Result<bool, AuthorizeError>),
+    Reads(Result<Allowed, QueryError>),
+    Writes(Result<bool, QueryError>),
 }
 
 impl Socket {
@@ -538,7 +538,7 @@ impl Socket {
     }
 
     /// A question to the policies by a channel of this socket.
-    fn asking(&self, channel: &Channel) -> Asking {
+    fn asking(&self, channel: &Channel) -> PolicyQuery {
         channel.asking(&self.headers)
     }
 

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use super::channel::{Channel, Context, EndReason, Fate};
 use crate::{
     metrics::Dropped,
-    policies::{Allowed, Asking, AuthorizeError},
+    policies::{Allowed, PolicyQuery, QueryError},
     protocol::{
         error_code::{ErrorCode, Refusal},
         topic::Privacy,
@@ -66,8 +66,8 @@ impl Channel {
     }
 
     /// A question of this channel's.
-    pub(crate) fn asking(&self, headers: &Arc<str>) -> Asking {
-        Asking {
+    pub(crate) fn asking(&self, headers: &Arc<str>) -> PolicyQuery {
+        PolicyQuery {
             token: Arc::clone(&self.token),
             sub_topic: self.sub_topic(),
             headers: Arc::clone(headers),
@@ -78,10 +78,7 @@ impl Channel {
     ///
     /// # Errors
     /// [`Refusal`] if nothing may be read, or nobody knows.
-    pub(crate) fn admit_by(
-        mut self,
-        reads: Result<Allowed, AuthorizeError>,
-    ) -> Result<Self, Refusal> {
+    pub(crate) fn admit_by(mut self, reads: Result<Allowed, QueryError>) -> Result<Self, Refusal> {
         let sub_topic = &self.key.sub_topic;
         let reads = reads.map_err(|error| error.refuse(sub_topic))?;
         if !reads.any() {
@@ -104,12 +101,12 @@ impl Channel {
     pub(crate) fn take_reads(
         &mut self,
         context: Context<'_>,
-        reads: Result<Allowed, AuthorizeError>,
+        reads: Result<Allowed, QueryError>,
     ) -> Fate {
         let had = self.policies.reads;
         let reads = match reads {
             Ok(reads) => reads,
-            Err(error @ AuthorizeError::Policy { .. }) => {
+            Err(error @ QueryError::Policy { .. }) => {
                 return self.end_with(context, &error.refuse(&self.key.sub_topic));
             }
             Err(error) => {
@@ -135,10 +132,7 @@ impl Channel {
 
     /// Remembers whether the policies let it broadcast. Without an answer what has waited for it is
     /// dropped, and they are asked again.
-    pub(crate) fn take_writes(
-        &mut self,
-        writes: Result<bool, AuthorizeError>,
-    ) -> Result<(), Dropped> {
+    pub(crate) fn take_writes(&mut self, writes: Result<bool, QueryError>) -> Result<(), Dropped> {
         self.policies.writes = Some(writes.map_err(|_counted| Dropped::WriteUnanswered)?);
         Ok(())
     }

@@ -5,7 +5,7 @@ use std::{collections::HashMap, sync::Arc, time::Duration};
 use futures_util::{FutureExt, future::join_all};
 use serde_json::{Value, json};
 use tidegate::{
-    policies::{Allowed, Asking, AuthorizeError, Missing},
+    policies::{Allowed, Missing, PolicyQuery, QueryError},
     secret::Secret,
     server::Services,
 };
@@ -21,8 +21,8 @@ fn user(sub: &str) -> Value {
     json!({ "role": "authenticated", "sub": sub })
 }
 
-fn is_policy<T: std::fmt::Debug>(answer: &Result<T, AuthorizeError>) -> bool {
-    matches!(answer, Err(AuthorizeError::Policy { .. }))
+fn is_policy<T: std::fmt::Debug>(answer: &Result<T, QueryError>) -> bool {
+    matches!(answer, Err(QueryError::Policy { .. }))
 }
 
 #[tokio::test]
@@ -114,7 +114,7 @@ async fn policies_see_the_claims_the_topic_and_the_headers_and_nothing_of_the_la
         )
         .await;
     let services = database.services();
-    let asking = Asking {
+    let asking = PolicyQuery {
         headers: r#"{"x-country":"NL"}"#.into(),
         ..asking(&services, json!({ "role": "anon", "sub": "x", "a": [1] }), "seen")
     };
@@ -300,8 +300,8 @@ async fn a_day_without_a_partition_has_its_own_name() {
 
 #[tokio::test]
 async fn what_is_not_set_up_is_unavailable_and_not_denied() {
-    let missing = |answer: Result<Allowed, AuthorizeError>| match answer {
-        Err(AuthorizeError::NotSetUp(missing)) => missing,
+    let missing = |answer: Result<Allowed, QueryError>| match answer {
+        Err(QueryError::NotSetUp(missing)) => missing,
         other => panic!("{other:?}"),
     };
     let nowhere = Services::new(config()).unwrap();
@@ -317,7 +317,7 @@ async fn what_is_not_set_up_is_unavailable_and_not_denied() {
     assert_eq!(missing(read(&services, claims.clone(), "room:1").await), Missing::Schema);
     assert!(matches!(
         write(&services, claims, "room:1").await,
-        Err(AuthorizeError::NotSetUp(Missing::Schema))
+        Err(QueryError::NotSetUp(Missing::Schema))
     ));
     // A role that the gateway may not take.
     let database = Private::start(Table::Plain).await;

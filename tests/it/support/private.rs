@@ -7,7 +7,7 @@ use tidegate::{
     clock::unix_now,
     db,
     demo::cluster::Cluster,
-    policies::{Allowed, Asking, AuthorizeError},
+    policies::{Allowed, PolicyQuery, QueryError},
     secret::Secret,
     server::{Services, settings::Config},
 };
@@ -108,9 +108,9 @@ impl Private {
 }
 
 /// A question by somebody with these claims.
-pub(crate) fn asking(services: &Services, claims: Value, sub_topic: &str) -> Asking {
+pub(crate) fn asking(services: &Services, claims: Value, sub_topic: &str) -> PolicyQuery {
     let token = services.verifier.verify(&token::with_claims(claims), unix_now()).unwrap();
-    Asking { token, sub_topic: sub_topic.into(), headers: "{}".into() }
+    PolicyQuery { token, sub_topic: sub_topic.into(), headers: "{}".into() }
 }
 
 /// What a user may read of a topic, presence asked about, too.
@@ -118,7 +118,7 @@ pub(crate) async fn read(
     services: &Services,
     claims: Value,
     sub_topic: &str,
-) -> Result<Allowed, AuthorizeError> {
+) -> Result<Allowed, QueryError> {
     services.policies.read(asking(services, claims, sub_topic), true).await
 }
 
@@ -127,6 +127,6 @@ pub(crate) async fn write(
     services: &Services,
     claims: Value,
     sub_topic: &str,
-) -> Result<bool, AuthorizeError> {
+) -> Result<bool, QueryError> {
     services.policies.write(asking(services, claims, sub_topic)).await
 }
