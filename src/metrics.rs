@@ -21,7 +21,6 @@ use crate::{
     http::{Route, connection::CloseReason},
     hub::outbox::{Committed, Departure},
     invalidation::{BadEndpoint, Cause, Method, Tally, Why},
-    policies::{PolicyAction, QueryError},
     protocol::{error_code::ErrorCode, generation::Generation, message::Malformed},
     relay::{LinkError, Outcome},
     server::reload::ReloadError,
@@ -297,10 +296,6 @@ pub struct Metrics {
     pub canary_failures: IntCounter,
     /// Questions to the history that the server refused.
     pub history_unreadable: IntCounter,
-    /// Questions to the policies of private channels, by [`PolicyAction`].
-    pub policy_seconds: HistogramVec,
-    /// By [`PolicyAction`] and `allowed`, `denied` or [`QueryError::kind`].
-    pub policy_questions: IntCounterVec,
     /// 1 while the listening session is up.
     pub relay_link_up: IntGauge,
     /// By what ended the session, or the attempt: [`LinkError`].
@@ -572,17 +567,6 @@ impl Metrics {
                 "history_unreadable_total",
                 "Questions to the history that the server refused to answer.",
             ),
-            policy_seconds: new.histograms(
-                "policy_seconds",
-                "One question to the policies of a private channel, by action.",
-                &["action"],
-                &LATENCY_BUCKETS,
-            ),
-            policy_questions: new.counters(
-                "policy_questions_total",
-                "Questions to the policies of private channels, by action and result.",
-                &["action", "result"],
-            ),
             relay_link_up: new.gauge("relay_link_up", "1 while the listening session is up."),
             relay_reconnects: new.counters(
                 "relay_reconnects_total",
@@ -761,12 +745,6 @@ impl Metrics {
         }
         for timing in ["on_time", "late"] {
             self.heartbeats.with_label_values(&[timing]);
-        }
-        for question in PolicyAction::ALL {
-            self.policy_seconds.with_label_values(&[question.kind()]);
-            for result in QueryError::KINDS.into_iter().chain(["allowed", "denied"]) {
-                self.policy_questions.with_label_values(&[question.kind(), result]);
-            }
         }
         for generation in Generation::ALL {
             self.client_versions.with_label_values(&[generation.kind()]);

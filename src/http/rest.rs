@@ -198,7 +198,7 @@ impl Unsent {
     fn kind(&self) -> &'static str {
         match self {
             Self::Denied => "denied",
-            Self::Unanswered(error) => error.kind(),
+            Self::Unanswered(error) => error.label(),
             Self::TooFast => "too_fast",
         }
     }

@@ -129,7 +129,13 @@ impl Services {
         let rules = TopicRules::new(config.topic.clone(), config.topics);
         let tracker = TaskTracker::new();
         Ok(Arc::new(Self {
-            policies: Arc::new(Policies::new(&config, &metrics, &tracker)),
+            policies: Arc::new(Policies::new(
+                &config.policies,
+                // The settings' check has read the URL.
+                db::options(config.pool_url()).ok(),
+                registry,
+                tracker.clone(),
+            )),
             limits: Arc::new(Limits::new(config.limits.clone(), config.network.clone(), registry)),
             hub: Arc::new(Hub::new(registry)),
             rules: RwLock::new(Arc::new(rules)),

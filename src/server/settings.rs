@@ -18,6 +18,7 @@ use crate::{
     clock::duration,
     db,
     limits::{self, NetworkSettings},
+    policies,
     protocol::payload::OPAQUE_KEY_PREFIX,
     secret::Secret,
 };
@@ -62,7 +63,7 @@ pub struct Config {
     /// Public keys that tokens are signed with.
     pub jwks: Jwks,
     /// The database's decisions about private channels.
-    pub policies: Policies,
+    pub policies: policies::Settings,
     /// Who is in front.
     pub network: NetworkSettings,
     /// What bounds clients.
@@ -132,17 +133,6 @@ pub struct Jwks {
     pub timeout: Duration,
     /// Largest document.
     pub bytes_max: usize,
-}
-
-/// The database's decisions about private channels.
-#[derive(Debug, Clone, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Policies {
-    /// Most questions asked at a time, each on a connection of its own.
-    pub connections_max: u32,
-    /// A question that takes longer counts as unanswered; at most 1.2 s.
-    #[serde(deserialize_with = "duration")]
-    pub timeout: Duration,
 }
 
 /// The database link.
@@ -303,10 +293,7 @@ impl Config {
                 "protocol.error_delay: at most 1500ms, or clients give the join up".to_owned(),
             );
         }
-        if self.policies.timeout > Duration::from_millis(1200) {
-            mistakes
-                .push("policies.timeout: at most 1200ms, or clients give the join up".to_owned());
-        }
+        mistakes.extend(self.policies.validate());
         if self.relay.listen_wait > Duration::from_millis(1500) {
             mistakes
                 .push("relay.listen_wait: at most 1500ms, or clients give the join up".to_owned());
@@ -383,7 +370,6 @@ impl Config {
             ("relay.connect_timeout", self.relay.connect_timeout),
             ("relay.canary_interval", self.relay.canary_interval),
             ("relay.canary_timeout", self.relay.canary_timeout),
-            ("policies.timeout", self.policies.timeout),
             ("jwks.timeout", self.jwks.timeout),
             ("jwks.refresh_interval", self.jwks.refresh_interval),
         ] {

@@ -165,7 +165,7 @@ async fn a_policy_that_raises_says_no_and_the_session_lives_on() {
             write(&services, anon.clone(), "room:1").await.map(drop),
         ] {
             let error = answer.unwrap_err();
-            assert_eq!(error.kind(), "policy_error");
+            assert_eq!(error.label(), "policy_error");
             assert!(!format!("{error:?}").contains("anon"), "a claim is shown: {error:?}");
         }
         assert_eq!(read(&services, user(MEMBER), "room:1").await.unwrap(), Allowed::ALL);
@@ -190,7 +190,7 @@ async fn a_slow_policy_is_given_up_in_its_time() {
         write(&services, anon, "room:1").await.unwrap_err(),
     ];
     for error in slow {
-        assert_eq!(error.kind(), "query_canceled");
+        assert_eq!(error.label(), "query_canceled");
         assert_eq!(error.refuse("room:1").text(), "Query was cancelled, please try again");
     }
     // The server ended the statements, so that nothing goes on there.
@@ -217,7 +217,7 @@ async fn a_question_that_nobody_waits_for_keeps_its_place_until_the_server_is_do
     // Else clients that come and go could take all of the server's sessions.
     let answered = async {
         while let Err(error) = read(&services, user(MEMBER), "room:1").await {
-            assert_eq!(error.kind(), "pool_timeout");
+            assert_eq!(error.label(), "pool_timeout");
             assert_eq!(database.sessions("true").await, 1);
         }
     };
@@ -240,11 +240,11 @@ async fn more_questions_than_sessions_wait_and_then_are_told_so() {
     let mut kinds: HashMap<&str, usize> = HashMap::new();
     for answer in join_all(questions).await {
         let error = answer.unwrap_err();
-        if error.kind() == "pool_timeout" {
+        if error.label() == "pool_timeout" {
             let text = "Please increase your connection pool size";
             assert_eq!(error.refuse("room:1").text(), text);
         }
-        *kinds.entry(error.kind()).or_default() += 1;
+        *kinds.entry(error.label()).or_default() += 1;
     }
     // Two are asked, and the others learn in time that there is no place for them.
     assert_eq!(kinds, HashMap::from([("query_canceled", 2), ("pool_timeout", 38)]));
@@ -265,7 +265,7 @@ async fn a_database_that_is_down_is_unavailable_until_it_is_back() {
     database.cluster.stop_immediate().await.unwrap();
     for _ in 0..2 {
         let error = ask().await.unwrap_err();
-        assert_eq!(error.kind(), "unavailable");
+        assert_eq!(error.label(), "unavailable");
         let text = "Realtime was unable to connect to the project database";
         assert_eq!(error.refuse("room:1").text(), text);
     }
@@ -290,12 +290,12 @@ async fn a_day_without_a_partition_has_its_own_name() {
     let services = database.services();
     let answer = read(&services, user(MEMBER), "room:1").await;
     let error = answer.unwrap_err();
-    assert_eq!(error.kind(), "missing_partition");
+    assert_eq!(error.label(), "missing_partition");
     let text = "Realtime was unable to find the expected messages partition";
     assert_eq!(error.refuse("room:1").text(), text);
     // It is looked for before the policies are.
     let answer = write(&services, user(MEMBER), "room:1").await;
-    assert_eq!(answer.unwrap_err().kind(), "missing_partition");
+    assert_eq!(answer.unwrap_err().label(), "missing_partition");
 }
 
 #[tokio::test]

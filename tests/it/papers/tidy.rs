@@ -213,8 +213,6 @@ const BREACHES: &[&str] = &[
     "src/http/visits.rs names admin",
     "src/invalidation/mod.rs names relay",
     "src/invalidation/mod.rs names server",
-    "src/policies/mod.rs names metrics",
-    "src/policies/mod.rs names server",
     "src/recovery/healing.rs names server",
     "src/relay/canary.rs names server",
     "src/relay/gaps.rs names server",
@@ -364,7 +362,6 @@ const LIBRARIES: &[&str] = &[
     "src/bench/mod.rs: tokio_tungstenite",
     "src/demo/mod.rs: prometheus::",
     "src/metrics.rs: prometheus::",
-    "src/policies/mod.rs: prometheus::",
 ];
 
 #[test]
