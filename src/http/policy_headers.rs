@@ -1,47 +1,50 @@
-//! What the policies of private channels see of a request's headers.
+//! The headers of a request that the policies of private channels can read.
 
 use std::sync::Arc;
 
 use hyper::HeaderMap;
 use serde_json::{Map, Value};
 
-/// More of a socket's headers are not kept.
+/// Longest JSON object of headers that is kept for a socket.
 const SOCKET_HEADERS_BYTES_MAX: usize = 1024;
 
-/// The headers of an upgrade that its socket's policies see: those that begin with `x-`, but no key
-/// and nothing that a proxy adds, which would be kept for each socket. None, or too many of them, are
-/// not kept at all.
+/// Returns the headers of an upgrade request as a JSON object, for the policies of its socket:
+/// headers that begin with `x-`, except the API key and those that a proxy adds, because they would
+/// take memory for as long as the socket lives. Returns `None` if no header is left or if the object
+/// is longer than [`SOCKET_HEADERS_BYTES_MAX`].
 pub(super) fn socket_headers(headers: &HeaderMap) -> Option<Arc<str>> {
     let added = ["x-forwarded-", "x-real-ip", "x-request-id"];
-    let is_told = |name: &str| {
+    let is_visible = |name: &str| {
         name.starts_with("x-")
             && name != "x-api-key"
-            && !added.iter().any(|it| name.starts_with(it))
+            && !added.iter().any(|prefix| name.starts_with(prefix))
     };
-    let json = headers_json(headers, is_told);
+    let json = headers_json(headers, is_visible);
     (json.len() > 2 && json.len() <= SOCKET_HEADERS_BYTES_MAX).then(|| json.into())
 }
 
-/// The headers of a REST request that its policies see: all but what proves who somebody is.
+/// Returns the headers of a REST request as a JSON object, for its policies: all headers except
+/// credentials.
 pub(super) fn rest_headers(headers: &HeaderMap) -> Arc<str> {
     let secret = ["authorization", "apikey", "x-api-key", "cookie", "proxy-authorization"];
     headers_json(headers, |name| !secret.contains(&name)).into()
 }
 
-/// Those of one name are one, divided by commas; what is no text is left out.
-fn headers_json(headers: &HeaderMap, is_told: impl Fn(&str) -> bool) -> String {
-    let mut told: Map<String, Value> = Map::new();
+/// Returns a JSON object of the visible headers. Values of one name are joined by commas; a value
+/// that is not visible ASCII is left out.
+fn headers_json(headers: &HeaderMap, is_visible: impl Fn(&str) -> bool) -> String {
+    let mut object: Map<String, Value> = Map::new();
     for (name, value) in headers {
-        let (true, Ok(value)) = (is_told(name.as_str()), value.to_str()) else { continue };
-        match told.get_mut(name.as_str()) {
+        let (true, Ok(value)) = (is_visible(name.as_str()), value.to_str()) else { continue };
+        match object.get_mut(name.as_str()) {
             Some(Value::String(values)) => {
                 values.push_str(", ");
                 values.push_str(value);
             }
-            Some(_) | None => drop(told.insert(name.as_str().to_owned(), value.into())),
+            Some(_) | None => drop(object.insert(name.as_str().to_owned(), value.into())),
         }
     }
-    Value::Object(told).to_string()
+    Value::Object(object).to_string()
 }
 
 #[cfg(test)]
