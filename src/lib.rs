@@ -69,5 +69,5 @@ pub mod secret;
 pub mod server;
 pub mod socket;
 pub mod telemetry;
-mod upkeep;
+pub mod upkeep;
 mod wire_client;

@@ -17,7 +17,6 @@ use crate::{
         jwt::{Token, TokenError},
         keys::{Origin, Unusable, VerifiedBy},
     },
-    db::deployed::TRIGGERS,
     http::{Route, connection::CloseReason},
     hub::outbox::{Committed, Departure},
     invalidation::{BadEndpoint, Cause, Method, Tally, Why},
@@ -26,7 +25,6 @@ use crate::{
     server::reload::ReloadError,
     socket::channel::EndReason,
     telemetry::metrics::Registry,
-    upkeep::survey,
 };
 
 /// From a quarter of a millisecond to ten seconds: three buckets a decade, so that a quantile is
@@ -312,28 +310,8 @@ pub struct Metrics {
     pub relay_listens: IntGauge,
     /// Joined events that cannot be listened to, by reason (`full`, `too_long`).
     pub relay_listens_refused: IntCounterVec,
-    /// Whether the trigger of a table sees an operation, 1 or 0, of tables that exist.
-    pub database_triggers: IntGaugeVec,
-    /// 1 where a function is missing or is not this version's.
-    pub database_drift: IntGaugeVec,
-    /// Migrations of this version that the database lacks.
-    pub database_migrations_pending: IntGauge,
-    /// Rows written, as Postgres counts them, since the gateway looks.
-    pub database_writes: IntCounterVec,
-    /// Rows of the history, by the table that caused them, since the gateway looks.
-    pub database_history_rows: IntCounterVec,
-    /// What triggers could not do, as they recorded it, since the gateway looks.
-    pub database_trigger_failures: IntCounter,
-    /// How full the queue of notifications is, from 0 to 1.
-    pub database_notify_queue: GenericGauge<AtomicF64>,
     /// The database's clock less ours, as the session's heartbeats see it.
     pub database_clock_offset: GenericGauge<AtomicF64>,
-    /// When the oldest message of the history was written, seconds since 1970; 0 if there is none.
-    pub database_history_oldest: GenericGauge<AtomicF64>,
-    /// When the database was last looked at, seconds since 1970.
-    pub database_last_look: GenericGauge<AtomicF64>,
-    /// Looks that failed.
-    pub database_look_failures: IntCounter,
     /// Sessions of the pool, `idle` or `used`, at the time of the scrape.
     pub database_pool: IntGaugeVec,
     /// Sessions that the pool may have.
@@ -596,51 +574,10 @@ impl Metrics {
                 "Joined events that cannot be listened to, by reason.",
                 &["reason"],
             ),
-            database_triggers: new.gauges(
-                "database_trigger_present",
-                "1 where a trigger tells of the operation on the table, 0 where it is missing.",
-                &["table", "operation"],
-            ),
-            database_drift: new.gauges(
-                "database_function_drift",
-                "1 where the database's function is missing or not this version's.",
-                &["function"],
-            ),
-            database_migrations_pending: new.gauge(
-                "database_migrations_pending",
-                "Migrations of this version that the database lacks.",
-            ),
-            database_writes: new.counters(
-                "database_writes_total",
-                "Rows written to a table, as Postgres counts them.",
-                &["table"],
-            ),
-            database_history_rows: new.counters(
-                "database_history_rows_total",
-                "Messages in the history, by the table that caused them.",
-                &["table"],
-            ),
-            database_trigger_failures: new.counter(
-                "database_trigger_failures_total",
-                "Failures that triggers have recorded.",
-            ),
-            database_notify_queue: new.number(
-                "database_notify_queue_ratio",
-                "How full the server's queue of notifications is, from 0 to 1.",
-            ),
             database_clock_offset: new.number(
                 "database_clock_offset_seconds",
                 "The database's clock less the gateway's, as heartbeats see it.",
             ),
-            database_history_oldest: new.number(
-                "database_history_oldest_timestamp_seconds",
-                "When the oldest message in the history was written; 0 if there is none.",
-            ),
-            database_last_look: new.number(
-                "database_last_look_timestamp_seconds",
-                "When triggers, functions, tables and queue were last looked at; 0 if never.",
-            ),
-            database_look_failures: new.counter("database_look_failures_total", "Looks at the database that failed."),
             database_pool: new.gauges(
                 "database_pool_connections",
                 "Sessions of the pool, by state.",
@@ -800,13 +737,6 @@ impl Metrics {
     fn start_database_at_zero(&self) {
         for state in ["idle", "used"] {
             self.database_pool.with_label_values(&[state]);
-        }
-        for table in TRIGGERS.map(|it| it.table) {
-            self.database_writes.with_label_values(&[table]);
-            self.database_history_rows.with_label_values(&[table]);
-        }
-        for origin in [survey::MANUAL, survey::OTHER] {
-            self.database_history_rows.with_label_values(&[origin]);
         }
         for outcome in Outcome::ALL {
             for source in outcome.sources() {

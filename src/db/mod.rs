@@ -18,3 +18,6 @@ pub(crate) mod session;
 pub use migrate::{MigrateError, migrate, uninstall};
 
 pub(crate) use connect::{options, pool, single};
+
+/// The gateway's pool, under a name for rooms that run no SQL of their own.
+pub(crate) type Pool = sqlx::PgPool;

@@ -9,7 +9,6 @@ pub mod settings;
 use std::{error::Error, io, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use parking_lot::{Mutex, RwLock};
-use sqlx::PgPool;
 use tokio::{
     net::{TcpListener, TcpSocket, TcpStream},
     sync::{Notify, Semaphore},
@@ -28,7 +27,7 @@ use crate::{
         jwt::{Token, TokenError},
     },
     clock::unix_now,
-    db,
+    db::{self, Pool},
     http::{self, visits::Visits},
     hub::{Hub, Sockets, outbox::Ended},
     invalidation::{self, Events},
@@ -41,7 +40,7 @@ use crate::{
     },
     relay::{listener, listens::Listens},
     telemetry::audit::{Audit, Caller},
-    upkeep::{revocations, sharing, survey},
+    upkeep::{self, RevocationReader, Sharing, Survey, sharing},
 };
 
 /// Connections that the system holds for us to accept: when all clients come back at once, a SYN
@@ -94,13 +93,15 @@ pub struct Services {
     /// Which events have series of their own.
     pub(crate) busiest: Mutex<Busiest>,
     /// Somebody has told that the database's revocations have changed.
-    pub(crate) revocations_changed: Notify,
+    pub(crate) revocations_changed: Arc<Notify>,
+    /// What is measured of the database.
+    pub upkeep: Arc<upkeep::Metrics>,
     /// From where doctors have come.
     pub(crate) visits: Visits,
     /// What reads the settings again.
     pub(crate) reload: Reload,
     /// Connections for what the listening session is not for, if there is a database.
-    pub(crate) pool: Option<PgPool>,
+    pub(crate) pool: Option<Pool>,
     /// Names this process among the gateways of its database.
     pub(crate) gateway: Uuid,
     /// Open sockets, so that a drain finds them.
@@ -137,9 +138,10 @@ impl Services {
                 tracker.clone(),
             )),
             limits: Arc::new(Limits::new(config.limits.clone(), config.network.clone(), registry)),
+            upkeep: Arc::new(upkeep::Metrics::new(registry)),
             hub: Arc::new(Hub::new(registry)),
             rules: RwLock::new(Arc::new(rules)),
-            revocations_changed: Notify::new(),
+            revocations_changed: Arc::default(),
             visits: Visits::default(),
             reload: Reload::default(),
             verifier,
@@ -292,10 +294,8 @@ impl Server {
         if !services.config.notify_url().is_empty() {
             services.tracker.spawn(listener::run(Arc::clone(&services)));
         }
-        if let Some(pool) = services.pool.clone() {
-            services.tracker.spawn(sharing::run(Arc::clone(&services), pool.clone()));
-            services.tracker.spawn(survey::run(Arc::clone(&services), pool.clone()));
-            services.tracker.spawn(revocations::run(Arc::clone(&services), pool));
+        if let Some(pool) = &services.pool {
+            spawn_upkeep(&services, pool);
         }
         services.tracker.spawn(jwks::run(Arc::clone(&services)));
         services.tracker.spawn(invalidation::run(Arc::clone(&services)));
@@ -346,6 +346,40 @@ async fn every(interval: Duration, stop: CancellationToken, mut act: impl FnMut(
     stop.run_until_cancelled(acting).await;
 }
 
+/// Spawns the periodic work against the database.
+fn spawn_upkeep(services: &Arc<Services>, pool: &Pool) {
+    let config = &services.config;
+    let pool_max = i64::from(pool.options().get_max_connections());
+    services.metrics.database_pool_max.set(pool_max);
+    let sharing = Sharing {
+        settings: config.history.clone(),
+        pool: pool.clone(),
+        gateway: services.gateway,
+        feeds: Arc::clone(&services.events),
+        lost_sockets: Arc::clone(&services.lost_sockets),
+        healing: Arc::clone(&services.healing),
+        interval: config.relay.canary_interval,
+        timeout: config.relay.connect_timeout,
+    };
+    services.tracker.spawn(sharing.run(services.stopped.clone()));
+    let survey = Survey {
+        pool: pool.clone(),
+        metrics: Arc::clone(&services.upkeep),
+        interval: config.metrics.database_interval,
+        timeout: config.relay.connect_timeout,
+    };
+    services.tracker.spawn(survey.run(services.stopped.clone()));
+    let revocations = RevocationReader {
+        pool: pool.clone(),
+        auth: Arc::clone(&services.verifier),
+        max: config.auth.revocations_max,
+        timeout: config.relay.connect_timeout,
+        changed: Arc::clone(&services.revocations_changed),
+        sockets: Arc::clone(&services.sockets),
+    };
+    services.tracker.spawn(revocations.run(services.stopped.clone()));
+}
+
 /// Closes all sockets in jittered batches, then ends everything, within the drain's time.
 async fn drain(services: &Services) {
     let deadline = Instant::now() + services.config.drain.timeout;
@@ -368,7 +402,9 @@ async fn drain(services: &Services) {
     // Who never had a database to share with has nobody to leave anything to.
     if let Some(pool) = services.pool.as_ref().filter(|pool| pool.size() > 0) {
         let is_orderly = closed.is_ok();
-        sharing::end(services, pool, is_orderly, Instant::now() + STOP_TIMEOUT).await;
+        let (gateway, lost) = (services.gateway, &services.lost_sockets);
+        let deadline = Instant::now() + STOP_TIMEOUT;
+        sharing::deregister(pool, gateway, lost, is_orderly, deadline).await;
     }
     services.stopped.cancel();
     services.tracker.close();

@@ -21,6 +21,7 @@ use crate::{
     policies,
     protocol::payload::OPAQUE_KEY_PREFIX,
     secret::Secret,
+    upkeep,
 };
 
 const DEFAULTS: &str = include_str!("defaults.toml");
@@ -71,7 +72,7 @@ pub struct Config {
     /// The database link.
     pub relay: Relay,
     /// What the database remembers.
-    pub history: History,
+    pub history: upkeep::Settings,
     /// What is measured, and how often.
     pub metrics: Metrics,
     /// The orderly end.
@@ -169,15 +170,6 @@ pub struct Relay {
     /// When each viewer of each event gets the complete list, the events are spread over so long.
     #[serde(deserialize_with = "duration")]
     pub resync_spread: Duration,
-}
-
-/// What the database remembers.
-#[derive(Debug, Clone, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct History {
-    /// How long a message stays in `tidegate.broadcast_history`.
-    #[serde(deserialize_with = "duration")]
-    pub keep: Duration,
 }
 
 /// What is measured.

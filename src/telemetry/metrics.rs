@@ -9,9 +9,10 @@ use std::marker::PhantomData;
 
 pub(crate) use prometheus::{
     Counter as SecondsCounter, Histogram, IntCounter as Counter, IntGauge as Gauge,
+    IntGaugeVec as GaugeVec,
 };
 use prometheus::{
-    Encoder, HistogramOpts, HistogramVec, IntCounterVec, IntGaugeVec, Opts, TextEncoder,
+    Encoder, HistogramOpts, HistogramVec, IntCounterVec, Opts, TextEncoder,
     core::{AtomicF64, Collector, GenericGaugeVec},
     process_collector::ProcessCollector,
 };
@@ -141,7 +142,7 @@ impl Registry {
     /// A registry with the version and the process' own metrics.
     pub(crate) fn new() -> Self {
         let registry = Self(prometheus::Registry::new());
-        let info = IntGaugeVec::new(opts("build_info", "Always 1."), &["version"]);
+        let info = GaugeVec::new(opts("build_info", "Always 1."), &["version"]);
         let info = registry.register(info.expect("names are valid"));
         info.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
         registry.0.register(Box::new(ProcessCollector::for_self())).expect("names are distinct");
@@ -203,8 +204,8 @@ impl Registry {
         name: &str,
         labels: [&str; N],
         help: &str,
-    ) -> IntGaugeVec {
-        self.register(IntGaugeVec::new(opts(name, help), &labels).expect("names are valid"))
+    ) -> GaugeVec {
+        self.register(GaugeVec::new(opts(name, help), &labels).expect("names are valid"))
     }
 
     /// A gauge of a fraction or of seconds.

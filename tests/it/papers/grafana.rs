@@ -33,10 +33,8 @@ fn exported() -> BTreeMap<String, (Metric, Values)> {
     // What is counted and looked at decides the values of these; at first they have no series.
     metrics.relay_gaps.with_label_values(&["closed"]);
     metrics.event_last_notification.with_label_values(&["AB3028"]);
-    metrics.database_triggers.with_label_values(&["art", "INSERT"]);
-    metrics.database_drift.with_label_values(&["function"]);
-    metrics.database_writes.with_label_values(&["art"]);
-    metrics.database_history_rows.with_label_values(&["art"]);
+    services.upkeep.triggers.with_label_values(&["art", "INSERT"]);
+    services.upkeep.drift.with_label_values(&["function"]);
 
     let text = String::from_utf8(metrics.render()).unwrap();
     let mut exported = BTreeMap::<String, (Metric, Values)>::new();

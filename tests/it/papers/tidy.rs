@@ -228,10 +228,6 @@ const BREACHES: &[&str] = &[
     "src/socket/private.rs names metrics",
     "src/telemetry/audit.rs names access",
     "src/telemetry/audit.rs names auth",
-    "src/upkeep/revocations.rs names server",
-    "src/upkeep/sharing.rs names server",
-    "src/upkeep/survey.rs names metrics",
-    "src/upkeep/survey.rs names server",
 ];
 
 #[test]
@@ -393,7 +389,6 @@ fn select_stands_in_few_files() {
         "src/invalidation/mod.rs",
         "src/recovery/healing.rs",
         "src/relay/listener.rs",
-        "src/upkeep/sharing.rs",
         "src/http/connection.rs",
         "src/http/mod.rs",
         "src/admin/mod.rs",
