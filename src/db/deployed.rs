@@ -105,7 +105,7 @@ impl Function {
             // condition and for other programs.
             for definition in sql.split("\ncreate or replace function ").skip(1) {
                 let Some(function) = Self::read(definition) else { continue };
-                all.retain(|it| it.name != function.name);
+                all.retain(|known| known.name != function.name);
                 all.push(function);
             }
         }
@@ -139,8 +139,9 @@ impl Function {
 
     /// Returns how the function in `found` with the same name and arguments differs from this one.
     fn drift(&self, found: &[FoundFunction]) -> Option<Drift> {
-        let same = found.iter().find(|it| it.name == self.name && it.arguments == self.arguments);
-        let Some(found) = same else { return Some(Drift::Missing) };
+        let is_same =
+            |found: &&FoundFunction| found.name == self.name && found.arguments == self.arguments;
+        let Some(found) = found.iter().find(is_same) else { return Some(Drift::Missing) };
         // A migration that was run from a checkout with CRLF line ends is the same text.
         if found.body.replace('\r', "") != self.body {
             Some(Drift::Body)
@@ -238,29 +239,32 @@ impl Deployed {
     /// # Errors
     /// The session is lost, or a statement was cancelled.
     pub async fn read(session: &mut PgConnection) -> Result<Self, sqlx::Error> {
-        let names = TRIGGERS.map(|it| it.table);
+        let names = TRIGGERS.map(|trigger| trigger.table);
         let found = catalog::tables(session, &names).await?;
         let tables = TRIGGERS.iter().filter_map(|trigger| {
-            let table = found.iter().find(|it| it.name == trigger.table)?;
-            let is_missing = |it: &&Operation| table.covered & it.bit() == 0;
+            let table = found.iter().find(|table| table.name == trigger.table)?;
+            let is_missing = |operation: &&Operation| table.covered & operation.bit() == 0;
             Some(Table {
                 name: trigger.table,
                 missing: trigger.operations.iter().filter(is_missing).copied().collect(),
-                writes: trigger.operations.iter().map(|it| table.written(*it)).sum(),
+                writes: trigger.operations.iter().map(|operation| table.written(*operation)).sum(),
                 relations: table.relations.clone(),
             })
         });
         let tables = tables.collect();
         let expected = Function::all();
-        let names: Vec<_> = expected.iter().map(|it| it.name).collect();
+        let names: Vec<_> = expected.iter().map(|function| function.name).collect();
         let found = catalog::functions(session, &names).await?;
-        let functions = expected.iter().map(|it| (it.name, it.drift(&found))).collect();
+        let functions =
+            expected.iter().map(|function| (function.name, function.drift(&found))).collect();
         Ok(Self { tables, functions, migrations: migrations(session).await? })
     }
 
     /// Returns table and operation of each missing trigger.
     pub fn missing_triggers(&self) -> impl Iterator<Item = (&'static str, Operation)> {
-        self.tables.iter().flat_map(|it| it.missing.iter().map(|operation| (it.name, *operation)))
+        self.tables
+            .iter()
+            .flat_map(|table| table.missing.iter().map(|operation| (table.name, *operation)))
     }
 
     /// Returns the functions that differ from this version's.
@@ -275,15 +279,15 @@ async fn migrations(session: &mut PgConnection) -> Result<Migrations, sqlx::Erro
         return Ok(Migrations::Unreadable);
     };
     let expected = migrate::migrations();
-    let is_pending = |it: &&sqlx::migrate::Migration| {
-        let is_it = |(version, checksum): &(i64, Vec<u8>)| {
-            *version == it.version && **checksum == *it.checksum
+    let is_pending = |migration: &&sqlx::migrate::Migration| {
+        let is_same = |(version, checksum): &(i64, Vec<u8>)| {
+            *version == migration.version && **checksum == *migration.checksum
         };
-        !applied.iter().any(is_it)
+        !applied.iter().any(is_same)
     };
-    let newest = expected.iter().map(|it| it.version).max();
+    let newest = expected.iter().map(|migration| migration.version).max();
     Ok(Migrations::Known {
-        pending: expected.iter().filter(is_pending).map(|it| it.version).collect(),
+        pending: expected.iter().filter(is_pending).map(|migration| migration.version).collect(),
         is_newer: applied.iter().map(|(version, _)| *version).max() > newest,
     })
 }
@@ -313,12 +317,13 @@ mod tests {
             .collect();
         let expected: Vec<_> = TRIGGERS
             .iter()
-            .map(|it| {
+            .map(|trigger| {
                 // Postgres prints the operations of a trigger in this order.
-                let mut operations = it.operations.to_vec();
-                operations.sort_by_key(|it| it.bit());
-                let operations: Vec<_> = operations.iter().map(|it| it.label()).collect();
-                format!("('{}', '{}', '{}')", it.table, it.name, operations.join(" OR "))
+                let mut operations = trigger.operations.to_vec();
+                operations.sort_by_key(|operation| operation.bit());
+                let operations: Vec<_> =
+                    operations.iter().map(|operation| operation.label()).collect();
+                format!("('{}', '{}', '{}')", trigger.table, trigger.name, operations.join(" OR "))
             })
             .collect();
         assert_eq!(made, expected);
@@ -338,7 +343,7 @@ mod tests {
             assert!(function.body.starts_with('\n') && function.body.ends_with('\n'));
             assert_eq!(function.settings[0], "search_path=\"\"", "{}", function.name);
         }
-        let named = |name| all.iter().find(|it| it.name == name).unwrap();
+        let named = |name| all.iter().find(|function| function.name == name).unwrap();
         let trigger = named("tidegate.cache_invalidation");
         assert!(trigger.is_definer && trigger.arguments.is_empty());
         assert_eq!(trigger.settings, ["search_path=\"\"", "lock_timeout=50ms"]);

@@ -184,7 +184,7 @@ pub(crate) async fn powers(session: &mut PgConnection) -> Result<Vec<String>, sq
                 AND pg_has_role(r.oid, 'USAGE')
             HAVING count(*) > 0",
     )
-    .bind(TRIGGERS.map(|it| it.table))
+    .bind(TRIGGERS.map(|trigger| trigger.table))
     .fetch_all(session)
     .await
 }
@@ -235,7 +235,7 @@ pub(crate) async fn unpinned_neighbours(
             AND NOT EXISTS (SELECT FROM unnest(p.proconfig) s WHERE s LIKE 'search_path=%')
         LIMIT 20",
     )
-    .bind(TRIGGERS.map(|it| it.table))
+    .bind(TRIGGERS.map(|trigger| trigger.table))
     .fetch_all(session)
     .await
 }
@@ -255,7 +255,7 @@ pub(crate) async fn doubles(session: &mut PgConnection) -> Result<Vec<String>, s
             AND p.prosrc LIKE '%pg_notify%' AND p.prosrc LIKE '%cache_invalidate%'
         LIMIT 20",
     )
-    .bind(TRIGGERS.map(|it| it.table))
+    .bind(TRIGGERS.map(|trigger| trigger.table))
     .fetch_all(session)
     .await
 }

@@ -70,9 +70,9 @@ pub(crate) async fn deregister(
     is_orderly: bool,
     records: &[LostSocket],
 ) -> Result<(), sqlx::Error> {
-    let clients: Vec<_> = records.iter().map(|it| it.client).collect();
-    let topics: Vec<_> = records.iter().map(|it| &*it.topic).collect();
-    let ages: Vec<_> = records.iter().map(|it| it.age.as_secs_f64()).collect();
+    let clients: Vec<_> = records.iter().map(|lost| lost.client).collect();
+    let topics: Vec<_> = records.iter().map(|lost| &*lost.topic).collect();
+    let ages: Vec<_> = records.iter().map(|lost| lost.age.as_secs_f64()).collect();
     let mut transaction = pool.begin().await?;
     sqlx::query(
         "INSERT INTO tidegate.lost_sockets (gateway, client, topic, last_data_at)

@@ -217,7 +217,8 @@ fn count_recorded(metrics: &Metrics, recorded: &Recorded) {
 fn count_writes(metrics: &Metrics, before: &[Table], tables: &[Table]) {
     for table in tables {
         // A table that was created again, or has other partitions, has counted other rows.
-        let is_same = |it: &&Table| it.name == table.name && it.relations == table.relations;
+        let is_same =
+            |before: &&Table| before.name == table.name && before.relations == table.relations;
         if let Some(before) = before.iter().find(is_same) {
             let writes = metrics.writes.of(WrittenTable(table.name));
             writes.inc_by(table.writes.saturating_sub(before.writes));
