@@ -778,6 +778,7 @@ mod tests {
     use super::*;
     use crate::{
         hub::{Hub, outbox::OutboxBounds},
+        invalidation::LinkLoss,
         protocol::{
             message::{Json, UserBroadcast, UserPayload},
             serializer::Serializer,
@@ -1199,7 +1200,7 @@ mod tests {
     async fn a_gap_that_is_known_is_told_as_it_is_and_any_other_as_everything() {
         let event = event();
         event.learn(&endpoints(&["/known"]));
-        let cause = Cause::Link("silent");
+        let cause = Cause::Link(LinkLoss::Silent);
         let start = Instant::now();
         event.offer_gap(cause, Some(&endpoints(&["/b", "/a"])), start);
         let out = event.sends().await;

@@ -16,6 +16,7 @@ use std::{
 };
 
 use parking_lot::Mutex;
+use strum::VariantArray as _;
 use tokio::{
     sync::Notify,
     time::{Instant, sleep_until},
@@ -35,7 +36,6 @@ use crate::{
         serializer::Broadcast,
         topic::{Privacy, TOPIC_PREFIX, TopicKey},
     },
-    relay::LinkError,
     server::Services,
 };
 
@@ -61,8 +61,8 @@ pub enum Cause {
     LateListen,
     /// The first session of this process.
     Start,
-    /// A session after one that ended for this reason, which is a [`LinkError::kind`].
-    Link(&'static str),
+    /// A session after one that ended for this reason.
+    Link(LinkLoss),
     /// Another server than before, or the same one restored.
     Restored,
     /// The notification queue was too full to notify.
@@ -76,7 +76,7 @@ pub enum Cause {
 impl Cause {
     /// Every cause.
     pub fn all() -> impl Iterator<Item = Self> {
-        let links = LinkError::KINDS.into_iter().map(Self::Link);
+        let links = LinkLoss::VARIANTS.iter().copied().map(Self::Link);
         [
             Self::Fresh,
             Self::Held,
@@ -96,7 +96,7 @@ impl Cause {
 
     /// Those for which something may have been missed of every event: the gaps of the relay.
     pub fn gaps() -> impl Iterator<Item = Self> {
-        let links = LinkError::KINDS.into_iter().map(Self::Link);
+        let links = LinkLoss::VARIANTS.iter().copied().map(Self::Link);
         [Self::Start, Self::Restored, Self::QueueFull, Self::TriggerFailure]
             .into_iter()
             .chain(links)
@@ -113,12 +113,42 @@ impl Cause {
             Self::SlowClient => "slow_client",
             Self::LateListen => "late_listen",
             Self::Start => "start",
-            Self::Link(kind) => kind,
+            Self::Link(loss) => loss.label(),
             Self::Restored => "restored",
             Self::QueueFull => "queue_full",
             Self::TriggerFailure => "trigger_failure",
             Self::Operator => "operator",
         }
+    }
+}
+
+/// How the session that listens to the database was lost.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, strum::VariantArray, strum::IntoStaticStr)]
+#[strum(serialize_all = "snake_case")]
+pub enum LinkLoss {
+    /// The URL cannot be read.
+    Url,
+    /// No connection was made, or the server did not answer it in time.
+    Connect,
+    /// The server is a standby, which refuses LISTEN.
+    InRecovery,
+    /// A statement failed.
+    Statement,
+    /// A statement was not answered in time.
+    Silent,
+    /// The server closed the connection.
+    Closed,
+    /// The connection broke.
+    Broken,
+    /// A notification to this gateway itself was committed and did not arrive.
+    CanaryLost,
+}
+
+impl LinkLoss {
+    /// The label of the metric, and the payload's `cause`.
+    #[must_use]
+    pub fn label(self) -> &'static str {
+        self.into()
     }
 }
 

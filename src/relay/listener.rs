@@ -28,7 +28,7 @@ use super::{
 use crate::{
     clock::unix_seconds,
     db::{self, REVOCATIONS_CHANNEL},
-    invalidation::{self, Cause},
+    invalidation::{self, Cause, LinkLoss},
     metrics::Metrics,
     secret::Secret,
     server::Services,
@@ -87,15 +87,21 @@ impl LinkError {
     /// The metric's label.
     #[must_use]
     pub fn kind(&self) -> &'static str {
-        match self {
-            Self::Url(_) => "url",
-            Self::Connect(_) | Self::Unanswered => "connect",
-            Self::InRecovery => "in_recovery",
-            Self::Statement(_) => "statement",
-            Self::Silent => "silent",
-            Self::Closed => "closed",
-            Self::Broken(_) => "broken",
-            Self::CanaryLost => "canary_lost",
+        LinkLoss::from(self).label()
+    }
+}
+
+impl From<&LinkError> for LinkLoss {
+    fn from(error: &LinkError) -> Self {
+        match error {
+            LinkError::Url(_) => Self::Url,
+            LinkError::Connect(_) | LinkError::Unanswered => Self::Connect,
+            LinkError::InRecovery => Self::InRecovery,
+            LinkError::Statement(_) => Self::Statement,
+            LinkError::Silent => Self::Silent,
+            LinkError::Closed => Self::Closed,
+            LinkError::Broken(_) => Self::Broken,
+            LinkError::CanaryLost => Self::CanaryLost,
         }
     }
 }
@@ -116,7 +122,7 @@ pub(crate) async fn run(services: Arc<Services>) {
         // What a viewer may miss from here on is missed for this reason, not for those of the
         // attempts that fail.
         if was_up {
-            link.cause = Cause::Link(ended.kind());
+            link.cause = Cause::Link(LinkLoss::from(&ended));
             gap_begins(&services.metrics, link.cause);
         }
         services.metrics.relay_link_up.set(0);

@@ -213,7 +213,6 @@ const BREACHES: &[&str] = &[
     "src/http/rest.rs names metrics",
     "src/http/rest.rs names server",
     "src/http/visits.rs names admin",
-    "src/invalidation/mod.rs names relay",
     "src/invalidation/mod.rs names server",
     "src/policies/mod.rs names metrics",
     "src/policies/mod.rs names server",
