@@ -17,9 +17,9 @@ use parking_lot::Mutex;
 use tokio::time::Instant;
 
 use super::{
-    Cause, Method, Why,
     journal::{Count, Counts, Told},
     payload::{self, Endpoints, Invalidation, Stamp},
+    reason::{Cause, Method, Why},
 };
 use crate::{
     access::rule::{Captures, EID, Merge, Rule},

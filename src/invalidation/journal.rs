@@ -8,7 +8,7 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use super::{Cause, Method};
+use super::reason::{Cause, Method};
 
 /// Three hours with a client for one reason in each minute.
 const COUNTS_MAX: usize = 200;

@@ -316,8 +316,6 @@ const FACES: &[&str] = &[
     "src/doctor/triggers.rs",
     "src/http/rest.rs",
     "src/http/visits.rs",
-    "src/invalidation/feed.rs",
-    "src/invalidation/journal.rs",
     "src/server/reload.rs",
 ];
 
