@@ -20,7 +20,7 @@ use crate::{
     db::deployed::TRIGGERS,
     http::{Route, connection::CloseReason},
     hub::outbox::{Committed, Departure},
-    invalidation::{BadEndpoint, Cause, Method, Tally, Why},
+    invalidation::{BadEndpoint, CatchUpCause, Coverage, SendReason, Tally},
     policies::{AuthorizeError, Question},
     protocol::{error_code::ErrorCode, generation::Generation, message::Malformed},
     relay::{LinkError, Outcome},
@@ -251,7 +251,7 @@ pub struct Metrics {
     pub commit_to_write_at_once: Histogram,
     /// The same of what had to wait for its event's window.
     pub commit_to_write_merged: Histogram,
-    /// By [`Why`].
+    /// By [`SendReason`].
     pub invalidations_sent: IntCounterVec,
     /// Invalidations that left as part of another.
     pub invalidations_merged: IntCounter,
@@ -279,7 +279,7 @@ pub struct Metrics {
     pub event_last_notification: GenericGaugeVec<AtomicF64>,
     /// Elements of lists that are no endpoints, by [`BadEndpoint`].
     pub endpoints_dropped: IntCounterVec,
-    /// By [`Cause`] and [`Method`].
+    /// By [`CatchUpCause`] and [`Coverage`].
     pub catch_ups: IntCounterVec,
     /// Sockets that may be deaf.
     pub deaf_suspects: IntGauge,
@@ -305,7 +305,7 @@ pub struct Metrics {
     pub relay_link_up: IntGauge,
     /// By what ended the session, or the attempt: [`LinkError`].
     pub relay_reconnects: IntCounterVec,
-    /// Times at which something may have been missed, by [`Cause`].
+    /// Times at which something may have been missed, by [`CatchUpCause`].
     pub relay_gaps: IntCounterVec,
     /// 1 from a gap's beginning until its catch-up has been handed over.
     pub relay_gap_open: IntGauge,
@@ -835,20 +835,20 @@ impl Metrics {
                 self.notifications.with_label_values(&[source, outcome.kind()]);
             }
         }
-        for why in Why::ALL {
+        for why in SendReason::ALL {
             self.invalidations_sent.with_label_values(&[why.kind()]);
         }
         for reason in BadEndpoint::ALL {
             self.endpoints_dropped.with_label_values(&[reason.kind()]);
         }
-        for cause in Cause::all() {
-            for method in Method::ALL {
+        for cause in CatchUpCause::all() {
+            for method in Coverage::ALL {
                 self.catch_ups.with_label_values(&[cause.kind(), method.kind()]);
             }
         }
         self.count_event(OTHER_EVENTS, Tally::default());
         self.show_viewers(OTHER_EVENTS, 0);
-        for cause in Cause::gaps() {
+        for cause in CatchUpCause::gaps() {
             self.relay_gaps.with_label_values(&[cause.kind()]);
         }
         for cause in LinkError::KINDS {

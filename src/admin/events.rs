@@ -27,8 +27,8 @@ use crate::{
     db,
     http::{Answer, Ask, content, object},
     invalidation::{
-        self, Cause, Count, ENDPOINT_BYTES_MAX, Endpoints, Event, Heard, MINUTE, Method, Sent,
-        Summary, Told,
+        self, CatchUpCause, Coverage, Delivery, ENDPOINT_BYTES_MAX, Endpoints, Feed, Heard, MINUTE,
+        Notice, NoticeCount, Summary,
     },
     server::Services,
 };
@@ -79,7 +79,7 @@ pub(super) async fn history(services: &Services, ask: &Ask, eid: &str) -> Result
     let minutes = number(&mut parameters, "minutes", MINUTES, 1..=MINUTES_MAX)?;
     let limit = number(&mut parameters, "limit", ENTRIES, 1..=ENTRIES_MAX)?;
     let eid = event_id(services, eid)?;
-    let events = services.events.named(&eid);
+    let events = services.feeds.named(&eid);
     if events.is_empty() {
         let text = "this gateway does not know the event: nobody has joined it for a day";
         return Err(Refused(StatusCode::NOT_FOUND, text.into()));
@@ -122,7 +122,7 @@ pub(super) async fn invalidate(
         Some(Ok(())) => {
             tracing::info!(eid, endpoint, "an operator has invalidated through the database");
             let what = endpoint.as_deref().unwrap_or("the event and its media");
-            let muted_for = muted_for(&services.events.named(&eid));
+            let muted_for = muted_for(&services.feeds.named(&eid));
             return Ok(accepted(&json!({
                 "eid": eid, "endpoint": endpoint, "via": "database", "error": null,
                 "muted_for": muted_for,
@@ -137,7 +137,13 @@ pub(super) async fn invalidate(
     let mut viewers = 0;
     for event in &events {
         viewers += viewer_count(services, event);
-        invalidation::offer_gap(services, event, Cause::Operator, missed.as_ref(), Instant::now());
+        invalidation::offer_gap(
+            services,
+            event,
+            CatchUpCause::Operator,
+            missed.as_ref(),
+            Instant::now(),
+        );
     }
     tracing::info!(eid, endpoint, viewers, "an operator has invalidated for this gateway");
     let what = endpoint.as_deref().unwrap_or("everything of the event");
@@ -168,7 +174,7 @@ pub(super) fn mute(services: &Services, ask: &Ask, eid: &str) -> Result<Answer, 
     let until = (!length.is_zero()).then(|| Instant::now() + length);
     let events = known_or_new(services, &eid)?;
     for event in &events {
-        services.events.mute(event, until);
+        services.feeds.mute(event, until);
     }
     tracing::info!(eid, seconds = length.as_secs(), "an operator has muted the event");
     let message = match until {
@@ -184,7 +190,7 @@ pub(super) fn mute(services: &Services, ask: &Ask, eid: &str) -> Result<Answer, 
 
 /// An event, and what there is to see of it.
 pub(super) struct Seen {
-    pub(super) event: Arc<Event>,
+    pub(super) event: Arc<Feed>,
     pub(super) summary: Summary,
     pub(super) viewers: usize,
     /// It has viewers, a LISTEN, something to send or a mute.
@@ -196,7 +202,7 @@ pub(super) struct Seen {
 
 /// All events that are remembered.
 pub(super) async fn look(services: &Services) -> Vec<Seen> {
-    let events = services.events.all();
+    let events = services.feeds.all();
     let mut seen = Vec::with_capacity(events.len());
     for (number, event) in events.into_iter().enumerate() {
         seen.push(Seen::of(services, event));
@@ -208,7 +214,7 @@ pub(super) async fn look(services: &Services) -> Vec<Seen> {
 }
 
 impl Seen {
-    fn of(services: &Services, event: Arc<Event>) -> Self {
+    fn of(services: &Services, event: Arc<Feed>) -> Self {
         let (summary, viewers) = (event.summary(), viewer_count(services, &event));
         let is_listened = services.listens.is_active(event.channel());
         let is_live =
@@ -224,7 +230,7 @@ impl Seen {
         let Self { event, summary, viewers, is_in_vain, .. } = self;
         let covered_since = if services.config.notify_url().is_empty() {
             // Without a database nothing else is to be heard.
-            Some(services.events.started())
+            Some(services.feeds.started())
         } else {
             services.listens.covered_since(event.channel())
         };
@@ -249,24 +255,24 @@ impl Seen {
     }
 }
 
-fn message(event: &Event, sent: &Sent) -> Value {
+fn message(event: &Feed, sent: &Delivery) -> Value {
     json!({
         "rule": event.rule_name(), "at": time(sent.at), "why": sent.why.kind(),
-        "cause": sent.cause.map(Cause::kind),
+        "cause": sent.cause.map(CatchUpCause::kind),
         "endpoints": sent.endpoints.iter().collect::<Vec<_>>(), "endpoint_count": sent.endpoint_count,
         "merged": sent.merged, "from": sent.sources,
         "deliveries": sent.deliveries, "repeats": sent.repeats,
     })
 }
 
-fn told(event: &Event, count: &Count) -> Value {
+fn told(event: &Feed, count: &NoticeCount) -> Value {
     let (why, cause, method) = match count.told {
-        Told::CatchUp(cause, method) => ("catch_up", Some(cause), Some(method)),
-        Told::Heal => ("heal", None, None),
+        Notice::CatchUp(cause, method) => ("catch_up", Some(cause), Some(method)),
+        Notice::Heal => ("heal", None, None),
     };
     json!({
         "rule": event.rule_name(), "minute": time(count.minute), "why": why,
-        "cause": cause.map(Cause::kind), "method": method.map(Method::kind),
+        "cause": cause.map(CatchUpCause::kind), "method": method.map(Coverage::kind),
         "clients": count.clients,
     })
 }
@@ -288,24 +294,24 @@ async fn rows<T>(all: impl Iterator<Item = T>, row: impl Fn(T) -> Value) -> Stri
 }
 
 /// Subscribers under all spellings.
-fn viewer_count(services: &Services, event: &Event) -> usize {
+fn viewer_count(services: &Services, event: &Feed) -> usize {
     event.topics().iter().map(|topic| services.hub.subscriber_count(topic)).sum()
 }
 
 /// The longest, in seconds.
-fn muted_for(events: &[Arc<Event>]) -> Option<f64> {
+fn muted_for(events: &[Arc<Feed>]) -> Option<f64> {
     events.iter().filter_map(|event| event.summary().muted_for).max().map(seconds)
 }
 
 /// The events of this id; where nobody has joined yet, one for each rule that has it.
-fn known_or_new(services: &Services, eid: &str) -> Result<Vec<Arc<Event>>, Refused> {
+fn known_or_new(services: &Services, eid: &str) -> Result<Vec<Arc<Feed>>, Refused> {
     for (rule, captures) in services.rules().merged(eid) {
-        if services.events.of(rule, &captures).is_none() {
+        if services.feeds.of(rule, &captures).is_none() {
             let text = "no room for another event: see relay.listens_max";
             return Err(Refused(StatusCode::SERVICE_UNAVAILABLE, text.into()));
         }
     }
-    Ok(services.events.named(eid))
+    Ok(services.feeds.named(eid))
 }
 
 /// What became of it, if there is a database.
@@ -357,7 +363,7 @@ async fn endpoint(services: &Services, ask: Ask) -> Result<Option<Box<str>>, Ref
 /// id has no event by the id alone, but those that are known.
 fn event_id(services: &Services, part: &str) -> Result<String, Refused> {
     let is_taken = |eid: &String| {
-        services.rules().merged(eid).next().is_some() || !services.events.named(eid).is_empty()
+        services.rules().merged(eid).next().is_some() || !services.feeds.named(eid).is_empty()
     };
     percent_decode_str(part)
         .decode_utf8()

@@ -176,7 +176,7 @@ fn readiness(services: &Services, strict: bool) -> Answer {
         let age = Duration::try_from_secs_f64(unix_seconds() - arrived).unwrap_or_default();
         events::seconds(age)
     });
-    let silence = canary.unwrap_or_else(|| services.events.started().elapsed().as_secs_f64());
+    let silence = canary.unwrap_or_else(|| services.feeds.started().elapsed().as_secs_f64());
     let patience = services.config.relay.canary_interval * CANARIES_MISSED;
     let is_deaf = link == "down" || link == "up" && silence > patience.as_secs_f64();
     let ready = !(draining || strict && is_deaf);

@@ -272,7 +272,7 @@ impl<'a> Sender<'a> {
         }
         let (topics, event) = match decision.rule {
             Some((rule, captures)) => {
-                (rule.topics(sub_topic, &captures), services.events.of(&rule, &captures))
+                (rule.topics(sub_topic, &captures), services.feeds.of(&rule, &captures))
             }
             None => (vec![TopicKey { sub_topic: sub_topic.into(), privacy }], None),
         };

@@ -17,9 +17,9 @@ use parking_lot::Mutex;
 use tokio::time::Instant;
 
 use super::{
-    journal::{Count, Counts, Told},
+    journal::{Notice, NoticeCount, Notices},
     payload::{self, Endpoints, Invalidation, Stamp},
-    reason::{Cause, Method, Why},
+    reason::{CatchUpCause, Coverage, SendReason},
 };
 use crate::{
     access::rule::{Captures, EID, Merge, Rule},
@@ -51,7 +51,7 @@ const KIND_CHARS_MAX: usize = 100;
 
 /// An event: one per rule and EID, whatever the spelling of its topic.
 #[derive(Debug)]
-pub(crate) struct Event {
+pub(crate) struct Feed {
     rule: Arc<Rule>,
     merge: Merge,
     eid: Box<str>,
@@ -85,8 +85,8 @@ struct State {
     is_owed: bool,
     heard: Heard,
     muted_until: Option<Instant>,
-    log: VecDeque<Arc<Sent>>,
-    told: Counts,
+    log: VecDeque<Arc<Delivery>>,
+    told: Notices,
     last_notification: Option<SystemTime>,
     last_delivery: Option<SystemTime>,
     merged: u64,
@@ -132,7 +132,7 @@ struct Pending {
     is_clean: bool,
     messages: usize,
     sources: Vec<Source>,
-    gap: Option<Cause>,
+    gap: Option<CatchUpCause>,
     first: Instant,
     /// When the oldest of them was committed of which that is known.
     committed: Option<Instant>,
@@ -175,10 +175,10 @@ pub(crate) struct Source {
 
 /// What was sent, to be told of afterwards.
 #[derive(Debug, Clone)]
-pub(crate) struct Sent {
+pub(crate) struct Delivery {
     pub(crate) at: SystemTime,
-    pub(crate) why: Why,
-    pub(crate) cause: Option<Cause>,
+    pub(crate) why: SendReason,
+    pub(crate) cause: Option<CatchUpCause>,
     /// Once it is sent, the first of them.
     pub(crate) endpoints: Arc<Endpoints>,
     pub(crate) endpoint_count: usize,
@@ -192,7 +192,7 @@ pub(crate) struct Sent {
 
 /// What is known of a client that joins.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Known {
+pub(crate) enum ClientHistory {
     /// Its page was just loaded.
     Fresh,
     /// It has held this topic before on the same socket.
@@ -219,7 +219,7 @@ pub(crate) struct Outgoing {
     pub(crate) broadcast: Broadcast,
     /// What it is made of, if not of gaps alone.
     newest: Option<Invalidation>,
-    pub(crate) sent: Sent,
+    pub(crate) sent: Delivery,
     /// The oldest of what it is made of.
     pub(crate) committed: Option<Committed>,
     /// Not later than the first change that it tells of; none if nothing could take its place.
@@ -242,8 +242,8 @@ pub(crate) struct Repeat {
 #[derive(Debug)]
 pub(crate) struct CatchUp {
     pub(crate) broadcast: Broadcast,
-    pub(crate) cause: Cause,
-    pub(crate) method: Method,
+    pub(crate) cause: CatchUpCause,
+    pub(crate) method: Coverage,
     pub(crate) since: Since,
     /// How many messages the whole event had been sent.
     pub(crate) messages: u64,
@@ -267,7 +267,7 @@ pub(crate) struct Summary {
     pub(crate) heals: u64,
 }
 
-impl Event {
+impl Feed {
     /// An event of which nothing is known.
     pub(crate) fn new(
         rule: &Arc<Rule>,
@@ -367,7 +367,12 @@ impl Event {
 
     /// Takes what everybody may have missed, to leave not before `earliest`: these endpoints, or
     /// if there are none the complete list.
-    pub(crate) fn offer_gap(&self, cause: Cause, missed: Option<&Endpoints>, earliest: Instant) {
+    pub(crate) fn offer_gap(
+        &self,
+        cause: CatchUpCause,
+        missed: Option<&Endpoints>,
+        earliest: Instant,
+    ) {
         let now = Instant::now();
         let mut state = self.state.lock();
         match missed {
@@ -477,7 +482,7 @@ impl Event {
     }
 
     /// Notes a message that has been sent.
-    pub(crate) fn sent(&self, mut sent: Sent) {
+    pub(crate) fn sent(&self, mut sent: Delivery) {
         if sent.endpoint_count > LISTED_MAX {
             sent.endpoints = Arc::new(sent.endpoints.iter().take(LISTED_MAX).cloned().collect());
         }
@@ -494,7 +499,7 @@ impl Event {
 
     /// Notes that a client that may be deaf to the event was told to join it.
     pub(crate) fn healed(&self) {
-        self.state.lock().told.add(Told::Heal, SystemTime::now());
+        self.state.lock().told.add(Notice::Heal, SystemTime::now());
     }
 
     /// What a client gets that has just subscribed, if anything: what has changed since it last
@@ -502,18 +507,18 @@ impl Event {
     /// when everything about the event has been heard here.
     pub(crate) fn catch_up(
         &self,
-        known: Known,
+        known: ClientHistory,
         covered_since: Option<Instant>,
         outbox: &Arc<Outbox>,
         subscription: &Subscription,
     ) -> Option<CatchUp> {
         let (now, sub_topic) = (Instant::now(), subscription.sub_topic());
         let (cause, since) = match known {
-            Known::Fresh => (Cause::Fresh, now.checked_sub(FRESH)),
-            Known::Held => (Cause::Held, now.checked_sub(FRESH)),
-            Known::Since(since) => (Cause::Returned, Some(since)),
-            Known::Behind(since) => (Cause::SlowClient, since.moment(self.started)),
-            Known::Nothing => (Cause::Unknown, None),
+            ClientHistory::Fresh => (CatchUpCause::Fresh, now.checked_sub(FRESH)),
+            ClientHistory::Held => (CatchUpCause::Held, now.checked_sub(FRESH)),
+            ClientHistory::Since(since) => (CatchUpCause::Returned, Some(since)),
+            ClientHistory::Behind(since) => (CatchUpCause::SlowClient, since.moment(self.started)),
+            ClientHistory::Nothing => (CatchUpCause::Unknown, None),
         };
         let mut state = self.state.lock();
         let reaches = |since: &Instant| {
@@ -522,14 +527,14 @@ impl Event {
         };
         let since = since.filter(reaches);
         let (mut endpoints, method) = match since {
-            Some(since) => (state.changed_since(since), Method::Exact),
-            None => (self.complete(&state), Method::Complete),
+            Some(since) => (state.changed_since(since), Coverage::Exact),
+            None => (self.complete(&state), Coverage::Complete),
         };
         let since = since.map_or(Since::EVER, |it| Since::at(it, self.started));
         if endpoints.is_empty() {
             return None;
         }
-        state.told.add(Told::CatchUp(cause, method), SystemTime::now());
+        state.told.add(Notice::CatchUp(cause, method), SystemTime::now());
         let stamp = state.next_stamp();
         state.forget_carried(now, self.merge.carry);
         endpoints.extend(state.carried());
@@ -584,12 +589,12 @@ impl Event {
     }
 
     /// What the whole event was sent, the newest first.
-    pub(crate) fn log(&self) -> Vec<Arc<Sent>> {
+    pub(crate) fn log(&self) -> Vec<Arc<Delivery>> {
         self.state.lock().log.iter().rev().map(Arc::clone).collect()
     }
 
     /// What single clients were told, the latest first.
-    pub(crate) fn told(&self) -> Vec<Count> {
+    pub(crate) fn told(&self) -> Vec<NoticeCount> {
         self.state.lock().told.latest()
     }
 
@@ -623,11 +628,11 @@ impl Event {
         state.tally.merged += merged;
         state.messages += 1;
         let why = match (pending.gap, pending.has_waited) {
-            (Some(_), _) => Why::Gap,
-            (None, true) => Why::Window,
-            (None, false) => Why::Leading,
+            (Some(_), _) => SendReason::Gap,
+            (None, true) => SendReason::Window,
+            (None, false) => SendReason::Leading,
         };
-        let sent = Sent {
+        let sent = Delivery {
             at: SystemTime::now(),
             why,
             cause: pending.gap,
@@ -640,8 +645,10 @@ impl Event {
         };
         // What a gap tells of leaves with it, however late.
         let departure = match why {
-            Why::Leading => Departure::AtOnce,
-            Why::Window | Why::Gap | Why::CatchUp | Why::Repeat => Departure::Merged,
+            SendReason::Leading => Departure::AtOnce,
+            SendReason::Window | SendReason::Gap | SendReason::CatchUp | SendReason::Repeat => {
+                Departure::Merged
+            }
         };
         let committed = pending.committed.map(|at| Committed { at, departure });
         let waited = pending.has_waited.then(|| now.duration_since(pending.first));
@@ -656,7 +663,7 @@ impl Event {
     fn write(
         &self,
         newest: Option<&Invalidation>,
-        sent: &Sent,
+        sent: &Delivery,
         endpoints: &Endpoints,
         stamp: Stamp,
     ) -> Broadcast {
@@ -664,7 +671,7 @@ impl Event {
         match newest {
             Some(newest) => newest.rewritten(rule, merge, endpoints, stamp, sent.merged),
             None => {
-                let cause = sent.cause.map_or(sent.why.kind(), Cause::kind);
+                let cause = sent.cause.map_or(sent.why.kind(), CatchUpCause::kind);
                 payload::catch_up(rule, merge, &self.eid, cause, endpoints, stamp)
             }
         }
@@ -794,16 +801,16 @@ mod tests {
     const ARTISTS: &str = "/live/event/AB3028/artists";
 
     /// The built-in rule's event of AB3028.
-    fn event() -> Event {
+    fn event() -> Feed {
         event_with(|_| {})
     }
 
-    fn event_with(change: impl FnOnce(&mut Merge)) -> Event {
+    fn event_with(change: impl FnOnce(&mut Merge)) -> Feed {
         let rule = Arc::new(Config::defaults().topic.remove(0));
         let mut merge = rule.merge.clone().unwrap();
         assert_eq!((merge.window, merge.carry), (WINDOW, CARRY));
         change(&mut merge);
-        Event::new(&rule, &merge, &[(EID.into(), "AB3028".into())].into(), Instant::now())
+        Feed::new(&rule, &merge, &[(EID.into(), "AB3028".into())].into(), Instant::now())
     }
 
     fn user(payload: &str) -> Broadcast {
@@ -816,7 +823,7 @@ mod tests {
         texts.iter().map(|it| Box::from(*it)).collect()
     }
 
-    impl Event {
+    impl Feed {
         fn take(&self, payload: &str, pid: u32) {
             let notified = Notified { pid, committed: None };
             let _ = self.offer(self.read(user(payload)).unwrap(), Some(notified));
@@ -849,7 +856,7 @@ mod tests {
             self.next_sent().await.expect("something waits")
         }
 
-        fn join(&self, known: Known, since: Option<Instant>) -> (Viewer, Option<CatchUp>) {
+        fn join(&self, known: ClientHistory, since: Option<Instant>) -> (Viewer, Option<CatchUp>) {
             let viewer = Viewer::new(self);
             let catch_up = viewer.join(self, known, since);
             (viewer, catch_up)
@@ -863,14 +870,19 @@ mod tests {
     }
 
     impl Viewer {
-        fn new(event: &Event) -> Self {
+        fn new(event: &Feed) -> Self {
             let outbox = Arc::new(Outbox::new(Serializer::V2, &OutboxBounds::new(1 << 20)));
             let hub = Arc::new(Hub::new(&Registry::new()));
             let subscription = hub.subscribe(event.topics()[0].clone(), Arc::clone(&outbox));
             Self { outbox, subscription }
         }
 
-        fn join(&self, event: &Event, known: Known, since: Option<Instant>) -> Option<CatchUp> {
+        fn join(
+            &self,
+            event: &Feed,
+            known: ClientHistory,
+            since: Option<Instant>,
+        ) -> Option<CatchUp> {
             event.catch_up(known, since, &self.outbox, &self.subscription)
         }
     }
@@ -883,7 +895,7 @@ mod tests {
     }
 
     impl Out {
-        fn new(event: &Event, outgoing: Box<Outgoing>) -> Self {
+        fn new(event: &Feed, outgoing: Box<Outgoing>) -> Self {
             let repeats = event.repeats(&outgoing);
             Self { at: Instant::now(), outgoing, repeats }
         }
@@ -896,7 +908,7 @@ mod tests {
             listed(&self.outgoing.broadcast)
         }
 
-        fn why(&self) -> Why {
+        fn why(&self) -> SendReason {
             self.outgoing.sent.why
         }
     }
@@ -924,7 +936,7 @@ mod tests {
         let (event, start) = (event(), Instant::now());
         event.tell(&["/a"]);
         let out = event.sends().await;
-        assert_eq!((out.at - start, out.why()), (SETTLE, Why::Leading));
+        assert_eq!((out.at - start, out.why()), (SETTLE, SendReason::Leading));
         assert!(event.next_sent().await.is_none());
     }
 
@@ -936,13 +948,13 @@ mod tests {
         advance(CARRY).await;
         event.tell(&["/b", "/c"]);
         let second = event.sends().await;
-        assert_eq!(second.why(), Why::Leading, "the window is long over");
+        assert_eq!(second.why(), SendReason::Leading, "the window is long over");
         for texts in [["/d", "/c"], ["/c", "/e"], ["/f", "/a"]] {
             advance(Duration::from_millis(900)).await;
             event.tell(&texts);
         }
         let third = event.sends().await;
-        assert_eq!((third.at - second.at, third.why()), (WINDOW, Why::Window));
+        assert_eq!((third.at - second.at, third.why()), (WINDOW, SendReason::Window));
         // In the order in which they were first seen; then what is carried.
         assert_eq!(third.endpoints(), ["/d", "/c", "/e", "/f", "/a", "/b"]);
         assert_eq!(third.payload()["merged"], 3);
@@ -990,7 +1002,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn what_one_transaction_says_is_one_message_whatever_the_window() {
         let event = event();
-        for expected in [Why::Leading, Why::Window] {
+        for expected in [SendReason::Leading, SendReason::Window] {
             for art in 0..24 {
                 event.tell_by(7, &[EVENT, &format!("/art/{art}")]);
             }
@@ -1117,7 +1129,7 @@ mod tests {
         let mut stamps = vec![hour.to_string()];
         let mut viewers = Vec::new();
         for number in 0..50 {
-            let (viewer, catch_up) = event.join(Known::Nothing, None);
+            let (viewer, catch_up) = event.join(ClientHistory::Nothing, None);
             stamps.push(stamp(&catch_up.unwrap().broadcast));
             viewers.push(viewer);
             event.tell_by(1, &[&format!("/{number}")]);
@@ -1140,7 +1152,7 @@ mod tests {
             event.tell_by(1, &["/a"]);
             event.tell_by(1, &["/b"]);
             let out = event.sends().await;
-            assert_eq!((out.at - start, out.why()), (SETTLE, Why::Leading), "{number}");
+            assert_eq!((out.at - start, out.why()), (SETTLE, SendReason::Leading), "{number}");
         }
     }
 
@@ -1157,7 +1169,7 @@ mod tests {
         assert_eq!(event.summary().muted_for, Some(Duration::from_secs(300)));
         assert_eq!(event.summary().pending, 300);
         // Who joins meanwhile is told all the same.
-        let (_viewer, catch_up) = event.join(Known::Fresh, Some(start));
+        let (_viewer, catch_up) = event.join(ClientHistory::Fresh, Some(start));
         assert_eq!(listed(&catch_up.unwrap().broadcast).len(), 7);
         let out = event.sends().await;
         assert_eq!((out.at, out.endpoints().len()), (over, 7));
@@ -1200,11 +1212,11 @@ mod tests {
     async fn a_gap_that_is_known_is_told_as_it_is_and_any_other_as_everything() {
         let event = event();
         event.learn(&endpoints(&["/known"]));
-        let cause = Cause::Link(LinkLoss::Silent);
+        let cause = CatchUpCause::Link(LinkLoss::Silent);
         let start = Instant::now();
         event.offer_gap(cause, Some(&endpoints(&["/b", "/a"])), start);
         let out = event.sends().await;
-        assert_eq!((out.at - start, out.why()), (SETTLE, Why::Gap));
+        assert_eq!((out.at - start, out.why()), (SETTLE, SendReason::Gap));
         let said = out.payload();
         let timestamp = &said["timestamp"];
         let expected = json!({
@@ -1217,7 +1229,7 @@ mod tests {
 
         advance(CARRY * 2).await;
         let earliest = Instant::now() + Duration::from_secs(4);
-        event.offer_gap(Cause::Start, None, earliest);
+        event.offer_gap(CatchUpCause::Start, None, earliest);
         let out = event.sends().await;
         assert_eq!(out.at, earliest);
         assert_eq!(out.payload()["cause"], "start");
@@ -1230,10 +1242,10 @@ mod tests {
         event.tell(&["/a"]);
         let first = event.sends().await;
         event.tell(&["/b"]);
-        event.offer_gap(Cause::QueueFull, Some(&endpoints(&["/c"])), Instant::now());
+        event.offer_gap(CatchUpCause::QueueFull, Some(&endpoints(&["/c"])), Instant::now());
         event.tell(&["/d"]);
         let out = event.sends().await;
-        assert_eq!((out.at - first.at, out.why()), (WINDOW, Why::Gap));
+        assert_eq!((out.at - first.at, out.why()), (WINDOW, SendReason::Gap));
         assert_eq!(out.endpoints(), ["/b", "/c", "/d", "/a"]);
         let said = out.payload();
         // It stands for the newest message.
@@ -1245,14 +1257,14 @@ mod tests {
     async fn a_gap_of_which_nothing_is_known_swallows_what_is() {
         let event = event();
         event.tell(&["/a"]);
-        event.offer_gap(Cause::Start, None, Instant::now());
-        event.offer_gap(Cause::Start, Some(&endpoints(&["/b"])), Instant::now());
+        event.offer_gap(CatchUpCause::Start, None, Instant::now());
+        event.offer_gap(CatchUpCause::Start, Some(&endpoints(&["/b"])), Instant::now());
         event.tell(&["/c"]);
         assert_eq!(event.sends().await.endpoints(), [EVENT, MEDIA, ARTISTS, "/a", "/b", "/c"]);
     }
 
     /// What is known of an event whose changes are a minute, ten seconds and no time ago.
-    async fn told() -> (Event, Instant) {
+    async fn told() -> (Feed, Instant) {
         let (event, start) = (event(), Instant::now());
         event.learn(&endpoints(&["/old", "/never"]));
         for (text, then) in [("/old", 50), ("/young", 10), ("/now", 0)] {
@@ -1268,13 +1280,13 @@ mod tests {
         let everything = [EVENT, MEDIA, ARTISTS, "/never", "/now", "/old", "/young"];
         let seconds = |number| Duration::from_secs(number);
         for (known, since, method, expected) in [
-            (Known::Fresh, 60, Method::Exact, &["/young", "/now"][..]),
-            (Known::Held, 60, Method::Exact, &["/young", "/now"]),
-            (Known::Nothing, 60, Method::Complete, &everything),
+            (ClientHistory::Fresh, 60, Coverage::Exact, &["/young", "/now"][..]),
+            (ClientHistory::Held, 60, Coverage::Exact, &["/young", "/now"]),
+            (ClientHistory::Nothing, 60, Coverage::Complete, &everything),
             // Coverage: to the moment itself, and one millisecond too short.
-            (Known::Fresh, 30, Method::Exact, &["/young", "/now"]),
-            (Known::Fresh, 29, Method::Complete, &everything),
-            (Known::Held, 29, Method::Complete, &everything),
+            (ClientHistory::Fresh, 30, Coverage::Exact, &["/young", "/now"]),
+            (ClientHistory::Fresh, 29, Coverage::Complete, &everything),
+            (ClientHistory::Held, 29, Coverage::Complete, &everything),
         ] {
             let (event, start) = told().await;
             let now = Instant::now();
@@ -1294,16 +1306,16 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn who_comes_back_is_told_what_has_changed_since_then_that_moment_included() {
         let (event, start) = told().await;
-        let join = |since, covered| event.join(Known::Since(since), covered).1;
+        let join = |since, covered| event.join(ClientHistory::Since(since), covered).1;
         // `/old` changed at the very start.
         let CatchUp { broadcast, cause, method, .. } = join(start, Some(start)).unwrap();
         assert_eq!(listed(&broadcast), ["/old", "/young", "/now"]);
-        assert_eq!((cause, method), (Cause::Returned, Method::Exact));
+        assert_eq!((cause, method), (CatchUpCause::Returned, Coverage::Exact));
         let later = start + Duration::from_nanos(1);
         assert_eq!(listed(&join(later, Some(start)).unwrap().broadcast), ["/young", "/now"]);
         // What was before the coverage is not known, nor what happens without any.
         for covered in [Some(later), None] {
-            assert_eq!(join(start, covered).unwrap().method, Method::Complete);
+            assert_eq!(join(start, covered).unwrap().method, Coverage::Complete);
         }
     }
 
@@ -1311,10 +1323,14 @@ mod tests {
     async fn who_has_missed_nothing_is_told_nothing() {
         let (event, start) = told().await;
         advance(FRESH + Duration::from_millis(1)).await;
-        for known in [Known::Fresh, Known::Held, Known::Since(Instant::now() - FRESH)] {
+        for known in [
+            ClientHistory::Fresh,
+            ClientHistory::Held,
+            ClientHistory::Since(Instant::now() - FRESH),
+        ] {
             assert!(event.join(known, Some(start)).1.is_none(), "{known:?}");
         }
-        assert!(event.join(Known::Nothing, Some(start)).1.is_some());
+        assert!(event.join(ClientHistory::Nothing, Some(start)).1.is_some());
     }
 
     #[tokio::test(start_paused = true)]
@@ -1324,7 +1340,7 @@ mod tests {
         event.sends().await;
         advance(FRESH).await;
         event.tell(&["/b"]);
-        let (_viewer, catch_up) = event.join(Known::Fresh, Some(start));
+        let (_viewer, catch_up) = event.join(ClientHistory::Fresh, Some(start));
         assert_eq!(listed(&catch_up.unwrap().broadcast), ["/b"]);
         assert_eq!(event.sends().await.endpoints(), ["/b"]);
     }
@@ -1337,13 +1353,13 @@ mod tests {
             event.learn(&endpoints(&["/known"]));
             advance(FRESH).await;
             if is_gap {
-                event.offer_gap(Cause::Operator, None, Instant::now());
+                event.offer_gap(CatchUpCause::Operator, None, Instant::now());
             } else {
                 event.take(r#"{"type":"t","pointer":true,"id":7}"#, 1);
             }
             event.sends().await;
             advance(CARRY * 2).await;
-            let (_viewer, catch_up) = event.join(Known::Fresh, Some(start));
+            let (_viewer, catch_up) = event.join(ClientHistory::Fresh, Some(start));
             let told: BTreeSet<_> = listed(&catch_up.unwrap().broadcast).into_iter().collect();
             let all = [EVENT, MEDIA, ARTISTS, "/known"].map(str::to_owned);
             assert_eq!(told, all.into(), "is_gap: {is_gap}");
@@ -1363,11 +1379,11 @@ mod tests {
         assert!(event.sends().await.endpoints().contains(&"/one more".to_owned()), "it is sent");
         assert_eq!(event.summary().endpoints, ENDPOINTS_MAX);
         let forgotten = Instant::now();
-        let join = |since| event.join(Known::Since(since), Some(start)).1.unwrap().method;
+        let join = |since| event.join(ClientHistory::Since(since), Some(start)).1.unwrap().method;
         advance(Duration::from_secs(1)).await;
         event.tell(&["/1"]);
-        assert_eq!(join(start), Method::Complete);
-        assert_eq!(join(forgotten), Method::Exact);
+        assert_eq!(join(start), Coverage::Complete);
+        assert_eq!(join(forgotten), Coverage::Exact);
     }
 
     #[tokio::test(start_paused = true)]
@@ -1396,9 +1412,9 @@ mod tests {
         assert_eq!(out.committed, moment(ago(5), Departure::Merged));
         assert_eq!(out.waited, Some(WINDOW - Duration::from_secs(1)));
         // Nobody knows when what a gap has hidden was committed.
-        event.offer_gap(Cause::Start, None, Instant::now());
+        event.offer_gap(CatchUpCause::Start, None, Instant::now());
         assert_eq!(event.sends().await.outgoing.committed, None);
-        event.offer_gap(Cause::Start, None, Instant::now() + WINDOW);
+        event.offer_gap(CatchUpCause::Start, None, Instant::now() + WINDOW);
         tell(Some(start));
         let out = event.sends().await.outgoing;
         assert_eq!(out.committed, moment(Some(start), Departure::Merged));
@@ -1413,13 +1429,13 @@ mod tests {
     async fn who_was_just_caught_up_is_told_so_once_more_after_the_next_message() {
         let event = event();
         event.learn(&endpoints(&["/known"]));
-        let (viewer, catch_up) = event.join(Known::Nothing, None);
-        assert_eq!(catch_up.unwrap().method, Method::Complete);
-        let (other, _) = event.join(Known::Nothing, None);
+        let (viewer, catch_up) = event.join(ClientHistory::Nothing, None);
+        assert_eq!(catch_up.unwrap().method, Coverage::Complete);
+        let (other, _) = event.join(ClientHistory::Nothing, None);
         // One has gone, and one has left.
-        let (gone, _) = event.join(Known::Nothing, None);
+        let (gone, _) = event.join(ClientHistory::Nothing, None);
         drop(gone);
-        let (Viewer { outbox: _left, subscription }, _) = event.join(Known::Nothing, None);
+        let (Viewer { outbox: _left, subscription }, _) = event.join(ClientHistory::Nothing, None);
         drop(subscription);
         advance(Duration::from_secs(1)).await;
         event.tell(&["/a", "/known"]);
@@ -1448,14 +1464,14 @@ mod tests {
         let (event, start) = (event(), Instant::now());
         event.learn(&endpoints(&["/known"]));
         advance(FRESH).await;
-        let (viewer, catch_up) = event.join(Known::Nothing, Some(start));
+        let (viewer, catch_up) = event.join(ClientHistory::Nothing, Some(start));
         let all = listed(&catch_up.unwrap().broadcast);
         assert_eq!(all, [EVENT, MEDIA, ARTISTS, "/known"]);
         event.tell(&["/a"]);
-        let again = || viewer.join(&event, Known::Held, Some(start));
+        let again = || viewer.join(&event, ClientHistory::Held, Some(start));
         assert_eq!(listed(&again().unwrap().broadcast), [&["/a".into()], &*all].concat());
         // Another client is not it.
-        let (_other, catch_up) = event.join(Known::Held, Some(start));
+        let (_other, catch_up) = event.join(ClientHistory::Held, Some(start));
         assert_eq!(listed(&catch_up.unwrap().broadcast), ["/a"]);
         let out = event.sends().await;
         assert_eq!(repeated(&out).len(), 1, "of the last alone");
@@ -1467,7 +1483,7 @@ mod tests {
     async fn a_catch_up_is_repeated_for_so_long_and_no_longer() {
         for (late, is_repeated) in [(0, true), (1, false)] {
             let event = event();
-            let (_viewer, catch_up) = event.join(Known::Nothing, None);
+            let (_viewer, catch_up) = event.join(ClientHistory::Nothing, None);
             assert!(catch_up.is_some());
             advance(CARRY - SETTLE + Duration::from_millis(late)).await;
             event.tell(&["/a"]);
@@ -1480,7 +1496,7 @@ mod tests {
         let (event, start) = (event(), Instant::now());
         advance(FRESH).await;
         event.tell(&["/a"]);
-        let (_viewer, catch_up) = event.join(Known::Fresh, Some(start));
+        let (_viewer, catch_up) = event.join(ClientHistory::Fresh, Some(start));
         assert_eq!(listed(&catch_up.unwrap().broadcast), ["/a"]);
         event.tell(&["/b"]);
         let out = event.sends().await;
@@ -1498,9 +1514,9 @@ mod tests {
         // It needs nothing from before this moment, but for the carried endpoint.
         event.learn(&endpoints(&["/b"]));
         let since = Instant::now();
-        assert!(event.join(Known::Since(since), Some(start)).1.is_none());
+        assert!(event.join(ClientHistory::Since(since), Some(start)).1.is_none());
         event.tell(&["/b"]);
-        let (_viewer, catch_up) = event.join(Known::Since(since), Some(start));
+        let (_viewer, catch_up) = event.join(ClientHistory::Since(since), Some(start));
         assert_eq!(listed(&catch_up.unwrap().broadcast), ["/b", "/a"]);
     }
 
@@ -1644,12 +1660,12 @@ mod tests {
                     let missed = missed.map(|it| texts(&it));
                     let list = missed.iter().flatten().map(|it| Box::from(it.as_str())).collect();
                     let earliest = Instant::now() + spread;
-                    event.offer_gap(Cause::Start, missed.as_ref().map(|_| &list), earliest);
+                    event.offer_gap(CatchUpCause::Start, missed.as_ref().map(|_| &list), earliest);
                     model.is_everything |= missed.is_none();
                     model.offer(&missed.unwrap_or_default(), spread);
                 }
                 Step::Joined => {
-                    let (viewer, catch_up) = event.join(Known::Nothing, None);
+                    let (viewer, catch_up) = event.join(ClientHistory::Nothing, None);
                     let texts = listed(&catch_up.unwrap().broadcast).into_iter().collect();
                     model.caught_up.push((Instant::now(), texts));
                     viewers.push(viewer);
@@ -1679,7 +1695,7 @@ mod tests {
     }
 
     /// An event whose server has run for ten seconds, and that time.
-    async fn event_of_a_running_server() -> (Event, Instant) {
+    async fn event_of_a_running_server() -> (Feed, Instant) {
         let (event, started) = (event(), Instant::now());
         advance(Duration::from_secs(10)).await;
         (event, started)
@@ -1701,14 +1717,15 @@ mod tests {
         let since = out.outgoing.since.unwrap();
         assert_eq!(since, Since::at(first_change, started));
         advance(Duration::from_secs(60)).await;
-        let (viewer, catch_up) = event.join(Known::Behind(since), Some(started));
+        let (viewer, catch_up) = event.join(ClientHistory::Behind(since), Some(started));
         let CatchUp { broadcast, cause, method, since: again, .. } = catch_up.unwrap();
-        assert_eq!((cause, method), (Cause::SlowClient, Method::Exact));
+        assert_eq!((cause, method), (CatchUpCause::SlowClient, Coverage::Exact));
         assert_eq!((listed(&broadcast), again), (vec!["/a".to_owned(), "/b".to_owned()], since));
         // What was not heard, or is of ever, is told as a whole.
         for (since, covered_since) in [(since, Instant::now()), (Since::EVER, started)] {
-            let catch_up = viewer.join(&event, Known::Behind(since), Some(covered_since)).unwrap();
-            assert_eq!((catch_up.method, catch_up.since), (Method::Complete, Since::EVER));
+            let catch_up =
+                viewer.join(&event, ClientHistory::Behind(since), Some(covered_since)).unwrap();
+            assert_eq!((catch_up.method, catch_up.since), (Coverage::Complete, Since::EVER));
         }
     }
 
@@ -1719,8 +1736,8 @@ mod tests {
         event.sends().await;
         let a = Since::at(Instant::now() - SETTLE, started);
         advance(2 * CARRY).await;
-        let (_fresh, caught_up) = event.join(Known::Fresh, Some(started));
-        let (_unknown, complete) = event.join(Known::Nothing, None);
+        let (_fresh, caught_up) = event.join(ClientHistory::Fresh, Some(started));
+        let (_unknown, complete) = event.join(ClientHistory::Nothing, None);
         let asked =
             Instant::now().checked_sub(FRESH).map_or(Since::EVER, |it| Since::at(it, started));
         assert!(asked <= a, "what it is told of has changed since");
@@ -1748,7 +1765,7 @@ mod tests {
         event.tell(&["/one/too/many"]);
         let forgotten = Since::at(Instant::now(), started);
         assert_eq!(event.sends().await.outgoing.since, None);
-        let (_viewer, catch_up) = event.join(Known::Behind(forgotten), Some(started));
-        assert_eq!(catch_up.unwrap().method, Method::Complete);
+        let (_viewer, catch_up) = event.join(ClientHistory::Behind(forgotten), Some(started));
+        assert_eq!(catch_up.unwrap().method, Coverage::Complete);
     }
 }

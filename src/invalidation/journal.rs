@@ -8,7 +8,7 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use super::reason::{Cause, Method};
+use super::reason::{CatchUpCause, Coverage};
 
 /// Three hours with a client for one reason in each minute.
 const COUNTS_MAX: usize = 200;
@@ -17,35 +17,35 @@ pub(crate) const MINUTE: Duration = Duration::from_secs(60);
 
 /// What a single client was told.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Told {
-    CatchUp(Cause, Method),
+pub(crate) enum Notice {
+    CatchUp(CatchUpCause, Coverage),
     /// To join again.
     Heal,
 }
 
 /// How many clients were told it within a minute.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Count {
+pub(crate) struct NoticeCount {
     /// When the minute began.
     pub(crate) minute: SystemTime,
-    pub(crate) told: Told,
+    pub(crate) told: Notice,
     pub(crate) clients: u64,
 }
 
 /// The counts of one event, and how many there ever were.
 #[derive(Debug, Default)]
-pub(super) struct Counts {
-    counts: VecDeque<Count>,
+pub(super) struct Notices {
+    counts: VecDeque<NoticeCount>,
     pub(super) catch_ups: u64,
     pub(super) heals: u64,
 }
 
-impl Counts {
+impl Notices {
     /// Counts a client that was told this at `now`.
-    pub(super) fn add(&mut self, told: Told, now: SystemTime) {
+    pub(super) fn add(&mut self, told: Notice, now: SystemTime) {
         match told {
-            Told::CatchUp(..) => self.catch_ups += 1,
-            Told::Heal => self.heals += 1,
+            Notice::CatchUp(..) => self.catch_ups += 1,
+            Notice::Heal => self.heals += 1,
         }
         let seconds = now.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
         let minute = UNIX_EPOCH + Duration::from_secs(seconds - seconds % MINUTE.as_secs());
@@ -57,11 +57,11 @@ impl Counts {
         if self.counts.len() >= COUNTS_MAX {
             self.counts.pop_front();
         }
-        self.counts.push_back(Count { minute, told, clients: 1 });
+        self.counts.push_back(NoticeCount { minute, told, clients: 1 });
     }
 
     /// The latest first.
-    pub(super) fn latest(&self) -> Vec<Count> {
+    pub(super) fn latest(&self) -> Vec<NoticeCount> {
         self.counts.iter().rev().cloned().collect()
     }
 }
@@ -70,8 +70,8 @@ impl Counts {
 mod tests {
     use super::*;
 
-    const EXACT: Told = Told::CatchUp(Cause::Fresh, Method::Exact);
-    const COMPLETE: Told = Told::CatchUp(Cause::Fresh, Method::Complete);
+    const EXACT: Notice = Notice::CatchUp(CatchUpCause::Fresh, Coverage::Exact);
+    const COMPLETE: Notice = Notice::CatchUp(CatchUpCause::Fresh, Coverage::Complete);
 
     fn at(seconds: u64) -> SystemTime {
         UNIX_EPOCH + Duration::from_secs(seconds)
@@ -79,16 +79,16 @@ mod tests {
 
     #[test]
     fn clients_of_one_minute_and_reason_are_one_count() {
-        let mut counts = Counts::default();
+        let mut counts = Notices::default();
         for (told, seconds) in
-            [(EXACT, 120), (COMPLETE, 121), (Told::Heal, 122), (EXACT, 179), (EXACT, 180)]
+            [(EXACT, 120), (COMPLETE, 121), (Notice::Heal, 122), (EXACT, 179), (EXACT, 180)]
         {
             counts.add(told, at(seconds));
         }
-        let count = |minute, told, clients| Count { minute: at(minute), told, clients };
+        let count = |minute, told, clients| NoticeCount { minute: at(minute), told, clients };
         let expected = [
             count(180, EXACT, 1),
-            count(120, Told::Heal, 1),
+            count(120, Notice::Heal, 1),
             count(120, COMPLETE, 1),
             count(120, EXACT, 2),
         ];
@@ -98,9 +98,9 @@ mod tests {
 
     #[test]
     fn the_latest_counts_are_kept() {
-        let mut counts = Counts::default();
+        let mut counts = Notices::default();
         for minute in 0..=COUNTS_MAX as u64 {
-            counts.add(Told::Heal, at(minute * 60));
+            counts.add(Notice::Heal, at(minute * 60));
         }
         let latest = counts.latest();
         assert_eq!(latest.len(), COUNTS_MAX);

@@ -24,13 +24,13 @@ use tokio::{
 
 use self::feed::{Due, Outgoing};
 pub(crate) use self::{
-    feed::{CatchUp, Event, Heard, Known, Notified, Sent, Summary, Tally},
-    journal::{Count, MINUTE, Told},
+    feed::{CatchUp, ClientHistory, Delivery, Feed, Heard, Notified, Summary, Tally},
+    journal::{MINUTE, Notice, NoticeCount},
     payload::{ENDPOINT_BYTES_MAX, Endpoints},
 };
 pub use self::{
     payload::BadEndpoint,
-    reason::{Cause, LinkLoss, Method, Why},
+    reason::{CatchUpCause, Coverage, LinkLoss, SendReason},
 };
 use crate::{
     access::rule::{Captures, Rule},
@@ -49,7 +49,7 @@ const IDLE: Duration = Duration::from_secs(3600);
 
 /// The events of all merged rules, and when each has something to send.
 #[derive(Debug)]
-pub(crate) struct Events {
+pub(crate) struct Feeds {
     state: Mutex<State>,
     changed: Notify,
     max: usize,
@@ -66,7 +66,7 @@ struct State {
 
 #[derive(Debug)]
 struct Held {
-    event: Arc<Event>,
+    event: Arc<Feed>,
     used: Instant,
     /// So long it is not forgotten.
     muted_until: Option<Instant>,
@@ -75,17 +75,17 @@ struct Held {
 #[derive(Debug)]
 struct Timer {
     at: Instant,
-    event: Arc<Event>,
+    event: Arc<Feed>,
 }
 
-impl Events {
+impl Feeds {
     /// No event, and room for `max`.
     pub(crate) fn new(max: usize) -> Self {
         Self { state: Mutex::default(), changed: Notify::new(), max, started: Instant::now() }
     }
 
     /// The event of a topic, if its rule merges and there is room for it.
-    pub(crate) fn of(&self, rule: &Arc<Rule>, captures: &Captures) -> Option<Arc<Event>> {
+    pub(crate) fn of(&self, rule: &Arc<Rule>, captures: &Captures) -> Option<Arc<Feed>> {
         let merge = rule.merge.as_ref()?;
         let key: Box<str> = rule.pattern.first()?.fill(captures).into();
         let now = Instant::now();
@@ -102,26 +102,26 @@ impl Events {
                 return None;
             }
         }
-        let event = Arc::new(Event::new(rule, merge, captures, self.started));
+        let event = Arc::new(Feed::new(rule, merge, captures, self.started));
         let held = Held { event: Arc::clone(&event), used: now, muted_until: None };
         state.events.insert(key, held);
         Some(event)
     }
 
     /// Every event that is remembered.
-    pub(crate) fn all(&self) -> Vec<Arc<Event>> {
+    pub(crate) fn all(&self) -> Vec<Arc<Feed>> {
         self.state.lock().events.values().map(|held| Arc::clone(&held.event)).collect()
     }
 
     /// The events of this id, of any rule.
-    pub(crate) fn named(&self, eid: &str) -> Vec<Arc<Event>> {
+    pub(crate) fn named(&self, eid: &str) -> Vec<Arc<Feed>> {
         let state = self.state.lock();
         let events = state.events.values().map(|held| &held.event);
         events.filter(|event| event.eid() == eid).map(Arc::clone).collect()
     }
 
     /// Holds back what the event is sent, until then or no longer.
-    pub(crate) fn mute(&self, event: &Arc<Event>, until: Option<Instant>) {
+    pub(crate) fn mute(&self, event: &Arc<Feed>, until: Option<Instant>) {
         {
             let mut state = self.state.lock();
             let State { events, timers } = &mut *state;
@@ -153,7 +153,7 @@ impl Events {
     }
 
     /// Has the event looked at when it has something to send.
-    pub(crate) fn schedule(&self, event: &Arc<Event>) {
+    pub(crate) fn schedule(&self, event: &Arc<Feed>) {
         let Some(at) = event.next() else { return };
         let is_first = {
             let mut state = self.state.lock();
@@ -170,7 +170,7 @@ impl Events {
         self.state.lock().timers.peek().map(|timer| timer.at)
     }
 
-    fn take_due(&self) -> Option<Arc<Event>> {
+    fn take_due(&self) -> Option<Arc<Feed>> {
         let mut state = self.state.lock();
         let is_due = state.timers.peek()?.at <= Instant::now();
         is_due.then(|| state.timers.pop().map(|timer| timer.event)).flatten()
@@ -181,7 +181,7 @@ impl Events {
 /// database or by somebody else, and gives the rest.
 pub(crate) fn offer(
     services: &Services,
-    event: &Arc<Event>,
+    event: &Arc<Feed>,
     broadcasts: Vec<Broadcast>,
     notified: Option<Notified>,
 ) -> Vec<Broadcast> {
@@ -202,7 +202,7 @@ pub(crate) fn offer(
     }
     // The timer of one that waits already finds out by itself.
     if is_first {
-        services.events.schedule(event);
+        services.feeds.schedule(event);
     }
     rest
 }
@@ -211,21 +211,21 @@ pub(crate) fn offer(
 /// or the complete list.
 pub(crate) fn offer_gap(
     services: &Services,
-    event: &Arc<Event>,
-    cause: Cause,
+    event: &Arc<Feed>,
+    cause: CatchUpCause,
     missed: Option<&Endpoints>,
     earliest: Instant,
 ) {
-    let method = if missed.is_some() { Method::Exact } else { Method::Complete };
+    let method = if missed.is_some() { Coverage::Exact } else { Coverage::Complete };
     services.metrics.catch_ups.with_label_values(&[cause.kind(), method.kind()]).inc();
     tracing::debug!(eid = event.eid(), cause = cause.kind(), method = method.kind(), "gap");
     event.offer_gap(cause, missed, earliest);
-    services.events.schedule(event);
+    services.feeds.schedule(event);
 }
 
 /// Sends what is due until the server stops.
 pub(crate) async fn run(services: Arc<Services>) {
-    let events = &services.events;
+    let events = &services.feeds;
     loop {
         let next = events.next().unwrap_or_else(|| Instant::now() + IDLE);
         tokio::select! {
@@ -245,14 +245,14 @@ pub(crate) async fn run(services: Arc<Services>) {
 
 /// Sends everything that waits, whatever its window.
 pub(crate) async fn flush(services: &Services) {
-    for event in services.events.all() {
+    for event in services.feeds.all() {
         if let Due::Send(outgoing) = event.due(true) {
             send(services, &event, *outgoing).await;
         }
     }
 }
 
-async fn send(services: &Services, event: &Event, outgoing: Outgoing) {
+async fn send(services: &Services, event: &Feed, outgoing: Outgoing) {
     let (metrics, hub) = (&services.metrics, &services.hub);
     let fanned_out = hub
         .fan_out(FanOut {
@@ -264,7 +264,7 @@ async fn send(services: &Services, event: &Event, outgoing: Outgoing) {
         })
         .await;
     let mut repeats = 0;
-    let repeated = &metrics.invalidations_sent.with_label_values(&[Why::Repeat.kind()]);
+    let repeated = &metrics.invalidations_sent.with_label_values(&[SendReason::Repeat.kind()]);
     for feed::Repeat { outbox, sub_topic, broadcast, since } in event.repeats(&outgoing) {
         let topic = format!("{TOPIC_PREFIX}{sub_topic}");
         if let Some(frame) = outbox.serializer().encode_broadcast(&topic, &broadcast) {

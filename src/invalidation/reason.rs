@@ -4,7 +4,7 @@ use strum::VariantArray as _;
 
 /// Why somebody was caught up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Cause {
+pub enum CatchUpCause {
     /// A page that was just loaded.
     Fresh,
     /// A socket that has held the topic before.
@@ -31,7 +31,7 @@ pub enum Cause {
     Operator,
 }
 
-impl Cause {
+impl CatchUpCause {
     /// Every cause.
     pub fn all() -> impl Iterator<Item = Self> {
         let links = LinkLoss::VARIANTS.iter().copied().map(Self::Link);
@@ -112,14 +112,14 @@ impl LinkLoss {
 
 /// How it is known what somebody has missed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Method {
+pub enum Coverage {
     /// From what was heard, or from the history.
     Exact,
     /// It is not: the complete list.
     Complete,
 }
 
-impl Method {
+impl Coverage {
     /// Both.
     pub const ALL: [Self; 2] = [Self::Exact, Self::Complete];
 
@@ -135,7 +135,7 @@ impl Method {
 
 /// Why an invalidation was sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Why {
+pub enum SendReason {
     /// Nothing had been sent within the window.
     Leading,
     /// The window, or a mute, has ended.
@@ -148,7 +148,7 @@ pub enum Why {
     Repeat,
 }
 
-impl Why {
+impl SendReason {
     /// Every reason.
     pub const ALL: [Self; 5] =
         [Self::Leading, Self::Window, Self::Gap, Self::CatchUp, Self::Repeat];

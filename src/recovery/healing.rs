@@ -361,7 +361,7 @@ fn send(services: &Services, Heal { outbox, topics }: Heal) {
     services.metrics.heals_sent.inc_by(topics.len() as u64);
     for topic in &topics {
         if let Found::Rule(rule, captures) = services.rules().find(topic)
-            && let Some(event) = services.events.of(&rule, &captures)
+            && let Some(event) = services.feeds.of(&rule, &captures)
         {
             event.healed();
         }

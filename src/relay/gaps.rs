@@ -15,7 +15,7 @@ use super::{
 };
 use crate::{
     db::{self, Changed, Snapshot},
-    invalidation::{self, Cause, Endpoints, Event, Heard},
+    invalidation::{self, CatchUpCause, Endpoints, Feed, Heard},
     server::Services,
 };
 
@@ -36,7 +36,7 @@ struct Missed {
 pub(super) async fn catch_up(
     services: &Services,
     listener: &mut PgListener,
-    cause: Cause,
+    cause: CatchUpCause,
     covered: Vec<Arc<Source>>,
     good: Option<&Good>,
     now: &Good,
@@ -47,8 +47,8 @@ pub(super) async fn catch_up(
         |good: &&Good| good.identity == now.identity && good.snapshot.xmax() <= now.snapshot.xmax();
     let cause = match good {
         Some(good) if !is_same(&good) => {
-            gap_begins(&services.metrics, Cause::Restored);
-            Cause::Restored
+            gap_begins(&services.metrics, CatchUpCause::Restored);
+            CatchUpCause::Restored
         }
         Some(_) | None => cause,
     };
@@ -73,25 +73,25 @@ pub(super) async fn catch_up_failures(
     let failures = look.failures.as_ref().map(|(_, failures)| &**failures).unwrap_or_default();
     let (kept, lost): (Vec<_>, Vec<_>) = failures.iter().partition(|it| it.is_in_history);
     if !lost.is_empty() {
-        gap_begins(&services.metrics, Cause::TriggerFailure);
+        gap_begins(&services.metrics, CatchUpCause::TriggerFailure);
     }
     if !kept.is_empty() {
-        gap_begins(&services.metrics, Cause::QueueFull);
+        gap_begins(&services.metrics, CatchUpCause::QueueFull);
     }
     // What has come to exist meanwhile belongs to the complete list, too.
     learn(services, listener, services.listens.covered()).await?;
     let covered = events(services.listens.covered());
     if !lost.is_empty() {
         let is_unknown = lost.iter().any(|it| it.eid.is_none());
-        let is_lost = |event: &Event| {
+        let is_lost = |event: &Feed| {
             is_unknown || lost.iter().any(|it| it.eid.as_deref() == Some(event.eid()))
         };
         let touched: Vec<_> = covered.iter().filter(|(_, event)| is_lost(event)).cloned().collect();
-        tell(services, Cause::TriggerFailure, &touched, None);
+        tell(services, CatchUpCause::TriggerFailure, &touched, None);
     }
     if !kept.is_empty() {
         let missed = read(services, listener, since, &covered).await?;
-        tell(services, Cause::QueueFull, &covered, missed.as_ref());
+        tell(services, CatchUpCause::QueueFull, &covered, missed.as_ref());
     }
     Ok(())
 }
@@ -130,7 +130,7 @@ pub(super) async fn learn(
 }
 
 /// The sources with an event, with it.
-fn events(sources: Vec<Arc<Source>>) -> Vec<(Arc<Source>, Arc<Event>)> {
+fn events(sources: Vec<Arc<Source>>) -> Vec<(Arc<Source>, Arc<Feed>)> {
     let with_event = |source: Arc<Source>| {
         let event = Arc::clone(source.event.as_ref()?);
         Some((source, event))
@@ -143,7 +143,7 @@ async fn read(
     services: &Services,
     listener: &mut PgListener,
     since: &Snapshot,
-    covered: &[(Arc<Source>, Arc<Event>)],
+    covered: &[(Arc<Source>, Arc<Feed>)],
 ) -> Result<Option<HashMap<String, Missed>>, sqlx::Error> {
     if covered.is_empty() {
         return Ok(None);
@@ -186,14 +186,14 @@ fn readable<T>(
 /// nothing is known the complete list, the events one after the other.
 fn tell(
     services: &Services,
-    cause: Cause,
-    covered: &[(Arc<Source>, Arc<Event>)],
+    cause: CatchUpCause,
+    covered: &[(Arc<Source>, Arc<Feed>)],
     missed: Option<&HashMap<String, Missed>>,
 ) {
     if cfg!(feature = "without-catch-up") {
         return;
     }
-    let everybody = services.events.all();
+    let everybody = services.feeds.all();
     let has_heard = |heard: Heard| everybody.iter().any(|it| it.heard() == heard);
     // Where nothing was heard of an event itself, its notifications are taken to be like those of
     // the others.

@@ -28,7 +28,7 @@ use super::{
 use crate::{
     clock::unix_seconds,
     db::{self, REVOCATIONS_CHANNEL},
-    invalidation::{self, Cause, LinkLoss},
+    invalidation::{self, CatchUpCause, LinkLoss},
     metrics::Metrics,
     secret::Secret,
     server::Services,
@@ -111,7 +111,7 @@ pub(crate) async fn run(services: Arc<Services>) {
     let (queue, notifications) = mpsc::channel(ingest::BACKLOG_MAX);
     services.tracker.spawn(ingest::run(Arc::clone(&services), notifications));
     let mut backoff = BACKOFF_MIN;
-    let mut link = Link { cause: Cause::Start, good: None };
+    let mut link = Link { cause: CatchUpCause::Start, good: None };
     gap_begins(&services.metrics, link.cause);
     loop {
         let mut was_up = false;
@@ -122,7 +122,7 @@ pub(crate) async fn run(services: Arc<Services>) {
         // What a viewer may miss from here on is missed for this reason, not for those of the
         // attempts that fail.
         if was_up {
-            link.cause = Cause::Link(LinkLoss::from(&ended));
+            link.cause = CatchUpCause::Link(LinkLoss::from(&ended));
             gap_begins(&services.metrics, link.cause);
         }
         services.metrics.relay_link_up.set(0);
@@ -145,7 +145,7 @@ pub(crate) async fn run(services: Arc<Services>) {
 }
 
 /// From here on something may be missed, until viewers have been told what.
-pub(super) fn gap_begins(metrics: &Metrics, cause: Cause) {
+pub(super) fn gap_begins(metrics: &Metrics, cause: CatchUpCause) {
     metrics.relay_gaps.with_label_values(&[cause.kind()]).inc();
     metrics.relay_gap_open.set(1);
 }
@@ -207,7 +207,7 @@ async fn forward(queue: &mpsc::Sender<Notification>, notification: &PgNotificati
 /// What one session leaves to the next.
 struct Link {
     /// Why something may be missed.
-    cause: Cause,
+    cause: CatchUpCause,
     /// Up to where nothing is.
     good: Option<Good>,
 }
@@ -393,12 +393,16 @@ impl Session {
 
     /// Listens to what is wanted and unlistens what is not.
     async fn sync(&mut self, services: &Services) -> Result<(), LinkError> {
-        self.sync_for(services, Cause::LateListen).await
+        self.sync_for(services, CatchUpCause::LateListen).await
     }
 
     /// As [`Self::sync`]; who has joined an event that nobody has listened to is caught up for this
     /// cause.
-    async fn sync_for(&mut self, services: &Services, cause: Cause) -> Result<(), LinkError> {
+    async fn sync_for(
+        &mut self,
+        services: &Services,
+        cause: CatchUpCause,
+    ) -> Result<(), LinkError> {
         let changes = services.listens.changes(services.config.relay.linger);
         for channels in changes.listen.chunks(LISTENS_PER_STATEMENT) {
             self.run(|listener| {

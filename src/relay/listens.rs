@@ -16,7 +16,7 @@ use tokio::{
 };
 
 use crate::{
-    access::rule::NOTIFY_CHANNEL_BYTES_MAX, invalidation::Event, protocol::topic::TopicKey,
+    access::rule::NOTIFY_CHANNEL_BYTES_MAX, invalidation::Feed, protocol::topic::TopicKey,
 };
 
 /// Most UNLISTENs of one look, each an exchange with the server while joins wait for theirs.
@@ -32,7 +32,7 @@ pub struct Source {
     /// One for each spelling of the event.
     pub topics: Vec<TopicKey>,
     /// The event, where the rule merges.
-    pub(crate) event: Option<Arc<Event>>,
+    pub(crate) event: Option<Arc<Feed>>,
 }
 
 /// The channels that are wanted.

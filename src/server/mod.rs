@@ -31,7 +31,7 @@ use crate::{
     db,
     http::{self, visits::Visits},
     hub::{Hub, Sockets, outbox::Ended},
-    invalidation::{self, Events},
+    invalidation::{self, Feeds},
     limits::{self, Limits},
     metrics::{Metrics, RefusedUpgrade},
     policies::Policies,
@@ -86,7 +86,7 @@ pub struct Services {
     /// What is wanted from the database.
     pub listens: Arc<Listens>,
     /// What waits for its window, and what has changed of late.
-    pub(crate) events: Arc<Events>,
+    pub(crate) feeds: Arc<Feeds>,
     /// Who was connected and is no more.
     pub(crate) lost_sockets: Arc<LostSockets>,
     /// Who may be deaf.
@@ -138,7 +138,7 @@ impl Services {
             reload: Reload::default(),
             verifier,
             listens: Arc::new(Listens::new(config.relay.listens_max)),
-            events: Arc::new(Events::new(config.relay.listens_max)),
+            feeds: Arc::new(Feeds::new(config.relay.listens_max)),
             lost_sockets: Arc::new(LostSockets::new(
                 LOST_TOPICS_MAX,
                 config.limits.silence_timeout,

@@ -21,7 +21,7 @@ use crate::{
         BroadcastSource, FanOut, Subscription, To,
         outbox::{Outbox, Replaceable, TopicId},
     },
-    invalidation::{self, CatchUp, Cause, Event, Known, Why},
+    invalidation::{self, CatchUp, CatchUpCause, ClientHistory, Feed, SendReason},
     limits::Limited,
     metrics::{Dropped, OpenChannel},
     protocol::{
@@ -59,7 +59,7 @@ pub(crate) struct Channel {
     /// Of a private channel.
     pub(super) policies: super::private::Answers,
     /// Of a rule that merges.
-    pub(super) event: Option<Arc<Event>>,
+    pub(super) event: Option<Arc<Feed>>,
     /// None while the claims do not allow reading.
     pub(super) subscription: Option<Subscription>,
     pub(super) listening: Option<Listening>,
@@ -169,7 +169,7 @@ impl Channel {
             config.privacy = Privacy::Public;
         }
         let key = TopicKey { sub_topic: sub_topic.into(), privacy: config.privacy };
-        let event = rule.as_ref().and_then(|(rule, captures)| services.events.of(rule, captures));
+        let event = rule.as_ref().and_then(|(rule, captures)| services.feeds.of(rule, captures));
         Ok(Self {
             topic: join.topic,
             join_ref: join.join_ref,
@@ -240,7 +240,12 @@ impl Channel {
     }
 
     /// Answers the join with `ok` and begins to deliver: first what the client may have missed.
-    pub(crate) fn open(&mut self, context: Context<'_>, reference: Option<&Ref>, known: Known) {
+    pub(crate) fn open(
+        &mut self,
+        context: Context<'_>,
+        reference: Option<&Ref>,
+        known: ClientHistory,
+    ) {
         let metrics = &context.services.metrics;
         let response = self.config.reply();
         self.reply(context, reference, response.as_str());
@@ -268,7 +273,7 @@ impl Channel {
 
     /// Pushes what has changed since the client last heard of the event, after it has subscribed: a
     /// change is noted before its message is fanned out, so that it is in the one or in the other.
-    fn catch_up(&self, context: Context<'_>, known: Known) {
+    fn catch_up(&self, context: Context<'_>, known: ClientHistory) {
         let (Some(event), Some(subscription)) = (&self.event, &self.subscription) else {
             return;
         };
@@ -281,20 +286,26 @@ impl Channel {
             // It may have become active in between, and have found nothing owed.
             let is_active = self.listening.as_ref().is_some_and(Listening::is_active);
             if is_active && event.take_owed() {
-                invalidation::offer_gap(services, event, Cause::LateListen, None, Instant::now());
+                invalidation::offer_gap(
+                    services,
+                    event,
+                    CatchUpCause::LateListen,
+                    None,
+                    Instant::now(),
+                );
             }
         }
         let covered_since = match &self.listening {
             Some(listening) => listening.covered_since(),
             // Without a database there is nothing else to be heard.
-            None => services.config.notify_url().is_empty().then(|| services.events.started()),
+            None => services.config.notify_url().is_empty().then(|| services.feeds.started()),
         };
         let outbox = context.outbox;
         while let Some(catch_up) = event.catch_up(known, covered_since, outbox, subscription) {
             let CatchUp { broadcast, cause, method, since, messages } = catch_up;
             let metrics = &services.metrics;
             metrics.catch_ups.with_label_values(&[cause.kind(), method.kind()]).inc();
-            metrics.invalidations_sent.with_label_values(&[Why::CatchUp.kind()]).inc();
+            metrics.invalidations_sent.with_label_values(&[SendReason::CatchUp.kind()]).inc();
             let serializer = outbox.serializer();
             if let Some(frame) = serializer.encode_broadcast(&self.topic, &broadcast) {
                 // Who is too slow for this, too, is told the same later.
@@ -314,7 +325,7 @@ impl Channel {
     pub(crate) fn conflate(&self, context: Context<'_>, behind: Replaceable) {
         if self.topic_id(context) == behind.topic && self.event.is_some() && self.is_subscribed() {
             context.services.metrics.conflations.inc();
-            self.catch_up(context, Known::Behind(behind.since));
+            self.catch_up(context, ClientHistory::Behind(behind.since));
         }
     }
 
@@ -627,7 +638,7 @@ impl Channel {
         drop(self.listen(context));
         self.follow(context);
         if was_silent {
-            self.catch_up(context, Known::Nothing);
+            self.catch_up(context, ClientHistory::Nothing);
         }
         Fate::Open
     }

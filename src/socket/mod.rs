@@ -21,7 +21,7 @@ use crate::{
     auth::jwt::Token,
     clock::unix_now,
     hub::outbox::{Outbox, Replaceable},
-    invalidation::Known,
+    invalidation::ClientHistory,
     limits::Limited,
     metrics::Dropped,
     policies::{Allowed, Asking, AuthorizeError},
@@ -136,7 +136,7 @@ struct Joining {
     reference: Option<Ref>,
     answer: Result<Channel, Refusal>,
     /// What was known of the client when it asked.
-    known: Known,
+    known: ClientHistory,
     /// The channel that the join replaces.
     replaced: Option<Box<Channel>>,
 }
@@ -494,18 +494,18 @@ impl Socket {
     }
 
     /// What is known of the client and a topic that it joins.
-    fn known(&self, sub_topic: &str, replaced: Option<&Channel>) -> Known {
+    fn known(&self, sub_topic: &str, replaced: Option<&Channel>) -> ClientHistory {
         if replaced.is_some_and(Channel::is_subscribed) {
-            return Known::Held;
+            return ClientHistory::Held;
         }
         match (self.held.get(sub_topic), self.origin) {
-            (Some(Hold::Left), _) => Known::Held,
+            (Some(Hold::Left), _) => ClientHistory::Held,
             // It has asked before and was not told what happened since.
-            (Some(Hold::Asked), _) => Known::Nothing,
-            (None, Origin::Fresh) => Known::Fresh,
+            (Some(Hold::Asked), _) => ClientHistory::Nothing,
+            (None, Origin::Fresh) => ClientHistory::Fresh,
             (None, Origin::Unknown | Origin::Earlier | Origin::Unclear) => {
                 let since = self.services.lost_sockets.since(self.client, sub_topic);
-                since.map_or(Known::Nothing, Known::Since)
+                since.map_or(ClientHistory::Nothing, ClientHistory::Since)
             }
         }
     }
@@ -644,7 +644,7 @@ impl Socket {
         &mut self,
         mut channel: Channel,
         reference: Option<&Ref>,
-        known: Known,
+        known: ClientHistory,
         replaced: Option<Box<Channel>>,
     ) {
         let context = self.context();

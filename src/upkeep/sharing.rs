@@ -56,7 +56,7 @@ impl Upkeep {
         }
         if self.slow_at.is_none_or(|at| at.elapsed() >= SLOW) {
             self.slow_at = Some(Instant::now());
-            services.events.sweep();
+            services.feeds.sweep();
             services.lost_sockets.sweep();
             services.healing.sweep();
             let forgotten = timeout(FORGET_TIMEOUT, forget(services, pool)).await;

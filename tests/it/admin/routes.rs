@@ -4,7 +4,7 @@ use serde_json::{Value, json};
 use tidegate::{
     auth::jwt::TokenError,
     http::connection::CloseReason,
-    invalidation::{BadEndpoint, Cause, Method, Why},
+    invalidation::{BadEndpoint, CatchUpCause, Coverage, SendReason},
     metrics::RefusedUpgrade,
     protocol::{error_code::ErrorCode, message::Malformed, serializer::Serializer},
     relay::{LinkError, Outcome},
@@ -255,13 +255,15 @@ async fn every_series_is_there_before_anything_has_happened() {
     for result in TokenError::KINDS {
         wanted.push(format!("tokens_total{{result=\"{result}\"}}"));
     }
-    for why in Why::ALL {
+    for why in SendReason::ALL {
         wanted.push(format!("invalidations_sent_total{{reason=\"{}\"}}", why.kind()));
     }
     for bad in BadEndpoint::ALL {
         wanted.push(format!("endpoints_dropped_total{{reason=\"{}\"}}", bad.kind()));
     }
-    for (cause, method) in Cause::all().flat_map(|it| Method::ALL.map(|method| (it, method))) {
+    for (cause, method) in
+        CatchUpCause::all().flat_map(|it| Coverage::ALL.map(|method| (it, method)))
+    {
         let (cause, method) = (cause.kind(), method.kind());
         wanted.push(format!("catch_ups_total{{cause=\"{cause}\",method=\"{method}\"}}"));
     }
