@@ -8,7 +8,7 @@
 use std::{
     collections::{HashMap, VecDeque},
     num::NonZeroU32,
-    sync::{Arc, Weak},
+    sync::Arc,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
@@ -17,9 +17,14 @@ use parking_lot::Mutex;
 use tokio::time::Instant;
 
 use super::{
-    journal::{Notice, NoticeCount, Notices},
+    catch_up::{CatchUp, CaughtUp, ClientHistory, FRESH, Repeat},
+    journal::{
+        Delivery, Heard, KIND_CHARS_MAX, LISTED_MAX, LOG_MAX, Notice, NoticeCount, Notices,
+        SOURCES_MAX, Source, Summary, Tally,
+    },
     payload::{self, Endpoints, Invalidation, Stamp},
     reason::{CatchUpCause, Coverage, SendReason},
+    window::{Due, Notified, Outgoing, Pending, SETTLE, SETTLE_MAX},
 };
 use crate::{
     access::rule::{Captures, EID, Merge, Rule},
@@ -31,23 +36,8 @@ use crate::{
     protocol::{serializer::Broadcast, topic::TopicKey},
 };
 
-/// How long a message waits for others of its transaction, which arrive together: from the last
-/// one of the same backend, and from the first one of all.
-const SETTLE: Duration = Duration::from_millis(10);
-const SETTLE_MAX: Duration = Duration::from_millis(50);
-/// A larger union becomes the complete list.
-const UNION_MAX: usize = 200;
 /// Most endpoints of an event that are known; more are sent, and not remembered.
 const ENDPOINTS_MAX: usize = 2_000;
-/// What a fresh page may have missed: its own fetch may have been answered by a cache, its first
-/// upgrades refused.
-const FRESH: Duration = Duration::from_secs(30);
-/// Most messages that are told of afterwards; of each so many sources and endpoints, and of a
-/// source's type so many characters.
-const LOG_MAX: usize = 200;
-const SOURCES_MAX: usize = 50;
-const LISTED_MAX: usize = 100;
-const KIND_CHARS_MAX: usize = 100;
 
 /// An event: one per rule and EID, whatever the spelling of its topic.
 #[derive(Debug)]
@@ -93,178 +83,6 @@ struct State {
     /// The database has said that there is more of it than every event has.
     is_known: bool,
     tally: Tally,
-}
-
-/// What has come for an event and what has become of it, since somebody has last taken note.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(crate) struct Tally {
-    /// Invalidations that have come, from wherever.
-    pub(crate) notifications: u64,
-    /// Frames of what the whole event was sent.
-    pub(crate) deliveries: u64,
-    /// Invalidations that have left as part of another.
-    pub(crate) merged: u64,
-}
-
-impl std::ops::AddAssign for Tally {
-    fn add_assign(&mut self, other: Self) {
-        self.notifications += other.notifications;
-        self.deliveries += other.deliveries;
-        self.merged += other.merged;
-    }
-}
-
-/// Whether the event's notifications name their rows of the history.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(crate) enum Heard {
-    #[default]
-    Nothing,
-    OnlyWithId,
-    SomeWithoutId,
-}
-
-#[derive(Debug)]
-struct Pending {
-    newest: Option<Invalidation>,
-    endpoints: Endpoints,
-    is_complete: bool,
-    /// Nothing had to be dropped from the lists.
-    is_clean: bool,
-    messages: usize,
-    sources: Vec<Source>,
-    gap: Option<CatchUpCause>,
-    first: Instant,
-    /// When the oldest of them was committed of which that is known.
-    committed: Option<Instant>,
-    pid: Option<u32>,
-    due: Instant,
-    /// The window has made it wait.
-    has_waited: bool,
-}
-
-/// A client that was caught up alone.
-#[derive(Debug)]
-struct CaughtUp {
-    at: Instant,
-    outbox: Weak<Outbox>,
-    /// Ends with its subscription.
-    life: Weak<()>,
-    sub_topic: Arc<str>,
-    endpoints: Arc<Endpoints>,
-    /// Not later than the first change of these.
-    since: Since,
-}
-
-/// How the database has notified an invalidation.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Notified {
-    /// The session.
-    pub(crate) pid: u32,
-    /// By our clock, if it is known.
-    pub(crate) committed: Option<Instant>,
-}
-
-/// One message that became part of another.
-#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
-pub(crate) struct Source {
-    /// Its row of the history.
-    pub(crate) id: Option<i64>,
-    #[serde(rename = "type")]
-    pub(crate) kind: Option<Box<str>>,
-}
-
-/// What was sent, to be told of afterwards.
-#[derive(Debug, Clone)]
-pub(crate) struct Delivery {
-    pub(crate) at: SystemTime,
-    pub(crate) why: SendReason,
-    pub(crate) cause: Option<CatchUpCause>,
-    /// Once it is sent, the first of them.
-    pub(crate) endpoints: Arc<Endpoints>,
-    pub(crate) endpoint_count: usize,
-    /// How many messages it stands for, the first of which are listed.
-    pub(crate) merged: usize,
-    pub(crate) sources: Vec<Source>,
-    pub(crate) deliveries: usize,
-    /// How many clients got it once more, with what they were just caught up with.
-    pub(crate) repeats: usize,
-}
-
-/// What is known of a client that joins.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum ClientHistory {
-    /// Its page was just loaded.
-    Fresh,
-    /// It has held this topic before on the same socket.
-    Held,
-    /// Its earlier socket held this topic and has missed nothing before.
-    Since(Instant),
-    /// It reads so slowly that something was dropped.
-    Behind(Since),
-    /// Nothing.
-    Nothing,
-}
-
-/// What the event's timer finds.
-#[derive(Debug)]
-pub(crate) enum Due {
-    Nothing,
-    Later,
-    Send(Box<Outgoing>),
-}
-
-/// One message to the whole event.
-#[derive(Debug)]
-pub(crate) struct Outgoing {
-    pub(crate) broadcast: Broadcast,
-    /// What it is made of, if not of gaps alone.
-    newest: Option<Invalidation>,
-    pub(crate) sent: Delivery,
-    /// The oldest of what it is made of.
-    pub(crate) committed: Option<Committed>,
-    /// Not later than the first change that it tells of; none if nothing could take its place.
-    pub(crate) since: Option<Since>,
-    /// How long its window has made it wait, if it has.
-    pub(crate) waited: Option<Duration>,
-}
-
-/// A message to one client: the event's, with the endpoints of its catch-up, which it would else
-/// forget.
-#[derive(Debug)]
-pub(crate) struct Repeat {
-    pub(crate) outbox: Arc<Outbox>,
-    pub(crate) sub_topic: Arc<str>,
-    pub(crate) broadcast: Broadcast,
-    pub(crate) since: Option<Since>,
-}
-
-/// A message to one client that has joined.
-#[derive(Debug)]
-pub(crate) struct CatchUp {
-    pub(crate) broadcast: Broadcast,
-    pub(crate) cause: CatchUpCause,
-    pub(crate) method: Coverage,
-    pub(crate) since: Since,
-    /// How many messages the whole event had been sent.
-    pub(crate) messages: u64,
-}
-
-/// An event as operators see it.
-#[derive(Debug)]
-pub(crate) struct Summary {
-    pub(crate) last_notification: Option<SystemTime>,
-    pub(crate) last_delivery: Option<SystemTime>,
-    pub(crate) merged: u64,
-    pub(crate) pending: usize,
-    pub(crate) muted_for: Option<Duration>,
-    pub(crate) heard: Heard,
-    /// The database knows it: an artwork of it, or a message within a day.
-    pub(crate) is_known: bool,
-    /// How many are known.
-    pub(crate) endpoints: usize,
-    /// Of single clients.
-    pub(crate) catch_ups: u64,
-    pub(crate) heals: u64,
 }
 
 impl Feed {
@@ -674,17 +492,6 @@ impl Feed {
                 let cause = sent.cause.map_or(sent.why.kind(), CatchUpCause::kind);
                 payload::catch_up(rule, merge, &self.eid, cause, endpoints, stamp)
             }
-        }
-    }
-}
-
-impl Pending {
-    fn add(&mut self, endpoints: &Endpoints) {
-        self.endpoints.extend(endpoints.iter().cloned());
-        // What is not sent one by one is known all the same, and so in the complete list.
-        self.is_complete |= self.endpoints.len() > UNION_MAX;
-        if self.is_complete {
-            self.endpoints = Endpoints::default();
         }
     }
 }

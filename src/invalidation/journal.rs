@@ -5,13 +5,23 @@
 
 use std::{
     collections::VecDeque,
+    sync::Arc,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use super::reason::{CatchUpCause, Coverage};
+use super::{
+    payload::Endpoints,
+    reason::{CatchUpCause, Coverage, SendReason},
+};
 
 /// Three hours with a client for one reason in each minute.
 const COUNTS_MAX: usize = 200;
+/// Most messages that are told of afterwards; of each so many sources and endpoints, and of a
+/// source's type so many characters.
+pub(super) const LOG_MAX: usize = 200;
+pub(super) const SOURCES_MAX: usize = 50;
+pub(super) const LISTED_MAX: usize = 100;
+pub(super) const KIND_CHARS_MAX: usize = 100;
 /// What a count covers.
 pub(crate) const MINUTE: Duration = Duration::from_secs(60);
 
@@ -64,6 +74,78 @@ impl Notices {
     pub(super) fn latest(&self) -> Vec<NoticeCount> {
         self.counts.iter().rev().cloned().collect()
     }
+}
+
+/// What has come for an event and what has become of it, since somebody has last taken note.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Tally {
+    /// Invalidations that have come, from wherever.
+    pub(crate) notifications: u64,
+    /// Frames of what the whole event was sent.
+    pub(crate) deliveries: u64,
+    /// Invalidations that have left as part of another.
+    pub(crate) merged: u64,
+}
+
+impl std::ops::AddAssign for Tally {
+    fn add_assign(&mut self, other: Self) {
+        self.notifications += other.notifications;
+        self.deliveries += other.deliveries;
+        self.merged += other.merged;
+    }
+}
+
+/// Whether the event's notifications name their rows of the history.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) enum Heard {
+    #[default]
+    Nothing,
+    OnlyWithId,
+    SomeWithoutId,
+}
+
+/// One message that became part of another.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub(crate) struct Source {
+    /// Its row of the history.
+    pub(crate) id: Option<i64>,
+    #[serde(rename = "type")]
+    pub(crate) kind: Option<Box<str>>,
+}
+
+/// What was sent, to be told of afterwards.
+#[derive(Debug, Clone)]
+pub(crate) struct Delivery {
+    pub(crate) at: SystemTime,
+    pub(crate) why: SendReason,
+    pub(crate) cause: Option<CatchUpCause>,
+    /// Once it is sent, the first of them.
+    pub(crate) endpoints: Arc<Endpoints>,
+    pub(crate) endpoint_count: usize,
+    /// How many messages it stands for, the first of which are listed.
+    pub(crate) merged: usize,
+    pub(crate) sources: Vec<Source>,
+    pub(crate) deliveries: usize,
+    /// How many clients got it once more, with what they were just caught up with.
+    pub(crate) repeats: usize,
+}
+
+/// An event as operators see it.
+#[derive(Debug)]
+pub(crate) struct Summary {
+    pub(crate) last_notification: Option<SystemTime>,
+    pub(crate) last_delivery: Option<SystemTime>,
+    pub(crate) merged: u64,
+    pub(crate) pending: usize,
+    pub(crate) muted_for: Option<Duration>,
+    pub(crate) heard: Heard,
+    /// The database knows it: an artwork of it, or a message within a day.
+    pub(crate) is_known: bool,
+    /// How many are known.
+    pub(crate) endpoints: usize,
+    /// Of single clients.
+    pub(crate) catch_ups: u64,
+    pub(crate) heals: u64,
 }
 
 #[cfg(test)]

@@ -4,10 +4,12 @@
 //! Invariants: every source of a merged rule goes through [`offer`], so that the window covers all
 //! of them; one task sends, in the order in which windows end; at most `max` events are held.
 
+mod catch_up;
 mod feed;
 mod journal;
 mod payload;
 mod reason;
+mod window;
 
 use std::{
     collections::{BinaryHeap, HashMap},
@@ -22,11 +24,16 @@ use tokio::{
     time::{Instant, sleep_until},
 };
 
-use self::feed::{Due, Outgoing};
+use self::{
+    catch_up::Repeat,
+    window::{Due, Outgoing},
+};
 pub(crate) use self::{
-    feed::{CatchUp, ClientHistory, Delivery, Feed, Heard, Notified, Summary, Tally},
-    journal::{MINUTE, Notice, NoticeCount},
+    catch_up::{CatchUp, ClientHistory},
+    feed::Feed,
+    journal::{Delivery, Heard, MINUTE, Notice, NoticeCount, Summary, Tally},
     payload::{ENDPOINT_BYTES_MAX, Endpoints},
+    window::Notified,
 };
 pub use self::{
     payload::BadEndpoint,
@@ -265,7 +272,7 @@ async fn send(services: &Services, event: &Feed, outgoing: Outgoing) {
         .await;
     let mut repeats = 0;
     let repeated = &metrics.invalidations_sent.with_label_values(&[SendReason::Repeat.kind()]);
-    for feed::Repeat { outbox, sub_topic, broadcast, since } in event.repeats(&outgoing) {
+    for Repeat { outbox, sub_topic, broadcast, since } in event.repeats(&outgoing) {
         let topic = format!("{TOPIC_PREFIX}{sub_topic}");
         if let Some(frame) = outbox.serializer().encode_broadcast(&topic, &broadcast) {
             let key = TopicKey { sub_topic, privacy: Privacy::Public };

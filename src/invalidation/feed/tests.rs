@@ -9,7 +9,7 @@ use tokio::time::{advance, sleep_until};
 use super::*;
 use crate::{
     hub::{Hub, outbox::OutboxBounds},
-    invalidation::LinkLoss,
+    invalidation::{LinkLoss, window::UNION_MAX},
     protocol::{
         message::{Json, UserBroadcast, UserPayload},
         serializer::Serializer,
