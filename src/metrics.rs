@@ -836,20 +836,20 @@ impl Metrics {
             }
         }
         for why in SendReason::ALL {
-            self.invalidations_sent.with_label_values(&[why.kind()]);
+            self.invalidations_sent.with_label_values(&[why.label()]);
         }
         for reason in BadEndpoint::ALL {
             self.endpoints_dropped.with_label_values(&[reason.kind()]);
         }
         for cause in CatchUpCause::all() {
             for method in Coverage::ALL {
-                self.catch_ups.with_label_values(&[cause.kind(), method.kind()]);
+                self.catch_ups.with_label_values(&[cause.label(), method.label()]);
             }
         }
         self.count_event(OTHER_EVENTS, Tally::default());
         self.show_viewers(OTHER_EVENTS, 0);
         for cause in CatchUpCause::gaps() {
-            self.relay_gaps.with_label_values(&[cause.kind()]);
+            self.relay_gaps.with_label_values(&[cause.label()]);
         }
         for cause in LinkError::KINDS {
             self.relay_reconnects.with_label_values(&[cause]);

@@ -90,7 +90,7 @@ pub(super) async fn history(services: &Services, ask: &Ask, eid: &str) -> Result
         let log = event.log().into_iter().filter(|sent| sent.at >= since);
         messages.extend(log.map(|sent| (event, sent)));
         // A minute counts as long as it reaches into the time asked for.
-        let told = event.told().into_iter().filter(|count| count.minute + MINUTE > since);
+        let told = event.notices().into_iter().filter(|count| count.minute + MINUTE > since);
         single_clients.extend(told.map(|count| (event, count)));
     }
     messages.sort_by_key(|(_, sent)| std::cmp::Reverse(sent.at));
@@ -257,8 +257,8 @@ impl Seen {
 
 fn message(event: &Feed, sent: &Delivery) -> Value {
     json!({
-        "rule": event.rule_name(), "at": time(sent.at), "why": sent.why.kind(),
-        "cause": sent.cause.map(CatchUpCause::kind),
+        "rule": event.rule_name(), "at": time(sent.at), "why": sent.reason.label(),
+        "cause": sent.cause.map(CatchUpCause::label),
         "endpoints": sent.endpoints.iter().collect::<Vec<_>>(), "endpoint_count": sent.endpoint_count,
         "merged": sent.merged, "from": sent.sources,
         "deliveries": sent.deliveries, "repeats": sent.repeats,
@@ -266,13 +266,13 @@ fn message(event: &Feed, sent: &Delivery) -> Value {
 }
 
 fn told(event: &Feed, count: &NoticeCount) -> Value {
-    let (why, cause, method) = match count.told {
+    let (why, cause, method) = match count.notice {
         Notice::CatchUp(cause, method) => ("catch_up", Some(cause), Some(method)),
         Notice::Heal => ("heal", None, None),
     };
     json!({
         "rule": event.rule_name(), "minute": time(count.minute), "why": why,
-        "cause": cause.map(CatchUpCause::kind), "method": method.map(Coverage::kind),
+        "cause": cause.map(CatchUpCause::label), "method": method.map(Coverage::label),
         "clients": count.clients,
     })
 }

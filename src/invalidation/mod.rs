@@ -7,6 +7,7 @@
 mod catch_up;
 mod feed;
 mod journal;
+mod known;
 mod payload;
 mod reason;
 mod window;
@@ -224,8 +225,8 @@ pub(crate) fn offer_gap(
     earliest: Instant,
 ) {
     let method = if missed.is_some() { Coverage::Exact } else { Coverage::Complete };
-    services.metrics.catch_ups.with_label_values(&[cause.kind(), method.kind()]).inc();
-    tracing::debug!(eid = event.eid(), cause = cause.kind(), method = method.kind(), "gap");
+    services.metrics.catch_ups.with_label_values(&[cause.label(), method.label()]).inc();
+    tracing::debug!(eid = event.eid(), cause = cause.label(), method = method.label(), "gap");
     event.offer_gap(cause, missed, earliest);
     services.feeds.schedule(event);
 }
@@ -271,7 +272,7 @@ async fn send(services: &Services, event: &Feed, outgoing: Outgoing) {
         })
         .await;
     let mut repeats = 0;
-    let repeated = &metrics.invalidations_sent.with_label_values(&[SendReason::Repeat.kind()]);
+    let repeated = &metrics.invalidations_sent.with_label_values(&[SendReason::Repeat.label()]);
     for Repeat { outbox, sub_topic, broadcast, since } in event.repeats(&outgoing) {
         let topic = format!("{TOPIC_PREFIX}{sub_topic}");
         if let Some(frame) = outbox.serializer().encode_broadcast(&topic, &broadcast) {
@@ -283,14 +284,14 @@ async fn send(services: &Services, event: &Feed, outgoing: Outgoing) {
             repeats += queued;
         }
     }
-    let mut sent = outgoing.sent;
-    metrics.invalidations_sent.with_label_values(&[sent.why.kind()]).inc();
+    let mut delivery = outgoing.delivery;
+    metrics.invalidations_sent.with_label_values(&[delivery.reason.label()]).inc();
     if let Some(waited) = outgoing.waited {
         metrics.window_wait.observe(waited.as_secs_f64());
     }
-    metrics.invalidations_merged.inc_by(sent.merged.saturating_sub(1) as u64);
-    (sent.deliveries, sent.repeats) = (fanned_out.deliveries, repeats);
-    event.sent(sent);
+    metrics.invalidations_merged.inc_by(delivery.merged.saturating_sub(1) as u64);
+    (delivery.deliveries, delivery.repeats) = (fanned_out.deliveries, repeats);
+    event.delivered(delivery);
 }
 
 impl PartialEq for Timer {

@@ -62,7 +62,7 @@ impl CatchUpCause {
 
     /// The label of the metric, and the payload's `cause`.
     #[must_use]
-    pub fn kind(self) -> &'static str {
+    pub fn label(self) -> &'static str {
         match self {
             Self::Fresh => "fresh",
             Self::Held => "held",
@@ -125,7 +125,7 @@ impl Coverage {
 
     /// The metric's label.
     #[must_use]
-    pub fn kind(self) -> &'static str {
+    pub fn label(self) -> &'static str {
         match self {
             Self::Exact => "exact",
             Self::Complete => "complete",
@@ -155,7 +155,7 @@ impl SendReason {
 
     /// The metric's label.
     #[must_use]
-    pub fn kind(self) -> &'static str {
+    pub fn label(self) -> &'static str {
         match self {
             Self::Leading => "leading",
             Self::Window => "window",

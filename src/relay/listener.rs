@@ -146,7 +146,7 @@ pub(crate) async fn run(services: Arc<Services>) {
 
 /// From here on something may be missed, until viewers have been told what.
 pub(super) fn gap_begins(metrics: &Metrics, cause: CatchUpCause) {
-    metrics.relay_gaps.with_label_values(&[cause.kind()]).inc();
+    metrics.relay_gaps.with_label_values(&[cause.label()]).inc();
     metrics.relay_gap_open.set(1);
 }
 

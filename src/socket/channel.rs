@@ -302,10 +302,10 @@ impl Channel {
         };
         let outbox = context.outbox;
         while let Some(catch_up) = event.catch_up(known, covered_since, outbox, subscription) {
-            let CatchUp { broadcast, cause, method, since, messages } = catch_up;
+            let CatchUp { broadcast, cause, coverage, since, messages } = catch_up;
             let metrics = &services.metrics;
-            metrics.catch_ups.with_label_values(&[cause.kind(), method.kind()]).inc();
-            metrics.invalidations_sent.with_label_values(&[SendReason::CatchUp.kind()]).inc();
+            metrics.catch_ups.with_label_values(&[cause.label(), coverage.label()]).inc();
+            metrics.invalidations_sent.with_label_values(&[SendReason::CatchUp.label()]).inc();
             let serializer = outbox.serializer();
             if let Some(frame) = serializer.encode_broadcast(&self.topic, &broadcast) {
                 // Who is too slow for this, too, is told the same later.

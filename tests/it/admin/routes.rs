@@ -256,7 +256,7 @@ async fn every_series_is_there_before_anything_has_happened() {
         wanted.push(format!("tokens_total{{result=\"{result}\"}}"));
     }
     for why in SendReason::ALL {
-        wanted.push(format!("invalidations_sent_total{{reason=\"{}\"}}", why.kind()));
+        wanted.push(format!("invalidations_sent_total{{reason=\"{}\"}}", why.label()));
     }
     for bad in BadEndpoint::ALL {
         wanted.push(format!("endpoints_dropped_total{{reason=\"{}\"}}", bad.kind()));
@@ -264,7 +264,7 @@ async fn every_series_is_there_before_anything_has_happened() {
     for (cause, method) in
         CatchUpCause::all().flat_map(|it| Coverage::ALL.map(|method| (it, method)))
     {
-        let (cause, method) = (cause.kind(), method.kind());
+        let (cause, method) = (cause.label(), method.label());
         wanted.push(format!("catch_ups_total{{cause=\"{cause}\",method=\"{method}\"}}"));
     }
     for cause in LinkError::KINDS {
