@@ -26,7 +26,7 @@ use crate::{
 
 /// How far back a fresh page may have missed something: a cache may have answered its own fetch,
 /// and its first upgrades may have been refused.
-pub(super) const FRESH: Duration = Duration::from_secs(30);
+const FRESH: Duration = Duration::from_secs(30);
 
 /// What is known of a client that joins.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -196,3 +196,6 @@ impl Recent {
         repeats
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -19,7 +19,7 @@ use super::{
 };
 
 /// Most messages in the log.
-pub(super) const LOG_MAX: usize = 200;
+const LOG_MAX: usize = 200;
 /// Most sources of one message.
 pub(super) const SOURCES_MAX: usize = 50;
 /// Most endpoints of one message.
@@ -235,6 +235,7 @@ impl Notices {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::invalidation::tests::feed;
 
     const EXACT: Notice = Notice::CatchUp(CatchUpCause::Fresh, Coverage::Exact);
     const COMPLETE: Notice = Notice::CatchUp(CatchUpCause::Fresh, Coverage::Complete);
@@ -272,5 +273,21 @@ mod tests {
         assert_eq!(latest.len(), COUNTS_MAX);
         assert_eq!(latest[COUNTS_MAX - 1].minute, at(60));
         assert_eq!(counts.heals, COUNTS_MAX as u64 + 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_remembered_of_messages_is_bounded() {
+        let feed = feed();
+        for number in 0..LOG_MAX + 5 {
+            for _ in 0..SOURCES_MAX + 5 {
+                feed.take(&format!(r#"{{"type":"t","id":{number},"endpoints":["/a"]}}"#), 1);
+            }
+            feed.delivered(feed.sends().await.outgoing.delivery);
+        }
+        let log = feed.log();
+        assert_eq!(log.len(), LOG_MAX);
+        assert_eq!((log[0].merged, log[0].sources.len()), (SOURCES_MAX + 5, SOURCES_MAX));
+        let newest = i64::try_from(LOG_MAX + 4).unwrap();
+        assert_eq!(log[0].sources[0], Source { id: Some(newest), kind: Some("t".into()) });
     }
 }

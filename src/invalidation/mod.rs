@@ -314,3 +314,6 @@ impl Ord for Timer {
         other.at.cmp(&self.at)
     }
 }
+
+#[cfg(test)]
+mod tests;

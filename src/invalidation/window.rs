@@ -32,7 +32,7 @@ pub(super) const SETTLE: Duration = Duration::from_millis(10);
 /// The longest such wait, counted from the first message.
 pub(super) const SETTLE_MAX: Duration = Duration::from_millis(50);
 /// Most endpoints of a union; a larger one becomes the complete list.
-pub(super) const UNION_MAX: usize = 200;
+const UNION_MAX: usize = 200;
 /// The window of one feed, and what waits for it.
 #[derive(Debug)]
 pub(super) struct Window {
@@ -335,3 +335,6 @@ fn write(
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
