@@ -20,13 +20,13 @@ use crate::{
     db::deployed::TRIGGERS,
     http::{Route, connection::CloseReason},
     hub::outbox::{Committed, Departure},
-    invalidation::{BadEndpoint, CatchUpCause, Coverage, SendReason, Tally},
+    invalidation::{GapCause, Tally},
     policies::{AuthorizeError, Question},
     protocol::{error_code::ErrorCode, generation::Generation, message::Malformed},
     relay::{LinkError, Outcome},
     server::reload::ReloadError,
     socket::channel::EndReason,
-    telemetry::metrics::Registry,
+    telemetry::metrics::{CounterBy, Registry},
     upkeep::survey,
 };
 
@@ -44,9 +44,6 @@ const COMPUTING_BUCKETS: [f64; 11] = [
 /// Lives of connections: from a second to a day.
 const LIFETIME_BUCKETS: [f64; 9] =
     [1.0, 10.0, 60.0, 300.0, 900.0, 3_600.0, 14_400.0, 43_200.0, 86_400.0];
-/// Waits for a window, three seconds unless set: finer around that.
-const WINDOW_BUCKETS: [f64; 15] =
-    [0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.25, 3.5, 4.0, 5.0, 10.0];
 /// From a commit to a socket: latencies of what left at once, and the window of what waited.
 const WRITE_BUCKETS: [f64; 21] = [
     0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 1.5, 2.0,
@@ -251,14 +248,8 @@ pub struct Metrics {
     pub commit_to_write_at_once: Histogram,
     /// The same of what had to wait for its event's window.
     pub commit_to_write_merged: Histogram,
-    /// By [`SendReason`].
-    pub invalidations_sent: IntCounterVec,
-    /// Invalidations that left as part of another.
-    pub invalidations_merged: IntCounter,
     /// Invalidations that wait for their window, at the time of the scrape.
     pub invalidations_pending: IntGauge,
-    /// From the first of a union that has waited for its window to its departure.
-    pub window_wait: Histogram,
     /// Events that are live, at the time of the scrape.
     pub events_live: IntGauge,
     /// Events that are muted, at the time of the scrape.
@@ -277,10 +268,6 @@ pub struct Metrics {
     pub event_merged: IntCounterVec,
     /// When one last came for each of the busiest, seconds since 1970.
     pub event_last_notification: GenericGaugeVec<AtomicF64>,
-    /// Elements of lists that are no endpoints, by [`BadEndpoint`].
-    pub endpoints_dropped: IntCounterVec,
-    /// By [`CatchUpCause`] and [`Coverage`].
-    pub catch_ups: IntCounterVec,
     /// Sockets that may be deaf.
     pub deaf_suspects: IntGauge,
     /// `phx_error`s to them.
@@ -305,8 +292,8 @@ pub struct Metrics {
     pub relay_link_up: IntGauge,
     /// By what ended the session, or the attempt: [`LinkError`].
     pub relay_reconnects: IntCounterVec,
-    /// Times at which something may have been missed, by [`CatchUpCause`].
-    pub relay_gaps: IntCounterVec,
+    /// Times at which something may have been missed, by [`GapCause`].
+    pub(crate) relay_gaps: CounterBy<GapCause>,
     /// 1 from a gap's beginning until its catch-up has been handed over.
     pub relay_gap_open: IntGauge,
     /// When the last notification arrived, seconds since 1970.
@@ -495,21 +482,7 @@ impl Metrics {
             ),
             commit_to_write_at_once: commit_to_write.with_label_values(&["at_once"]),
             commit_to_write_merged: commit_to_write.with_label_values(&["merged"]),
-            invalidations_sent: new.counters(
-                "invalidations_sent_total",
-                "Invalidations sent to events and to single clients, by reason.",
-                &["reason"],
-            ),
-            invalidations_merged: new.counter(
-                "invalidations_merged_total",
-                "Invalidations that left as part of another.",
-            ),
             invalidations_pending: new.gauge("invalidations_pending", "Invalidations that wait for their window."),
-            window_wait: new.histogram_of(
-                "window_wait_seconds",
-                "How long a window has made a union wait, from its first invalidation to its departure.",
-                &WINDOW_BUCKETS,
-            ),
             events_live: new.gauge("events_live", "Events that somebody has joined, or that are listened to."),
             events_muted: new.gauge("events_muted", "Events that are muted."),
             events_never_published: new.gauge(
@@ -545,16 +518,6 @@ impl Metrics {
                 "When an invalidation last came for one of the busiest events; 0 if never.",
                 &["eid"],
             ),
-            endpoints_dropped: new.counters(
-                "endpoints_dropped_total",
-                "Elements of invalidations' lists that are no endpoints, by reason.",
-                &["reason"],
-            ),
-            catch_ups: new.counters(
-                "catch_ups_total",
-                "Catch-ups of events and of single clients, by cause and method.",
-                &["cause", "method"],
-            ),
             deaf_suspects: new.gauge("deaf_suspects", "Open sockets that may be deaf."),
             heals_sent: new.counter("heals_sent_total", "Topics that suspects were told to join."),
             healed: new.counter("healed_total", "Topics that suspects joined after being told."),
@@ -589,10 +552,10 @@ impl Metrics {
                 "Ends of listening sessions and failed attempts, by cause.",
                 &["cause"],
             ),
-            relay_gaps: new.counters(
+            relay_gaps: new.registry.counter_by(
                 "relay_gaps_total",
+                ["cause"],
                 "Times at which notifications may have been missed, by cause.",
-                &["cause"],
             ),
             relay_gap_open: new.gauge(
                 "relay_gap_open",
@@ -835,22 +798,8 @@ impl Metrics {
                 self.notifications.with_label_values(&[source, outcome.kind()]);
             }
         }
-        for why in SendReason::ALL {
-            self.invalidations_sent.with_label_values(&[why.label()]);
-        }
-        for reason in BadEndpoint::ALL {
-            self.endpoints_dropped.with_label_values(&[reason.kind()]);
-        }
-        for cause in CatchUpCause::all() {
-            for method in Coverage::ALL {
-                self.catch_ups.with_label_values(&[cause.label(), method.label()]);
-            }
-        }
         self.count_event(OTHER_EVENTS, Tally::default());
         self.show_viewers(OTHER_EVENTS, 0);
-        for cause in CatchUpCause::gaps() {
-            self.relay_gaps.with_label_values(&[cause.label()]);
-        }
         for cause in LinkError::KINDS {
             self.relay_reconnects.with_label_values(&[cause]);
         }

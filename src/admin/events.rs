@@ -27,7 +27,7 @@ use crate::{
     db,
     http::{Answer, Ask, content, object},
     invalidation::{
-        self, CatchUpCause, Coverage, Delivery, ENDPOINT_BYTES_MAX, Endpoints, Feed, Heard, MINUTE,
+        CatchUpCause, Coverage, Delivery, ENDPOINT_BYTES_MAX, Endpoints, Feed, Heard, MINUTE,
         Notice, NoticeCount, Summary,
     },
     server::Services,
@@ -137,13 +137,7 @@ pub(super) async fn invalidate(
     let mut viewers = 0;
     for event in &events {
         viewers += viewer_count(services, event);
-        invalidation::offer_gap(
-            services,
-            event,
-            CatchUpCause::Operator,
-            missed.as_ref(),
-            Instant::now(),
-        );
+        services.feeds.offer_gap(event, CatchUpCause::Operator, missed.as_ref(), Instant::now());
     }
     tracing::info!(eid, endpoint, viewers, "an operator has invalidated for this gateway");
     let what = endpoint.as_deref().unwrap_or("everything of the event");

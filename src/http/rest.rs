@@ -24,7 +24,6 @@ use crate::{
     access::decision::{Action, Asked, Decision, Verdict},
     auth::jwt::Token,
     hub::{BroadcastSource, FanOut, To},
-    invalidation,
     limits::{self, TooFast},
     metrics::Dropped,
     policies::{self, Asking, AuthorizeError},
@@ -278,7 +277,7 @@ impl<'a> Sender<'a> {
         };
         let mut broadcasts = vec![broadcast];
         if let Some(event) = &event {
-            broadcasts = invalidation::offer(services, event, broadcasts, None);
+            broadcasts = services.feeds.offer(event, broadcasts, None);
         }
         if broadcasts.is_empty() {
             return Ok(());

@@ -237,7 +237,7 @@ impl Feed {
     /// Returns what a client is to be told that has just subscribed, if anything: the changes that
     /// it may have missed, or the complete list where they are not known. `covered_since` is since
     /// when everything about the event has been heard here.
-    pub(crate) fn catch_up(
+    pub(super) fn catch_up(
         &self,
         history: ClientHistory,
         covered_since: Option<Instant>,
@@ -273,7 +273,7 @@ impl Feed {
     }
 
     /// Returns how many messages the whole feed was sent.
-    pub(crate) fn messages(&self) -> u64 {
+    pub(super) fn messages(&self) -> u64 {
         self.state.lock().messages
     }
 

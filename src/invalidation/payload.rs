@@ -36,7 +36,8 @@ const LIST_MAX: usize = 1_000;
 pub(crate) type Endpoints = IndexSet<Box<str>>;
 
 /// Why an element of a message's list is dropped.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, strum::VariantArray, strum::IntoStaticStr)]
+#[strum(serialize_all = "snake_case")]
 pub enum BadEndpoint {
     /// Null, a number, an object: clients throw on it.
     NotText,
@@ -47,17 +48,10 @@ pub enum BadEndpoint {
 }
 
 impl BadEndpoint {
-    /// Every reason.
-    pub const ALL: [Self; 3] = [Self::NotText, Self::Length, Self::TooMany];
-
-    /// The metric's label.
+    /// The label of the metric.
     #[must_use]
-    pub fn kind(self) -> &'static str {
-        match self {
-            Self::NotText => "not_text",
-            Self::Length => "length",
-            Self::TooMany => "too_many",
-        }
+    pub fn label(self) -> &'static str {
+        self.into()
     }
 }
 

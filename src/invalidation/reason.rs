@@ -1,82 +1,51 @@
-//! Why invalidations are sent and clients are caught up, and how it is known what they have missed.
+//! Why an invalidation is sent, why somebody is caught up, and what a catch-up is made from.
+//!
+//! Invariant: each is a closed set, whose names are labels of metrics; those of causes also stand
+//! in payloads.
 
 use strum::VariantArray as _;
 
-/// Why somebody was caught up.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum CatchUpCause {
-    /// A page that was just loaded.
-    Fresh,
-    /// A socket that has held the topic before.
-    Held,
-    /// A client whose earlier socket is known.
-    Returned,
-    /// A client of which nothing is known.
-    Unknown,
-    /// A client that has fallen too far behind.
-    SlowClient,
-    /// A join before the event's LISTEN was active.
-    LateListen,
-    /// The first session of this process.
-    Start,
-    /// A session after one that ended for this reason.
-    Link(LinkLoss),
-    /// Another server than before, or the same one restored.
-    Restored,
-    /// The notification queue was too full to notify.
-    QueueFull,
-    /// A trigger has recorded a failure.
-    TriggerFailure,
-    /// An operator asked for it.
-    Operator,
+use crate::telemetry::metrics::Label;
+
+/// Why an invalidation was sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, strum::VariantArray, strum::IntoStaticStr)]
+#[strum(serialize_all = "snake_case")]
+pub enum SendReason {
+    /// Nothing had been sent within the window.
+    Leading,
+    /// The window, or a mute, has ended.
+    Window,
+    /// All viewers may have missed something.
+    Gap,
+    /// One client has joined.
+    CatchUp,
+    /// One client that was just caught up would otherwise forget the catch-up.
+    Repeat,
 }
 
-impl CatchUpCause {
-    /// Every cause.
-    pub fn all() -> impl Iterator<Item = Self> {
-        let links = LinkLoss::VARIANTS.iter().copied().map(Self::Link);
-        [
-            Self::Fresh,
-            Self::Held,
-            Self::Returned,
-            Self::Unknown,
-            Self::SlowClient,
-            Self::LateListen,
-            Self::Start,
-            Self::Restored,
-            Self::QueueFull,
-            Self::TriggerFailure,
-            Self::Operator,
-        ]
-        .into_iter()
-        .chain(links)
-    }
-
-    /// Those for which something may have been missed of every event: the gaps of the relay.
-    pub fn gaps() -> impl Iterator<Item = Self> {
-        let links = LinkLoss::VARIANTS.iter().copied().map(Self::Link);
-        [Self::Start, Self::Restored, Self::QueueFull, Self::TriggerFailure]
-            .into_iter()
-            .chain(links)
-    }
-
-    /// The label of the metric, and the payload's `cause`.
+impl SendReason {
+    /// The label of the metric.
     #[must_use]
     pub fn label(self) -> &'static str {
-        match self {
-            Self::Fresh => "fresh",
-            Self::Held => "held",
-            Self::Returned => "returned",
-            Self::Unknown => "unknown",
-            Self::SlowClient => "slow_client",
-            Self::LateListen => "late_listen",
-            Self::Start => "start",
-            Self::Link(loss) => loss.label(),
-            Self::Restored => "restored",
-            Self::QueueFull => "queue_full",
-            Self::TriggerFailure => "trigger_failure",
-            Self::Operator => "operator",
-        }
+        self.into()
+    }
+}
+
+/// Whether a catch-up names what was missed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, strum::VariantArray, strum::IntoStaticStr)]
+#[strum(serialize_all = "snake_case")]
+pub enum Coverage {
+    /// It names what has changed, as heard here or read from the history.
+    Exact,
+    /// It names every endpoint, because what has changed is not known.
+    Complete,
+}
+
+impl Coverage {
+    /// The label of the metric.
+    #[must_use]
+    pub fn label(self) -> &'static str {
+        self.into()
     }
 }
 
@@ -110,58 +79,105 @@ impl LinkLoss {
     }
 }
 
-/// How it is known what somebody has missed.
+/// Why somebody was caught up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Coverage {
-    /// From what was heard, or from the history.
-    Exact,
-    /// It is not: the complete list.
-    Complete,
+pub enum CatchUpCause {
+    /// A page that was just loaded.
+    Fresh,
+    /// A socket that has held the topic before.
+    Held,
+    /// A client whose earlier socket is known.
+    Returned,
+    /// A client of which nothing is known.
+    Unknown,
+    /// A client that has fallen too far behind.
+    SlowClient,
+    /// A join before the event's LISTEN was active.
+    LateListen,
+    /// The first session of this process.
+    Start,
+    /// A session after one that was lost like this.
+    Link(LinkLoss),
+    /// Another server than before, or the same one restored.
+    Restored,
+    /// The notification queue was too full to notify.
+    QueueFull,
+    /// A trigger has recorded a failure.
+    TriggerFailure,
+    /// An operator asked for it.
+    Operator,
 }
 
-impl Coverage {
-    /// Both.
-    pub const ALL: [Self; 2] = [Self::Exact, Self::Complete];
+impl CatchUpCause {
+    /// Every cause.
+    pub fn all() -> impl Iterator<Item = Self> {
+        let others = [
+            Self::Fresh,
+            Self::Held,
+            Self::Returned,
+            Self::Unknown,
+            Self::SlowClient,
+            Self::LateListen,
+            Self::Operator,
+        ];
+        others.into_iter().chain(Self::gaps())
+    }
 
-    /// The metric's label.
+    /// The causes for which all viewers may have missed something: the gaps of the relay.
+    pub fn gaps() -> impl Iterator<Item = Self> {
+        let gaps = [Self::Start, Self::Restored, Self::QueueFull, Self::TriggerFailure];
+        gaps.into_iter().chain(LinkLoss::VARIANTS.iter().copied().map(Self::Link))
+    }
+
+    /// The label of the metric, and the payload's `cause`.
     #[must_use]
     pub fn label(self) -> &'static str {
         match self {
-            Self::Exact => "exact",
-            Self::Complete => "complete",
+            Self::Fresh => "fresh",
+            Self::Held => "held",
+            Self::Returned => "returned",
+            Self::Unknown => "unknown",
+            Self::SlowClient => "slow_client",
+            Self::LateListen => "late_listen",
+            Self::Start => "start",
+            Self::Link(loss) => loss.label(),
+            Self::Restored => "restored",
+            Self::QueueFull => "queue_full",
+            Self::TriggerFailure => "trigger_failure",
+            Self::Operator => "operator",
         }
     }
 }
 
-/// Why an invalidation was sent.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum SendReason {
-    /// Nothing had been sent within the window.
-    Leading,
-    /// The window, or a mute, has ended.
-    Window,
-    /// Everybody may have missed something.
-    Gap,
-    /// One client has joined.
-    CatchUp,
-    /// One client that was just caught up would else forget it.
-    Repeat,
+/// Catch-ups are counted by cause and coverage.
+impl Label<2> for (CatchUpCause, Coverage) {
+    fn all() -> impl Iterator<Item = [&'static str; 2]> {
+        CatchUpCause::all().flat_map(|cause| {
+            Coverage::VARIANTS.iter().map(move |coverage| [cause.label(), coverage.label()])
+        })
+    }
+
+    fn values(&self) -> [&'static str; 2] {
+        [self.0.label(), self.1.label()]
+    }
 }
 
-impl SendReason {
-    /// Every reason.
-    pub const ALL: [Self; 5] =
-        [Self::Leading, Self::Window, Self::Gap, Self::CatchUp, Self::Repeat];
+/// The cause of a gap, as a label: one of [`CatchUpCause::gaps`].
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct GapCause(CatchUpCause);
 
-    /// The metric's label.
-    #[must_use]
-    pub fn label(self) -> &'static str {
-        match self {
-            Self::Leading => "leading",
-            Self::Window => "window",
-            Self::Gap => "gap",
-            Self::CatchUp => "catch_up",
-            Self::Repeat => "repeat",
-        }
+impl From<CatchUpCause> for GapCause {
+    fn from(cause: CatchUpCause) -> Self {
+        Self(cause)
+    }
+}
+
+impl Label for GapCause {
+    fn all() -> impl Iterator<Item = [&'static str; 1]> {
+        CatchUpCause::gaps().map(|cause| [cause.label()])
+    }
+
+    fn values(&self) -> [&'static str; 1] {
+        [self.0.label()]
     }
 }

@@ -15,7 +15,7 @@ use super::{
 };
 use crate::{
     db::{self, Changed, Snapshot},
-    invalidation::{self, CatchUpCause, Endpoints, Feed, Heard},
+    invalidation::{CatchUpCause, Endpoints, Feed, Heard},
     server::Services,
 };
 
@@ -210,17 +210,17 @@ fn tell(
         match missed.filter(|_| is_trusted && !is_owed) {
             Some(missed) => match missed.get(event.eid()) {
                 Some(Missed { is_everything: true, .. }) => {
-                    invalidation::offer_gap(services, event, cause, None, now);
+                    services.feeds.offer_gap(event, cause, None, now);
                 }
                 Some(Missed { endpoints, .. }) if !endpoints.is_empty() => {
-                    invalidation::offer_gap(services, event, cause, Some(endpoints), now);
+                    services.feeds.offer_gap(event, cause, Some(endpoints), now);
                 }
                 Some(_) | None => {}
             },
             None => {
                 services.listens.cover_anew(&source.channel);
                 let spread = services.config.relay.resync_spread.mul_f64(fastrand::f64());
-                invalidation::offer_gap(services, event, cause, None, now + spread);
+                services.feeds.offer_gap(event, cause, None, now + spread);
             }
         }
     }

@@ -16,7 +16,7 @@ use crate::{
         BroadcastSource, FanOut, To,
         outbox::{Committed, Departure},
     },
-    invalidation::{self, Notified},
+    invalidation::Notified,
     metrics::Metrics,
     protocol::{
         message::{Json, UserBroadcast, UserPayload},
@@ -179,7 +179,7 @@ async fn ingest(services: &Services, channel: &str, payloads: Vec<(String, Insta
     if let Some(event) = &source.event {
         let offered = broadcasts.len();
         let notified = Notified { pid, committed: oldest };
-        broadcasts = invalidation::offer(services, event, broadcasts, Some(notified));
+        broadcasts = services.feeds.offer(event, broadcasts, Some(notified));
         count("event", Outcome::Offered, offered - broadcasts.len());
         healing::name_event(services, event.eid());
     }

@@ -28,7 +28,7 @@ use super::{
 use crate::{
     clock::unix_seconds,
     db::{self, REVOCATIONS_CHANNEL},
-    invalidation::{self, CatchUpCause, LinkLoss},
+    invalidation::{CatchUpCause, LinkLoss},
     metrics::Metrics,
     secret::Secret,
     server::Services,
@@ -146,7 +146,7 @@ pub(crate) async fn run(services: Arc<Services>) {
 
 /// From here on something may be missed, until viewers have been told what.
 pub(super) fn gap_begins(metrics: &Metrics, cause: CatchUpCause) {
-    metrics.relay_gaps.with_label_values(&[cause.label()]).inc();
+    metrics.relay_gaps.of(cause).inc();
     metrics.relay_gap_open.set(1);
 }
 
@@ -413,7 +413,7 @@ impl Session {
             self.run(|listener| Box::pin(gaps::learn(services, listener, sources))).await?;
             for source in services.listens.activate(channels) {
                 if let Some(event) = source.event.as_ref().filter(|event| event.take_owed()) {
-                    invalidation::offer_gap(services, event, cause, None, Instant::now());
+                    services.feeds.offer_gap(event, cause, None, Instant::now());
                 }
             }
         }

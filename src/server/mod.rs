@@ -31,7 +31,7 @@ use crate::{
     db,
     http::{self, visits::Visits},
     hub::{Hub, Sockets, outbox::Ended},
-    invalidation::{self, Feeds},
+    invalidation::Feeds,
     limits::{self, Limits},
     metrics::{Metrics, RefusedUpgrade},
     policies::Policies,
@@ -125,20 +125,21 @@ impl Services {
     pub fn new(config: Config) -> Result<Arc<Self>, JwksError> {
         let metrics = Metrics::new();
         let (registry, draining) = (&metrics.registry, CancellationToken::new());
+        let hub = Arc::new(Hub::new(registry));
         let verifier = Arc::new(Verifier::new(&config, &metrics)?);
         let rules = TopicRules::new(config.topic.clone(), config.topics);
         let tracker = TaskTracker::new();
         Ok(Arc::new(Self {
             policies: Arc::new(Policies::new(&config, &metrics, &tracker)),
             limits: Arc::new(Limits::new(config.limits.clone(), config.network.clone(), registry)),
-            hub: Arc::new(Hub::new(registry)),
+            hub: Arc::clone(&hub),
             rules: RwLock::new(Arc::new(rules)),
             revocations_changed: Notify::new(),
             visits: Visits::default(),
             reload: Reload::default(),
             verifier,
             listens: Arc::new(Listens::new(config.relay.listens_max)),
-            feeds: Arc::new(Feeds::new(config.relay.listens_max)),
+            feeds: Arc::new(Feeds::new(config.relay.listens_max, hub, registry)),
             lost_sockets: Arc::new(LostSockets::new(
                 LOST_TOPICS_MAX,
                 config.limits.silence_timeout,
@@ -292,7 +293,7 @@ impl Server {
             services.tracker.spawn(revocations::run(Arc::clone(&services), pool));
         }
         services.tracker.spawn(jwks::run(Arc::clone(&services)));
-        services.tracker.spawn(invalidation::run(Arc::clone(&services)));
+        services.tracker.spawn(services.feeds.sender().run(services.stopped.clone()));
         services.tracker.spawn(healing::run(Arc::clone(&services)));
         services.tracker.spawn(reload::watch(Arc::clone(&services)));
         services.tracker.spawn(reload::follow_keys(Arc::clone(&services)));
@@ -343,7 +344,7 @@ async fn every(interval: Duration, stop: CancellationToken, mut act: impl FnMut(
 /// Closes all sockets in jittered batches, then ends everything, within the drain's time.
 async fn drain(services: &Services) {
     let deadline = Instant::now() + services.config.drain.timeout;
-    invalidation::flush(services).await;
+    services.feeds.flush().await;
     let outboxes = services.sockets.outboxes();
     tracing::info!(sockets = outboxes.len(), "draining");
     // Clients come back at once: the spread is theirs. A hundred need none.

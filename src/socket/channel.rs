@@ -5,7 +5,7 @@
 //! broadcast and no broadcast after it is missed (a channel that replaces another goes on where
 //! that was); nothing here touches the WebSocket.
 
-use std::{iter, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use serde_json::Value;
 use tokio::time::Instant;
@@ -21,7 +21,7 @@ use crate::{
         BroadcastSource, FanOut, Subscription, To,
         outbox::{Outbox, Replaceable, TopicId},
     },
-    invalidation::{self, CatchUp, CatchUpCause, ClientHistory, Feed, SendReason},
+    invalidation::{CatchUpCause, ClientHistory, Feed},
     limits::Limited,
     metrics::{Dropped, OpenChannel},
     protocol::{
@@ -286,13 +286,7 @@ impl Channel {
             // It may have become active in between, and have found nothing owed.
             let is_active = self.listening.as_ref().is_some_and(Listening::is_active);
             if is_active && event.take_owed() {
-                invalidation::offer_gap(
-                    services,
-                    event,
-                    CatchUpCause::LateListen,
-                    None,
-                    Instant::now(),
-                );
+                services.feeds.offer_gap(event, CatchUpCause::LateListen, None, Instant::now());
             }
         }
         let covered_since = match &self.listening {
@@ -300,24 +294,7 @@ impl Channel {
             // Without a database there is nothing else to be heard.
             None => services.config.notify_url().is_empty().then(|| services.feeds.started()),
         };
-        let outbox = context.outbox;
-        while let Some(catch_up) = event.catch_up(known, covered_since, outbox, subscription) {
-            let CatchUp { broadcast, cause, coverage, since, messages } = catch_up;
-            let metrics = &services.metrics;
-            metrics.catch_ups.with_label_values(&[cause.label(), coverage.label()]).inc();
-            metrics.invalidations_sent.with_label_values(&[SendReason::CatchUp.label()]).inc();
-            let serializer = outbox.serializer();
-            if let Some(frame) = serializer.encode_broadcast(&self.topic, &broadcast) {
-                // Who is too slow for this, too, is told the same later.
-                let replaceable = Replaceable { topic: self.topic_id(context), since };
-                let _ = outbox.push_all(iter::once(frame), None, Some(replaceable));
-            }
-            // A message that left in between may stand before this one, which would make the
-            // client forget it: then once more, with its endpoints.
-            if event.messages() == messages {
-                break;
-            }
-        }
+        services.feeds.catch_up(event, known, covered_since, context.outbox, subscription);
     }
 
     /// Tells a client that has fallen behind on the topic what has changed since; one that listens
@@ -392,7 +369,7 @@ impl Channel {
                 .note(context.caller, Some(&self.token));
         }
         if let Some(event) = &self.event {
-            broadcasts = invalidation::offer(services, event, broadcasts, None);
+            broadcasts = services.feeds.offer(event, broadcasts, None);
         }
         if !broadcasts.is_empty() {
             let topics = match &self.rule {

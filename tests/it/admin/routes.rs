@@ -1,6 +1,7 @@
 //! The admin port: readiness, metrics, and who may ask.
 
 use serde_json::{Value, json};
+use strum::VariantArray;
 use tidegate::{
     auth::jwt::TokenError,
     http::connection::CloseReason,
@@ -255,14 +256,14 @@ async fn every_series_is_there_before_anything_has_happened() {
     for result in TokenError::KINDS {
         wanted.push(format!("tokens_total{{result=\"{result}\"}}"));
     }
-    for why in SendReason::ALL {
+    for why in SendReason::VARIANTS {
         wanted.push(format!("invalidations_sent_total{{reason=\"{}\"}}", why.label()));
     }
-    for bad in BadEndpoint::ALL {
-        wanted.push(format!("endpoints_dropped_total{{reason=\"{}\"}}", bad.kind()));
+    for bad in BadEndpoint::VARIANTS {
+        wanted.push(format!("endpoints_dropped_total{{reason=\"{}\"}}", bad.label()));
     }
-    for (cause, method) in
-        CatchUpCause::all().flat_map(|it| Coverage::ALL.map(|method| (it, method)))
+    for (cause, method) in CatchUpCause::all()
+        .flat_map(|it| Coverage::VARIANTS.iter().map(move |method| (it, *method)))
     {
         let (cause, method) = (cause.label(), method.label());
         wanted.push(format!("catch_ups_total{{cause=\"{cause}\",method=\"{method}\"}}"));

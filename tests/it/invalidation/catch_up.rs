@@ -857,7 +857,7 @@ async fn who_was_just_caught_up_gets_it_again_with_the_messages_of_the_next_five
     assert_eq!(endpoints(&publisher.told().await.1), ["/c", "/b"]);
     assert_eq!(lists(&mut page).await, [["/c", "/b"], ["/c", "/b"]]);
     assert_eq!(lists(&mut publisher).await, [[""; 0]; 0]);
-    let repeats = server.services.metrics.invalidations_sent.with_label_values(&["repeat"]).get();
+    let repeats = server.count("tidegate_invalidations_sent_total{reason=\"repeat\"}");
     assert_eq!(repeats, 4);
     drop((page, publisher));
     server.stop().await;
