@@ -268,12 +268,6 @@ pub struct Metrics {
     pub event_merged: IntCounterVec,
     /// When one last came for each of the busiest, seconds since 1970.
     pub event_last_notification: GenericGaugeVec<AtomicF64>,
-    /// Sockets that may be deaf.
-    pub deaf_suspects: IntGauge,
-    /// `phx_error`s to them.
-    pub heals_sent: IntCounter,
-    /// Joins after one.
-    pub healed: IntCounter,
     /// Unions that took the place of what a slow client had not read.
     pub conflations: IntCounter,
     /// From a canary's departure to its arrival.
@@ -518,9 +512,6 @@ impl Metrics {
                 "When an invalidation last came for one of the busiest events; 0 if never.",
                 &["eid"],
             ),
-            deaf_suspects: new.gauge("deaf_suspects", "Open sockets that may be deaf."),
-            heals_sent: new.counter("heals_sent_total", "Topics that suspects were told to join."),
-            healed: new.counter("healed_total", "Topics that suspects joined after being told."),
             conflations: new.counter(
                 "conflations_total",
                 "Backlogs of slow clients that one merged invalidation has replaced.",

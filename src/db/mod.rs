@@ -22,7 +22,7 @@ use uuid::Uuid;
 
 use crate::{
     auth::revocations::{By, Revocation},
-    recovery::lost_sockets::{ClientKey, Record},
+    recovery::{ClientKey, Record},
     secret::Secret,
 };
 
@@ -426,7 +426,7 @@ pub(crate) async fn lost_sockets(
         .map(|row| {
             let seconds = row.try_get::<f64, _>(2)?.max(0.0);
             Ok(Record {
-                client: ClientKey(row.try_get(0)?),
+                client: ClientKey::from_uuid(row.try_get(0)?),
                 topic: row.try_get::<String, _>(1)?.into(),
                 age: Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX),
             })
@@ -441,7 +441,7 @@ pub(crate) async fn end_gateway(
     is_orderly: bool,
     records: &[Record],
 ) -> Result<(), sqlx::Error> {
-    let clients: Vec<_> = records.iter().map(|it| it.client.0).collect();
+    let clients: Vec<_> = records.iter().map(|it| it.client.uuid()).collect();
     let topics: Vec<_> = records.iter().map(|it| it.topic.to_string()).collect();
     let ages: Vec<_> = records.iter().map(|it| it.age.as_secs_f64()).collect();
     let mut transaction = pool.begin().await?;

@@ -40,7 +40,7 @@ use crate::{
         error_code::{ErrorCode, Refusal},
         serializer::Serializer,
     },
-    recovery::lost_sockets::ClientKey,
+    recovery::ClientKey,
     server::Services,
     socket::Socket,
     telemetry::audit::{Audit, Caller},

@@ -22,7 +22,6 @@ use crate::{
         message::{Json, UserBroadcast, UserPayload},
         serializer::Broadcast,
     },
-    recovery::healing,
     server::Services,
 };
 
@@ -143,7 +142,7 @@ async fn ingest(services: &Services, channel: &str, payloads: Vec<(String, Insta
             let outcome = match check(services, payload) {
                 Ok(stats) => {
                     if let Some(eid) = named_event(&stats) {
-                        healing::name_event(services, &eid);
+                        services.recovery.healing.name_event(&eid);
                         if !has_viewers(services, &eid) {
                             metrics.published_without_viewer.inc();
                         }
@@ -181,7 +180,7 @@ async fn ingest(services: &Services, channel: &str, payloads: Vec<(String, Insta
         let notified = Notified { pid, committed: oldest };
         broadcasts = services.feeds.offer(event, broadcasts, Some(notified));
         count("event", Outcome::Offered, offered - broadcasts.len());
-        healing::name_event(services, event.eid());
+        services.recovery.healing.name_event(event.eid());
     }
     if broadcasts.is_empty() {
         return;

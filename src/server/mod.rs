@@ -35,10 +35,7 @@ use crate::{
     limits::{self, Limits},
     metrics::{Metrics, RefusedUpgrade},
     policies::Policies,
-    recovery::{
-        healing::{self, Healing},
-        lost_sockets::LostSockets,
-    },
+    recovery::Recovery,
     relay::{listener, listens::Listens},
     telemetry::audit::{Audit, Caller},
     upkeep::{revocations, sharing, survey},
@@ -61,8 +58,6 @@ const PENDING_MAX: usize = 4096;
 const ADMIN_TOKEN_BYTES_MIN: usize = 16;
 /// Most connections of operators' tools.
 const ADMIN_CONNECTIONS_MAX: usize = 64;
-/// Most topics of lost sockets that are remembered: of 10,000 clients six each, and then of none.
-const LOST_TOPICS_MAX: usize = 60_000;
 /// Most large bodies of requests that are read at a time, 8 MB each at most.
 const BODIES_MAX: usize = 16;
 
@@ -76,7 +71,7 @@ pub struct Services {
     /// Who is joined to what.
     pub hub: Arc<Hub>,
     /// Who may; exchanged as a whole when the settings are read again.
-    rules: RwLock<Arc<TopicRules>>,
+    rules: Arc<RwLock<Arc<TopicRules>>>,
     /// Who somebody is.
     pub verifier: Arc<Verifier>,
     /// Who may what on private channels.
@@ -87,10 +82,8 @@ pub struct Services {
     pub listens: Arc<Listens>,
     /// What waits for its window, and what has changed of late.
     pub(crate) feeds: Arc<Feeds>,
-    /// Who was connected and is no more.
-    pub(crate) lost_sockets: Arc<LostSockets>,
-    /// Who may be deaf.
-    pub(crate) healing: Arc<Healing>,
+    /// What is remembered of clients that were away.
+    pub(crate) recovery: Arc<Recovery>,
     /// Which events have series of their own.
     pub(crate) busiest: Mutex<Busiest>,
     /// Somebody has told that the database's revocations have changed.
@@ -128,23 +121,27 @@ impl Services {
         let hub = Arc::new(Hub::new(registry));
         let verifier = Arc::new(Verifier::new(&config, &metrics)?);
         let rules = TopicRules::new(config.topic.clone(), config.topics);
+        let rules = Arc::new(RwLock::new(Arc::new(rules)));
+        let feeds = Arc::new(Feeds::new(config.relay.listens_max, Arc::clone(&hub), registry));
+        let recovery = Arc::new(Recovery::new(
+            config.limits.silence_timeout,
+            Arc::clone(&rules),
+            Arc::clone(&feeds),
+            registry,
+        ));
         let tracker = TaskTracker::new();
         Ok(Arc::new(Self {
             policies: Arc::new(Policies::new(&config, &metrics, &tracker)),
             limits: Arc::new(Limits::new(config.limits.clone(), config.network.clone(), registry)),
-            hub: Arc::clone(&hub),
-            rules: RwLock::new(Arc::new(rules)),
+            hub,
+            rules,
             revocations_changed: Notify::new(),
             visits: Visits::default(),
             reload: Reload::default(),
             verifier,
             listens: Arc::new(Listens::new(config.relay.listens_max)),
-            feeds: Arc::new(Feeds::new(config.relay.listens_max, hub, registry)),
-            lost_sockets: Arc::new(LostSockets::new(
-                LOST_TOPICS_MAX,
-                config.limits.silence_timeout,
-            )),
-            healing: Arc::default(),
+            feeds,
+            recovery,
             busiest: Mutex::default(),
             // The settings' check has read the URL.
             pool: db::pool(config.pool_url(), config.relay.connect_timeout).ok(),
@@ -294,7 +291,7 @@ impl Server {
         }
         services.tracker.spawn(jwks::run(Arc::clone(&services)));
         services.tracker.spawn(services.feeds.sender().run(services.stopped.clone()));
-        services.tracker.spawn(healing::run(Arc::clone(&services)));
+        services.tracker.spawn(services.recovery.healer().run(services.stopped.clone()));
         services.tracker.spawn(reload::watch(Arc::clone(&services)));
         services.tracker.spawn(reload::follow_keys(Arc::clone(&services)));
         let (limits, sockets) = (Arc::clone(&services.limits), Arc::clone(&services.sockets));

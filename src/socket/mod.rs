@@ -33,10 +33,7 @@ use crate::{
         serializer::Push,
         topic::TOPIC_PREFIX,
     },
-    recovery::{
-        healing::{FIRST_ROUND, Healing, Suspicion},
-        lost_sockets::ClientKey,
-    },
+    recovery::{ClientKey, FIRST_ROUND, Suspicion},
     server::Services,
     telemetry::audit::{Audit, Caller},
 };
@@ -454,7 +451,7 @@ impl Socket {
         let asked = self.held.iter().filter(|(_, hold)| **hold == Hold::Asked);
         let joined = asked.map(|(topic, _)| Arc::from(&**topic)).collect();
         let Self { services, outbox, apikey, client, opened, .. } = self;
-        let suspicion = Healing::suspect(services, outbox, apikey, *client, *opened, joined);
+        let suspicion = services.recovery.healing.suspect(outbox, apikey, *client, *opened, joined);
         self.suspicion = Some(suspicion);
     }
 
@@ -504,7 +501,7 @@ impl Socket {
             (Some(Hold::Asked), _) => ClientHistory::Nothing,
             (None, Origin::Fresh) => ClientHistory::Fresh,
             (None, Origin::Unknown | Origin::Earlier | Origin::Unclear) => {
-                let since = self.services.lost_sockets.since(self.client, sub_topic);
+                let since = self.services.recovery.lost_sockets.since(self.client, sub_topic);
                 since.map_or(ClientHistory::Nothing, ClientHistory::Since)
             }
         }
@@ -657,7 +654,7 @@ impl Socket {
             None => channel.open(context, reference, known),
         }
         if channel.is_listened() {
-            self.services.healing.note_joined(&channel.sub_topic());
+            self.services.recovery.healing.note_joined(&channel.sub_topic());
         }
         self.expires_at = self.expires_at.min(channel.expires_at(self.services.config.auth.grace));
         self.channels.insert(channel.topic().into(), Slot::Joined(Box::new(channel)));
@@ -806,7 +803,7 @@ impl Drop for Socket {
             // Nobody knows how long who was never answered had been away before, nor what of it has
             // reached who was too slow.
             let last_heard = (heard && !is_behind).then_some(self.last_data);
-            self.services.lost_sockets.record(self.client, sub_topic, last_heard);
+            self.services.recovery.lost_sockets.record(self.client, sub_topic, last_heard);
         }
     }
 }

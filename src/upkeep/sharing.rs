@@ -8,7 +8,7 @@ use std::{error::Error, sync::Arc, time::Duration};
 use sqlx::PgPool;
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout, timeout_at};
 
-use crate::{db, recovery::lost_sockets::REMEMBERED, server::Services};
+use crate::{db, recovery::REMEMBERED, server::Services};
 
 /// How often what is slow is done: retention, topics joined of late.
 const SLOW: Duration = Duration::from_secs(60);
@@ -49,7 +49,7 @@ impl Upkeep {
         let result = timeout(deadline, self.share(services, pool)).await;
         if !matches!(result, Ok(Ok(()))) {
             // Nobody knows who lives and dies meanwhile.
-            services.lost_sockets.set_alone(false);
+            services.recovery.lost_sockets.set_alone(false);
         }
         if let Ok(Err(error)) = result {
             tracing::debug!(error = &error as &dyn Error, "nothing shared with other gateways");
@@ -57,8 +57,7 @@ impl Upkeep {
         if self.slow_at.is_none_or(|at| at.elapsed() >= SLOW) {
             self.slow_at = Some(Instant::now());
             services.feeds.sweep();
-            services.lost_sockets.sweep();
-            services.healing.sweep();
+            services.recovery.sweep();
             let forgotten = timeout(FORGET_TIMEOUT, forget(services, pool)).await;
             if let Ok(Err(error)) = forgotten {
                 tracing::debug!(error = &error as &dyn Error, "nothing forgotten");
@@ -73,19 +72,20 @@ impl Upkeep {
         let within = self.read_at.map_or(REMEMBERED, |at| now.duration_since(at) + REREAD);
         for record in db::lost_sockets(pool, services.gateway, within).await? {
             let last_data = Instant::now().checked_sub(record.age);
-            services.lost_sockets.record(record.client, &record.topic, last_data);
+            services.recovery.lost_sockets.record(record.client, &record.topic, last_data);
         }
         if self.read_at.is_none() {
             for (topic, age) in db::recent_topics(pool, RECENT_MAX).await? {
-                services.healing.note_recent(&topic, age);
+                services.recovery.healing.note_recent(&topic, age);
             }
         }
         self.read_at = Some(now);
-        let topics: Vec<_> = services.healing.take_new().iter().map(ToString::to_string).collect();
+        let topics: Vec<_> =
+            services.recovery.healing.take_new().iter().map(ToString::to_string).collect();
         if !topics.is_empty() {
             db::note_recent_topics(pool, &topics).await?;
         }
-        services.lost_sockets.set_alone(!has_others);
+        services.recovery.lost_sockets.set_alone(!has_others);
         Ok(())
     }
 }
@@ -98,7 +98,7 @@ async fn forget(services: &Services, pool: &PgPool) -> Result<(), sqlx::Error> {
 /// Leaves this gateway's records to the others, until the deadline. Its end is orderly if every
 /// socket has ended and so has its record.
 pub(crate) async fn end(services: &Services, pool: &PgPool, is_orderly: bool, deadline: Instant) {
-    let records = services.lost_sockets.records();
+    let records = services.recovery.lost_sockets.records();
     let end = db::end_gateway(pool, services.gateway, is_orderly, &records);
     match timeout_at(deadline, end).await {
         Ok(Ok(())) => tracing::info!(records = records.len(), "records of lost sockets are left"),

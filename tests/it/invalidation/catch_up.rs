@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use tidegate::{
     access::rule::Denied,
     protocol::serializer::Serializer::{V1, V2},
-    recovery::lost_sockets::ClientKey,
+    recovery::ClientKey,
     secret::Secret,
     server::{Services, settings::Config},
 };

@@ -214,7 +214,6 @@ const BREACHES: &[&str] = &[
     "src/http/visits.rs names admin",
     "src/policies/mod.rs names metrics",
     "src/policies/mod.rs names server",
-    "src/recovery/healing.rs names server",
     "src/relay/canary.rs names server",
     "src/relay/gaps.rs names server",
     "src/relay/ingest.rs names metrics",

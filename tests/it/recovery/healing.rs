@@ -59,10 +59,9 @@ async fn living(services: &Arc<Services>, topics: &[&str]) -> Page {
     page
 }
 
-fn counts(services: &Services) -> [i64; 3] {
-    let metrics = &services.metrics;
-    let count = |it: u64| i64::try_from(it).unwrap();
-    [metrics.deaf_suspects.get(), count(metrics.heals_sent.get()), count(metrics.healed.get())]
+fn counts(server: &TestServer) -> [u64; 3] {
+    ["deaf_suspects", "heals_sent_total", "healed_total"]
+        .map(|name| server.count(&format!("tidegate_{name}")))
 }
 
 const AB1: &str = "cache_invalidate_AB1";
@@ -78,9 +77,9 @@ async fn a_socket_that_joins_nothing_is_told_what_others_have_joined_five_times(
     // The latest first.
     let told = rounds(&mut deaf, 3600.0).await;
     assert_eq!(told, at(&[2.5, 17.0, 32.0, 92.0, 152.0], &[AB2, WINNER, AB1]));
-    assert_eq!(counts(&server.services), [1, 15, 0]);
+    assert_eq!(counts(&server), [1, 15, 0]);
     drop((deaf, living));
-    assert_eq!(counts(&server.services), [0, 15, 0]);
+    assert_eq!(counts(&server), [0, 15, 0]);
     server.stop().await;
 }
 
@@ -136,7 +135,7 @@ async fn a_page_that_joins_in_time_is_left_alone() {
     for page in &mut pages {
         assert_eq!(rounds(page, 3600.0).await, []);
     }
-    assert_eq!(counts(&server.services), [0, 0, 0]);
+    assert_eq!(counts(&server), [0, 0, 0]);
 }
 
 /// At the moment of its round it may be about to join.
@@ -154,7 +153,7 @@ async fn a_socket_is_never_told_of_a_topic_that_it_has_joined() {
     page.caught_up().await;
     assert_eq!(rounds(&mut page, 3600.0).await, []);
     // It has joined one without being told.
-    assert_eq!(counts(&server.services), [1, 5, 2]);
+    assert_eq!(counts(&server), [1, 5, 2]);
     // Another spelling is another topic.
     let underscore = "cache_invalidate_AB2";
     let mut other = living(&server.services, &[underscore]).await;
@@ -168,20 +167,20 @@ async fn who_joins_after_being_told_is_counted_as_healed_once_for_each_topic() {
     let _living = living(&server.services, &[AB1, WINNER]).await;
     let mut deaf = Page::open(&server.services, browser(2));
     assert_eq!(rounds(&mut deaf, 3.0).await, at(&[2.5], &[WINNER, AB1]));
-    assert_eq!(counts(&server.services), [1, 2, 0]);
+    assert_eq!(counts(&server), [1, 2, 0]);
     for reference in ["41", "42"] {
         deaf.join(reference, WINNER).await;
         if reference == "42" {
             assert_eq!(deaf.message().await[3], "phx_close");
         }
-        assert_eq!(counts(&server.services), [1, 2, 1]);
+        assert_eq!(counts(&server), [1, 2, 1]);
     }
     deaf.join("43", "cache_invalidate_AB3").await;
     deaf.caught_up().await;
-    assert_eq!(counts(&server.services), [1, 2, 1]);
+    assert_eq!(counts(&server), [1, 2, 1]);
     deaf.join("44", AB1).await;
     deaf.caught_up().await;
-    assert_eq!(counts(&server.services), [1, 2, 2]);
+    assert_eq!(counts(&server), [1, 2, 2]);
     assert_eq!(rounds(&mut deaf, 3600.0).await, []);
 }
 
@@ -278,7 +277,7 @@ async fn what_is_joined_elsewhere_meanwhile_is_told_in_the_next_round() {
     let server = TestServer::start();
     let mut deaf = Page::open(&server.services, browser(2));
     assert_eq!(rounds(&mut deaf, 10.0).await, []);
-    assert_eq!(counts(&server.services), [1, 0, 0]);
+    assert_eq!(counts(&server), [1, 0, 0]);
     let _living = living(&server.services, &[AB1]).await;
     assert_eq!(rounds(&mut deaf, 33.0).await, at(&[17.0, 32.0], &[AB1]));
 }

@@ -9,7 +9,7 @@ use tidegate::{
     db,
     hub::outbox::{Drained, Outbox, OutboxBounds},
     protocol::serializer::Serializer::V1,
-    recovery::lost_sockets::ClientKey,
+    recovery::ClientKey,
     secret::Secret,
     server::{Services, settings::Config},
     socket::Socket,
