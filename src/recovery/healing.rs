@@ -45,7 +45,7 @@ use crate::{
 
 /// When a socket that has joined nothing becomes suspect. A page with a working client joins within
 /// milliseconds after it opened its socket.
-pub(crate) const FIRST_ROUND: Duration = Duration::from_millis(2500);
+pub(super) const FIRST_ROUND: Duration = Duration::from_millis(2500);
 /// When the second and the third round follow, counted from the socket's opening.
 const NEXT_ROUNDS: [Duration; 2] = [Duration::from_secs(17), Duration::from_secs(32)];
 /// The time between two later rounds.
@@ -120,7 +120,7 @@ struct Heal {
 
 /// A socket's place among the suspects; dropping it takes the socket from them.
 #[derive(Debug)]
-pub(crate) struct Suspicion {
+pub(super) struct Suspicion {
     healing: Arc<Healing>,
     slot: usize,
 }
@@ -138,7 +138,7 @@ impl Healing {
     }
 
     /// Begins to heal a socket that has joined these topics.
-    pub(crate) fn suspect(
+    pub(super) fn suspect(
         self: &Arc<Self>,
         outbox: &Arc<Outbox>,
         token: &Arc<Token>,
@@ -197,7 +197,7 @@ impl Healing {
     }
 
     /// Forgets topics that were not joined for a day.
-    pub(crate) fn sweep(&self) {
+    pub(super) fn sweep(&self) {
         let now = Instant::now();
         let mut state = self.state.lock();
         state.recent.retain(|_, recent| now.duration_since(recent.joined) < REMEMBERED);
@@ -359,7 +359,7 @@ impl Suspect {
 
 impl Suspicion {
     /// Records that the socket has joined the topic, or asks to.
-    pub(crate) fn joined(&self, sub_topic: &str) {
+    pub(super) fn joined(&self, sub_topic: &str) {
         let mut state = self.healing.state.lock();
         if let Some(suspect) = state.suspects.get_mut(self.slot) {
             suspect.joined.insert(sub_topic.into());
@@ -370,7 +370,7 @@ impl Suspicion {
     }
 
     /// Records that the socket has left the topic.
-    pub(crate) fn left(&self, sub_topic: &str) {
+    pub(super) fn left(&self, sub_topic: &str) {
         let mut state = self.healing.state.lock();
         if let Some(suspect) = state.suspects.get_mut(self.slot) {
             suspect.joined.remove(sub_topic);

@@ -115,7 +115,7 @@ impl LostSockets {
 
     /// Returns since when a client that comes back to the topic may have missed something, if that
     /// is known.
-    pub(crate) fn since(&self, client: ClientKey, topic: &str) -> Option<Instant> {
+    pub(super) fn since(&self, client: ClientKey, topic: &str) -> Option<Instant> {
         let now = Instant::now();
         let state = self.state.lock();
         if !state.is_alone || state.overflowed.is_some_and(|at| now.duration_since(at) < REMEMBERED)

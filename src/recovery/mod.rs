@@ -4,6 +4,7 @@
 //! everything that is remembered is bounded, and is forgotten after a day.
 
 mod healing;
+mod history;
 mod lost_sockets;
 mod metrics;
 
@@ -13,10 +14,11 @@ use parking_lot::RwLock;
 
 pub use self::lost_sockets::ClientKey;
 pub(crate) use self::{
-    healing::{FIRST_ROUND, Healer, Healing, Suspicion},
+    healing::Healer,
+    history::{History, Hold},
     lost_sockets::{REMEMBERED, Record},
 };
-use self::{lost_sockets::LostSockets, metrics::Metrics};
+use self::{healing::Healing, lost_sockets::LostSockets, metrics::Metrics};
 use crate::{access::rule::TopicRules, invalidation::Feeds, telemetry::metrics::Registry};
 
 /// Most topics of lost sockets that are remembered: six each of 10,000 clients. Beyond that no

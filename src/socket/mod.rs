@@ -33,16 +33,13 @@ use crate::{
         serializer::Push,
         topic::TOPIC_PREFIX,
     },
-    recovery::{ClientKey, FIRST_ROUND, Suspicion},
+    recovery::{ClientKey, History, Hold},
     server::Services,
     telemetry::audit::{Audit, Caller},
 };
 
 /// Most messages of one topic that wait for the answer to its join.
 const BACKLOG_MAX: usize = 100;
-
-/// Beyond so many topics, a socket's past ones are forgotten.
-const HELD_MAX: usize = 1_000;
 
 /// Clients beat every 25 or 30 s; a heartbeat after so long a silence is one of a hidden tab, which
 /// sends one a minute, or of a page that was frozen.
@@ -55,19 +52,9 @@ pub struct Socket {
     outbox: Arc<Outbox>,
     /// The token of the upgrade.
     apikey: Arc<Token>,
-    client: ClientKey,
     caller: Caller,
-    opened: Instant,
-    /// When the client last said something.
-    last_data: Instant,
-    /// What its first message says of it.
-    origin: Origin,
-    /// Whether it has asked to join anything.
-    has_asked: bool,
-    /// Of the topics that the database tells of, without `realtime:`.
-    held: HashMap<Box<str>, Hold>,
-    /// While it may be deaf to some topic.
-    suspicion: Option<Suspicion>,
+    /// What its client may have missed.
+    history: History,
     channels: HashMap<Box<str>, Slot>,
     /// Gives the topic whose answer is due.
     waiting: FuturesUnordered<Later>,
@@ -81,28 +68,6 @@ pub struct Socket {
     expires_at: i64,
     /// Since when a socket that has had channels has none.
     empty_since: Option<Instant>,
-}
-
-/// What a socket's first message says of its client.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Origin {
-    /// It has not come.
-    Unknown,
-    /// The page was just loaded.
-    Fresh,
-    /// The page has had a socket before, or began with something else than a join.
-    Earlier,
-    /// Neither is certain.
-    Unclear,
-}
-
-/// How a socket stands to a topic.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Hold {
-    /// It has asked to join. Whether it hears anything, its channel knows.
-    Asked,
-    /// It has heard the topic, and has left.
-    Left,
 }
 
 #[derive(Debug)]
@@ -167,20 +132,13 @@ impl Socket {
         client: ClientKey,
         caller: Caller,
     ) -> Self {
-        let now = Instant::now();
         Self {
             headers: Arc::clone(services.policies.no_headers()),
             services,
             outbox,
             apikey,
-            client,
             caller,
-            opened: now,
-            last_data: now,
-            origin: Origin::Unknown,
-            has_asked: false,
-            held: HashMap::new(),
-            suspicion: None,
+            history: History::new(client),
             channels: HashMap::new(),
             waiting: FuturesUnordered::new(),
             refusals: 0,
@@ -203,11 +161,8 @@ impl Socket {
     pub async fn handle(&mut self, messages: impl IntoIterator<Item = Message>) {
         let mut messages = messages.into_iter().peekable();
         while let Some(message) = messages.next() {
-            let now = Instant::now();
-            let silence = now - std::mem::replace(&mut self.last_data, now);
-            if self.origin == Origin::Unknown {
-                self.note_origin(&message);
-            }
+            let Self { services, outbox, apikey, history, .. } = &mut *self;
+            let silence = history.hear(&message, &services.recovery.healing, outbox, apikey);
             if let Some(Slot::Waiting(waiting)) = self.channels.get_mut(&message.topic) {
                 let bytes = self.backlog_bytes + message.payload.len();
                 let bytes_max = self.services.limits.settings().outbox_bytes_max;
@@ -350,7 +305,7 @@ impl Socket {
         let seconds = self.expires_at.saturating_sub(unix_now());
         let expiry = Duration::from_secs(seconds.max(0).unsigned_abs());
         let suspicion = if self.is_silent() {
-            (self.opened + FIRST_ROUND).saturating_duration_since(Instant::now())
+            self.history.suspect_at().saturating_duration_since(Instant::now())
         } else {
             at_most
         };
@@ -360,8 +315,9 @@ impl Socket {
     /// Ends or changes the channels whose tokens have expired, and tries again to listen for those
     /// that found no place.
     pub fn tick(&mut self) {
-        if self.is_silent() && self.opened.elapsed() >= FIRST_ROUND {
-            self.suspect();
+        if self.is_silent() && self.history.suspect_at() <= Instant::now() {
+            let Self { services, outbox, apikey, history, .. } = self;
+            history.suspect(&services.recovery.healing, outbox, apikey);
         }
         let now = unix_now();
         let Self { services, outbox, apikey, channels, caller, .. } = self;
@@ -421,7 +377,7 @@ impl Socket {
 
     /// When the connection was upgraded.
     pub(crate) fn opened(&self) -> Instant {
-        self.opened
+        self.history.opened()
     }
 
     /// Who is at the other end.
@@ -444,47 +400,14 @@ impl Socket {
 
     /// Whether it has joined nothing, and nobody has taken notice of it.
     fn is_silent(&self) -> bool {
-        self.suspicion.is_none() && self.channels.is_empty() && self.empty_since.is_none()
-    }
-
-    fn suspect(&mut self) {
-        let asked = self.held.iter().filter(|(_, hold)| **hold == Hold::Asked);
-        let joined = asked.map(|(topic, _)| Arc::from(&**topic)).collect();
-        let Self { services, outbox, apikey, client, opened, .. } = self;
-        let suspicion = services.recovery.healing.suspect(outbox, apikey, *client, *opened, joined);
-        self.suspicion = Some(suspicion);
-    }
-
-    /// A page that was just loaded begins with a join, whose ref is the first of all; the newest
-    /// clients begin at 6, without a token. Anything else comes from a page that has had a socket
-    /// before, and may be deaf to what it joined there, also if it begins with a leave or a join of
-    /// something else. What is ignored by who is not costs little.
-    ///
-    /// Source: observed of the published clients.
-    fn note_origin(&mut self, first: &Message) {
-        let number = match &first.reference {
-            Some(Ref::Text(text) | Ref::Number(text)) => text.parse::<u64>().ok(),
-            None => None,
-        };
-        let has_token = || first.payload.has_field("access_token");
-        self.origin = match (&*first.event, number) {
-            ("phx_join", Some(1)) => Origin::Fresh,
-            ("phx_join", Some(6)) if !has_token() => Origin::Fresh,
-            // No client library that counts.
-            ("phx_join", None) => Origin::Unclear,
-            (_, _) => Origin::Earlier,
-        };
-        if self.origin == Origin::Earlier && self.suspicion.is_none() {
-            self.suspect();
-        }
+        !self.history.is_suspect() && self.channels.is_empty() && self.empty_since.is_none()
     }
 
     /// Counts the client by its first join, which of a deaf one comes late.
     fn note_generation(&mut self, join: &Message) {
-        if !self.has_asked
-            && let Payload::Json(payload) = &join.payload
+        if let Payload::Json(payload) = &join.payload
+            && self.history.asks_first()
         {
-            self.has_asked = true;
             let generation = Generation::of(self.outbox.serializer(), payload);
             self.services.metrics.client_versions.with_label_values(&[generation.kind()]).inc();
         }
@@ -492,39 +415,15 @@ impl Socket {
 
     /// What is known of the client and a topic that it joins.
     fn known(&self, sub_topic: &str, replaced: Option<&Channel>) -> ClientHistory {
-        if replaced.is_some_and(Channel::is_subscribed) {
-            return ClientHistory::Held;
-        }
-        match (self.held.get(sub_topic), self.origin) {
-            (Some(Hold::Left), _) => ClientHistory::Held,
-            // It has asked before and was not told what happened since.
-            (Some(Hold::Asked), _) => ClientHistory::Nothing,
-            (None, Origin::Fresh) => ClientHistory::Fresh,
-            (None, Origin::Unknown | Origin::Earlier | Origin::Unclear) => {
-                let since = self.services.recovery.lost_sockets.since(self.client, sub_topic);
-                since.map_or(ClientHistory::Nothing, ClientHistory::Since)
-            }
-        }
+        let is_heard = replaced.is_some_and(Channel::is_subscribed);
+        self.history.of(sub_topic, is_heard, &self.services.recovery.lost_sockets)
     }
 
     /// Remembers how the socket stands to a topic, if the database tells of it.
     fn hold(&mut self, topic: &str, hold: Hold) {
-        let sub_topic = topic.strip_prefix(TOPIC_PREFIX).unwrap_or(topic);
-        if let Some(held) = self.held.get_mut(sub_topic) {
-            *held = hold;
-        } else if self.services.rules().is_listened(sub_topic) {
-            if self.held.len() >= HELD_MAX {
-                // What is held must be remembered; all else saves a complete list at best.
-                let channels = &self.channels;
-                self.held.retain(|it, _| channels.contains_key(&*format!("{TOPIC_PREFIX}{it}")));
-            }
-            self.held.insert(sub_topic.into(), hold);
-        }
-        match (&self.suspicion, hold) {
-            (Some(suspicion), Hold::Asked) => suspicion.joined(sub_topic),
-            (Some(suspicion), Hold::Left) => suspicion.left(sub_topic),
-            (None, Hold::Asked | Hold::Left) => {}
-        }
+        let Self { services, history, channels, .. } = self;
+        let is_listened = |sub_topic: &str| services.rules().is_listened(sub_topic);
+        history.hold(topic, hold, is_listened, |topic| channels.contains_key(topic));
     }
 
     fn joined(&self) -> impl Iterator<Item = &Channel> {
@@ -793,17 +692,11 @@ impl Socket {
 
 impl Drop for Socket {
     fn drop(&mut self) {
-        let lost = self.held.iter().filter(|(_, hold)| **hold == Hold::Asked);
         let is_behind = self.outbox.is_behind();
-        for (sub_topic, _) in lost {
-            let heard = match self.channels.get(&*format!("{TOPIC_PREFIX}{sub_topic}")) {
-                Some(Slot::Joined(channel)) => channel.is_subscribed(),
-                Some(Slot::Waiting(_)) | None => false,
-            };
-            // Nobody knows how long who was never answered had been away before, nor what of it has
-            // reached who was too slow.
-            let last_heard = (heard && !is_behind).then_some(self.last_data);
-            self.services.recovery.lost_sockets.record(self.client, sub_topic, last_heard);
-        }
+        let has_heard = |topic: &str| match self.channels.get(topic) {
+            Some(Slot::Joined(channel)) => channel.is_subscribed() && !is_behind,
+            Some(Slot::Waiting(_)) | None => false,
+        };
+        self.history.end(&self.services.recovery.lost_sockets, has_heard);
     }
 }
