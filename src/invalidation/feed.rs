@@ -70,7 +70,11 @@ impl Feed {
                 merge: merge.clone(),
                 eid: captures.get(EID).cloned().unwrap_or_default(),
             },
-            channel: rule.listen.as_ref().map_or_else(String::new, |it| it.fill(captures)).into(),
+            channel: rule
+                .listen
+                .as_ref()
+                .map_or_else(String::new, |listen| listen.fill(captures))
+                .into(),
             topics: rule.spellings(captures).collect(),
             resync: rule.resync.iter().map(|pattern| pattern.fill(captures).into()).collect(),
             started,
@@ -167,7 +171,7 @@ impl Feed {
     pub(crate) fn learn(&self, endpoints: &Endpoints) {
         let mut state = self.state.lock();
         state.known.note(endpoints, None);
-        // Those of the complete list it returns for any event.
+        // The database returns those of `resync` for any event.
         state.is_known |= endpoints.iter().any(|endpoint| !self.resync.contains(endpoint));
     }
 

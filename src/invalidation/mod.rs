@@ -63,7 +63,7 @@ struct Held {
 }
 
 impl Feeds {
-    /// Creates no feed, with room for `max`.
+    /// Creates an empty set of feeds, with room for `max`.
     pub(crate) fn new(max: usize, hub: Arc<Hub>, registry: &Registry) -> Self {
         let metrics = Arc::new(Metrics::new(registry));
         let sender = Sender { timers: Arc::new(Timers::default()), hub, metrics };

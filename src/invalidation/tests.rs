@@ -55,7 +55,7 @@ pub(super) fn user(payload: &str) -> Broadcast {
 }
 
 pub(super) fn endpoints(texts: &[&str]) -> Endpoints {
-    texts.iter().map(|it| Box::from(*it)).collect()
+    texts.iter().map(|text| Box::from(*text)).collect()
 }
 
 impl Feed {
@@ -73,7 +73,7 @@ impl Feed {
         self.take(&json!({ "type": "t", "endpoints": texts, "timestamp": 1.5 }).to_string(), pid);
     }
 
-    /// Sends as the one task does that sends; none if nothing waits.
+    /// Sends the next message as the sender does, and returns it if anything waits.
     pub(super) async fn next_sent(&self) -> Option<Out> {
         loop {
             match self.due(false) {
@@ -159,7 +159,7 @@ pub(super) fn listed(broadcast: &Broadcast) -> Vec<String> {
     serde_json::from_value(payload(broadcast)["endpoints"].clone()).unwrap()
 }
 
-/// As it is written: a client compares texts, and no float tells so many digits apart.
+/// Returns the timestamp as it is written: clients compare texts, and a float has fewer digits.
 pub(super) fn stamp(broadcast: &Broadcast) -> String {
     let Broadcast::User { message, .. } = broadcast else { panic!("{broadcast:?}") };
     let UserPayload::Json(json) = &message.payload else { panic!("{broadcast:?}") };
@@ -169,5 +169,5 @@ pub(super) fn stamp(broadcast: &Broadcast) -> String {
 
 pub(super) fn repeated(out: &Out) -> Vec<(Arc<Outbox>, Vec<String>)> {
     let repeats = out.repeats.iter();
-    repeats.map(|it| (Arc::clone(&it.outbox), listed(&it.broadcast))).collect()
+    repeats.map(|repeat| (Arc::clone(&repeat.outbox), listed(&repeat.broadcast))).collect()
 }

@@ -126,7 +126,7 @@ pub(super) struct Suspicion {
 }
 
 impl Healing {
-    /// Suspects no socket.
+    /// Creates an empty set of suspects.
     pub(super) fn new(
         lost_sockets: Arc<LostSockets>,
         rules: Arc<RwLock<Arc<TopicRules>>>,

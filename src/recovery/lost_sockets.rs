@@ -86,7 +86,7 @@ pub(crate) struct Record {
 }
 
 impl LostSockets {
-    /// Creates no record, with room for `max` topics.
+    /// Creates an empty set of records, with room for `max` topics.
     pub(super) fn new(max: usize, silence_timeout: Duration) -> Self {
         Self { state: Mutex::default(), max, silence_timeout }
     }

@@ -33,7 +33,7 @@ pub(crate) struct Recovery {
 }
 
 impl Recovery {
-    /// Remembers nothing yet. A socket is closed after `silence_timeout` without a message.
+    /// Creates an empty memory. A socket is closed after `silence_timeout` without a message.
     pub(crate) fn new(
         silence_timeout: Duration,
         rules: Arc<RwLock<Arc<TopicRules>>>,

@@ -45,7 +45,7 @@ async fn who_joins_is_told_what_has_changed_since_it_last_heard_of_the_event() {
         let CatchUp { broadcast, cause, coverage: by, .. } = catch_up.unwrap();
         assert_eq!(
             (by, listed(&broadcast)),
-            (method, expected.iter().map(|it| (*it).to_owned()).collect())
+            (method, expected.iter().map(|text| (*text).to_owned()).collect())
         );
         let said = payload(&broadcast);
         assert_eq!((&said["type"], &said["event_eid"]), (&json!("catch_up"), &json!("AB3028")));
@@ -273,12 +273,12 @@ async fn a_message_to_who_was_just_caught_up_reaches_back_as_far_as_the_catch_up
     advance(2 * CARRY).await;
     let (_fresh, caught_up) = feed.join(ClientHistory::Fresh, Some(started));
     let (_unknown, complete) = feed.join(ClientHistory::Nothing, None);
-    let asked = Instant::now().checked_sub(FRESH).map_or(Since::EVER, |it| Since::at(it, started));
+    let asked = Instant::now().checked_sub(FRESH).map_or(Since::EVER, |at| Since::at(at, started));
     assert!(asked <= a, "what it is told of has changed since");
     assert_eq!((caught_up.unwrap().since, complete.unwrap().since), (asked, Since::EVER));
     feed.tell(&["/b"]);
     let out = feed.sends().await;
-    let repeated: Vec<_> = out.repeats.iter().map(|it| it.since).collect();
+    let repeated: Vec<_> = out.repeats.iter().map(|repeat| repeat.since).collect();
     assert_eq!(repeated, [Some(asked), Some(Since::EVER)]);
 }
 

@@ -12,7 +12,7 @@ use crate::invalidation::{
     window::{Due, SETTLE_MAX},
 };
 
-/// Something that happens to an event.
+/// Something that happens to a feed.
 #[derive(Debug, Clone)]
 enum Step {
     Told { pid: u32, endpoints: BTreeSet<u8> },
@@ -34,7 +34,7 @@ fn steps() -> impl Strategy<Value = Vec<(u64, Step)>> {
     prop::collection::vec((pause, step), 1..120)
 }
 
-/// What the event must say, kept as simply as possible.
+/// What the feed must send, computed as simply as possible.
 #[derive(Debug, Default)]
 struct Model {
     seen: BTreeSet<String>,
@@ -87,10 +87,11 @@ impl Model {
     }
 }
 
-/// Takes the steps, and sends what is due in between.
+/// Plays the steps, and sends what is due in between.
 async fn play(steps: Vec<(u64, Step)>) {
-    let texts =
-        |numbers: &BTreeSet<u8>| numbers.iter().map(|it| format!("/{it}")).collect::<Vec<_>>();
+    let texts = |numbers: &BTreeSet<u8>| {
+        numbers.iter().map(|number| format!("/{number}")).collect::<Vec<_>>()
+    };
     let (feed, mut model) = (feed(), Model::default());
     let mut viewers = Vec::new();
     for (pause, step) in steps {
@@ -115,8 +116,8 @@ async fn play(steps: Vec<(u64, Step)>) {
             }
             Step::Gap { missed, spread } => {
                 let spread = Duration::from_millis(spread);
-                let missed = missed.map(|it| texts(&it));
-                let list = missed.iter().flatten().map(|it| Box::from(it.as_str())).collect();
+                let missed = missed.map(|numbers| texts(&numbers));
+                let list = missed.iter().flatten().map(|text| Box::from(text.as_str())).collect();
                 let earliest = Instant::now() + spread;
                 feed.offer_gap(CatchUpCause::Start, missed.as_ref().map(|_| &list), earliest);
                 model.is_everything |= missed.is_none();
