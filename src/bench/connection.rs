@@ -16,22 +16,21 @@ use std::{
 };
 
 use tokio::{
-    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf},
+    io::{AsyncRead, AsyncWriteExt, ReadBuf},
     net::{TcpSocket, TcpStream},
     time::{Instant, Interval, interval_at, timeout},
 };
-use tokio_tungstenite::tungstenite::handshake::{client::generate_key, derive_accept_key};
 
-use super::{Load, tally::Failure};
+use super::Load;
 use crate::wire_client::{
+    failure::Failure,
     frame::{Frame, FrameReader, push_pong},
     message::{Event, Join, merged_count},
+    upgrade::upgrade,
 };
 
 /// As realtime-js since 2.11.8.
 const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(25);
-/// Most bytes of the head of a handshake's answer.
-const HEAD_BYTES_MAX: usize = 16 << 10;
 /// Bytes taken by one read, on the stack: some twenty broadcasts.
 const READ_BYTES: usize = 8 << 10;
 /// Sockets from one loopback address; the kernel has some 28,000 ports for each.
@@ -182,7 +181,7 @@ impl Connection {
         timeout(self.load.deadline, self.stream.write_all(bytes))
             .await
             .map_err(|_elapsed| Failure::WriteDeadline)?
-            .map_err(lost)
+            .map_err(Failure::lost)
     }
 
     async fn serve(&mut self, wake: Wake) -> Result<(), Failure> {
@@ -214,7 +213,7 @@ impl Connection {
             }
             let joining = self.joins_awaited > 0;
             match read {
-                Poll::Ready(Err(error)) => return Poll::Ready(Err(lost(error))),
+                Poll::Ready(Err(error)) => return Poll::Ready(Err(Failure::lost(error))),
                 Poll::Ready(Ok(())) if buffer.filled().is_empty() => {
                     return Poll::Ready(Err(Failure::Closed));
                 }
@@ -327,60 +326,6 @@ async fn handshake(load: &Load, role: Role) -> Result<(TcpStream, Vec<u8>), Fail
     Ok((stream, answer.rest))
 }
 
-/// What a server has said to an upgrade.
-#[derive(Debug)]
-pub(crate) struct Answer {
-    /// Its head, with the empty line.
-    pub(crate) head: Vec<u8>,
-    /// What followed it.
-    pub(crate) rest: Vec<u8>,
-    /// What `Sec-WebSocket-Accept` must be.
-    accept: String,
-}
-
-/// Asks for a WebSocket over a stream.
-///
-/// # Errors
-/// The [`Failure`] of the stream, or of an answer that has no end.
-pub(crate) async fn upgrade(
-    stream: &mut (impl AsyncRead + AsyncWrite + Unpin),
-    host: &str,
-    path: &str,
-    user_agent: &str,
-) -> Result<Answer, Failure> {
-    let key = generate_key();
-    let request = format!(
-        "GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
-         Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {key}\r\nUser-Agent: {user_agent}\r\n\r\n"
-    );
-    stream.write_all(request.as_bytes()).await.map_err(lost)?;
-    stream.flush().await.map_err(lost)?;
-    let mut head = Vec::with_capacity(512);
-    let head_length = loop {
-        if let Some(at) = head.windows(4).position(|window| window == b"\r\n\r\n") {
-            break at + 4;
-        }
-        if head.len() > HEAD_BYTES_MAX {
-            return Err(Failure::Handshake);
-        }
-        if stream.read_buf(&mut head).await.map_err(lost)? == 0 {
-            return Err(Failure::Closed);
-        }
-    };
-    let rest = head.split_off(head_length);
-    Ok(Answer { head, rest, accept: derive_accept_key(key.as_bytes()) })
-}
-
-impl Answer {
-    /// Whether it is a WebSocket.
-    ///
-    /// # Errors
-    /// The [`Failure`] that says what it is instead.
-    pub(crate) fn check(&self) -> Result<(), Failure> {
-        check_answer(&self.head, &self.accept)
-    }
-}
-
 async fn connect(address: SocketAddr, role: Role) -> io::Result<TcpStream> {
     let socket = match address {
         SocketAddr::V4(_) => TcpSocket::new_v4()?,
@@ -395,46 +340,4 @@ async fn connect(address: SocketAddr, role: Role) -> io::Result<TcpStream> {
     let stream = socket.connect(address).await?;
     stream.set_nodelay(true)?;
     Ok(stream)
-}
-
-/// Checks the head of a handshake's answer: `HTTP/1.1 101 …` and the right `Sec-WebSocket-Accept`.
-fn check_answer(head: &[u8], accept: &str) -> Result<(), Failure> {
-    let head = str::from_utf8(head).map_err(|_not_text| Failure::Handshake)?;
-    let mut lines = head.lines();
-    let status = lines.next().and_then(|line| line.split(' ').nth(1)?.parse().ok());
-    match status {
-        None => return Err(Failure::Handshake),
-        Some(101) => {}
-        Some(status) => return Err(Failure::Refused(status)),
-    }
-    let accepted = lines.filter_map(|line| line.split_once(':')).any(|(name, value)| {
-        name.eq_ignore_ascii_case("sec-websocket-accept") && value.trim() == accept
-    });
-    if accepted { Ok(()) } else { Err(Failure::Handshake) }
-}
-
-#[expect(clippy::needless_pass_by_value, reason = "it is passed to map_err")]
-fn lost(error: io::Error) -> Failure {
-    Failure::Lost(error.kind())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_answer_must_be_101_and_name_the_key() {
-        let check = |head: &str| check_answer(head.as_bytes(), "abc=").map_err(|e| e.to_string());
-        assert_eq!(check("HTTP/1.1 101 Switching\r\nsec-websocket-accept: abc=\r\n\r\n"), Ok(()));
-        let text = |text: &str| Err(text.to_owned());
-        assert_eq!(
-            check("HTTP/1.1 101 Switching\r\nSec-WebSocket-Accept: abd=\r\n\r\n"),
-            text("handshake: not a WebSocket's answer")
-        );
-        assert_eq!(
-            check("HTTP/1.1 429 Too Many Requests\r\n\r\n"),
-            text("handshake: answered 429")
-        );
-        assert_eq!(check("SSH-2.0-x\r\n\r\n"), text("handshake: not a WebSocket's answer"));
-    }
 }

@@ -31,20 +31,20 @@ use self::{
     latency::Latencies,
     process::{Cpu, Memory, Process},
     report::{BareLoop, Opening, Publishing, Report, Server},
-    tally::{Failure, Tally},
+    tally::Tally,
 };
-use crate::wire_client::message::Vsn;
+use crate::wire_client::{failure::Failure, message::Vsn};
 
 pub use self::arguments::BenchArgs;
 
 mod arguments;
 mod bare;
-pub(crate) mod connection;
+mod connection;
 mod latency;
 mod process;
 mod publish;
 mod report;
-pub(crate) mod tally;
+mod tally;
 
 /// Why a bench failed.
 #[derive(Debug, thiserror::Error)]

@@ -14,7 +14,8 @@ use tokio::{
     time::{Instant, Interval, interval_at},
 };
 
-use super::{Load, connection::Connection, latency::Latencies, tally::Failure};
+use super::{Load, connection::Connection, latency::Latencies};
+use crate::wire_client::failure::Failure;
 
 /// Publishes every tick from `publishers`, each in a task, and lets them read on in `readers`.
 /// Gives the number of messages sent, by topic.

@@ -5,7 +5,6 @@
 
 use std::{
     collections::BTreeMap,
-    io,
     sync::{
         OnceLock,
         atomic::{AtomicU64, Ordering::Relaxed, Ordering::SeqCst},
@@ -20,7 +19,7 @@ use tokio::{
 };
 
 use super::latency::Latencies;
-use crate::wire_client::{frame::FrameError, message::Stamps};
+use crate::wire_client::{failure::Failure, message::Stamps};
 
 /// Most kinds of failure that are told apart; the rest is `other`.
 const FAILURE_KINDS_MAX: usize = 64;
@@ -54,43 +53,6 @@ pub(super) struct Tally {
     /// The first delivery's frame, as it came over the wire.
     sample: OnceLock<Vec<u8>>,
     failures: Mutex<BTreeMap<String, u64>>,
-}
-
-/// What can go wrong with one socket, or one of its channels.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum Failure {
-    #[error("connect: {0}")]
-    Connect(io::ErrorKind),
-    #[error("handshake: deadline")]
-    HandshakeDeadline,
-    #[error("handshake: answered {0}")]
-    Refused(u16),
-    #[error("handshake: not a WebSocket's answer")]
-    Handshake,
-    #[error("join: deadline")]
-    JoinDeadline,
-    #[error("join: {0}")]
-    JoinRefused(String),
-    #[error("publish: {0}")]
-    PublishRefused(String),
-    #[error("publish: never acknowledged")]
-    Unacknowledged,
-    #[error("channel: {0}")]
-    ChannelEnded(String),
-    #[error("system: {0}")]
-    System(String),
-    #[error("frame: not understood")]
-    NotUnderstood,
-    #[error("frame: {0}")]
-    Frame(#[from] FrameError),
-    #[error("closed without a close frame")]
-    Closed,
-    #[error("closed with {0}")]
-    ClosedWith(u16),
-    #[error("lost: {0}")]
-    Lost(io::ErrorKind),
-    #[error("write: deadline")]
-    WriteDeadline,
 }
 
 impl Tally {

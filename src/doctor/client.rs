@@ -23,12 +23,12 @@ use super::{
 };
 use crate::{
     admin::client,
-    bench::{
-        connection::{Answer, upgrade},
-        tally::Failure,
-    },
     db,
     http::visits,
+    wire_client::{
+        failure::Failure,
+        upgrade::{Answer, upgrade},
+    },
 };
 
 /// For the answer to an upgrade: a refused one waits up to 1.5 s.

@@ -1,6 +1,6 @@
 //! A client's WebSocket: joins, waits for an invalidation, beats.
 //!
-//! It speaks by the code of `tidegate bench`, which is written apart from the server's.
+//! It speaks by [`crate::wire_client`], which is written apart from the server's codecs.
 
 use std::{
     collections::VecDeque,
@@ -15,9 +15,9 @@ use tokio::{
 
 use super::{CANARY_EID, target::Stream};
 use crate::{
-    bench::tally::Failure,
     protocol::topic::TOPIC_PREFIX,
     wire_client::{
+        failure::Failure,
         frame::{Frame, FrameReader, push_pong},
         message::{Event, Join, Vsn},
     },
