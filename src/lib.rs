@@ -36,7 +36,7 @@
 //! | [`admin`] | the operators' port | clock, secret, telemetry, auth, access, limits, hub, invalidation, db, relay, http |
 //! | [`server`] | the house: builds, starts, reloads and drains every room above | clock, secret, protocol, telemetry, auth, access, limits, hub, invalidation, recovery, db, policies, relay, upkeep, socket, http, admin |
 //! | [`wire_client`] | a client of the protocol that shares no code with the server |  |
-//! | [`mod@bench`] | `tidegate bench` | wire_client |
+//! | [`mod@bench`] | `tidegate bench` | secret, wire_client |
 //! | [`mod@doctor`] | `tidegate doctor` | clock, secret, protocol, auth, access, db, relay, http, admin, server, wire_client |
 //! | [`mod@demo`] | `tidegate demo` | secret, auth, db, http, server |
 //! | [`cli`] | arguments, the small commands, exit codes | secret, protocol, auth, access, telemetry, db, admin, server, bench, doctor, demo |

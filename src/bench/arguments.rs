@@ -1,15 +1,9 @@
 //! The arguments of `tidegate bench`, and what contradicts what among them.
 
-use std::{
-    convert::Infallible,
-    fmt::{self, Debug, Formatter},
-    str::FromStr,
-};
-
 use clap::{Args, ValueEnum};
 
 use super::{BenchError, FILES_BESIDES, TOPIC_PREFIX};
-use crate::wire_client::message::Vsn;
+use crate::{secret::Secret, wire_client::message::Vsn};
 
 /// Puts a load of viewers on any server of this protocol and measures it.
 ///
@@ -84,10 +78,6 @@ pub(super) enum Publish {
     Sql,
 }
 
-/// A key, or a URL with a password: `Debug` hides it.
-#[derive(Clone)]
-pub(super) struct Secret(pub(super) String);
-
 impl BenchArgs {
     /// Whatever the parser of arguments cannot see.
     pub(super) fn check(&self) -> Result<(), BenchError> {
@@ -136,19 +126,5 @@ fn at_least_one(text: &str) -> Result<usize, String> {
         Ok(0) => Err("at least 1".to_owned()),
         Ok(number) => Ok(number),
         Err(error) => Err(format!("{error}")),
-    }
-}
-
-impl FromStr for Secret {
-    type Err = Infallible;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        Ok(Self(text.to_owned()))
-    }
-}
-
-impl Debug for Secret {
-    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
-        f.write_str("<hidden>")
     }
 }

@@ -103,8 +103,8 @@ impl Connection {
     pub(super) async fn join(&mut self) -> Result<(), Failure> {
         let load = Arc::clone(&self.load);
         let (ack, access_token) = match self.role {
-            Role::Viewer { .. } => (false, &load.viewer_key),
-            Role::Publisher { .. } => (true, &load.publisher_key),
+            Role::Viewer { .. } => (false, load.viewer_key.expose()),
+            Role::Publisher { .. } => (true, load.publisher_key.expose()),
         };
         let mut joins = Vec::new();
         for channel in 0..self.channel_count() {

@@ -25,7 +25,7 @@ use tokio::{
 };
 
 use self::{
-    arguments::{Publish, Secret},
+    arguments::Publish,
     bare::Shape,
     connection::{Connection, Role},
     latency::Latencies,
@@ -33,7 +33,10 @@ use self::{
     report::{BareLoop, Opening, Publishing, Report, Server},
     tally::Tally,
 };
-use crate::wire_client::{failure::Failure, message::Vsn};
+use crate::{
+    secret::Secret,
+    wire_client::{failure::Failure, message::Vsn},
+};
 
 pub use self::arguments::BenchArgs;
 
@@ -181,8 +184,8 @@ const BARE_SECONDS_MAX: u32 = 5;
 struct Load {
     target: Target,
     vsn: Vsn,
-    viewer_key: String,
-    publisher_key: String,
+    viewer_key: Secret,
+    publisher_key: Secret,
     /// With their prefix, as on the wire.
     topics: Vec<String>,
     /// Channels of each viewer.
@@ -214,8 +217,8 @@ impl Load {
         Self {
             target,
             vsn: args.vsn,
-            viewer_key: args.apikey.0.clone(),
-            publisher_key: publisher_key.0.clone(),
+            viewer_key: args.apikey.clone(),
+            publisher_key: publisher_key.clone(),
             topics: (0..args.topics).map(|index| args.topic_name(index)).collect(),
             channels: args.channels,
             ticks: u64::from(args.rate) * u64::from(args.seconds),
@@ -240,7 +243,7 @@ impl Target {
         let path = url.path().trim_end_matches('/').trim_end_matches("/websocket");
         let path_with = |key: &Secret| {
             let mut query = form_urlencoded::Serializer::new(String::new());
-            query.append_pair("apikey", &key.0).append_pair("vsn", args.vsn.as_str());
+            query.append_pair("apikey", key.expose()).append_pair("vsn", args.vsn.as_str());
             format!("{path}/websocket?{}", query.finish())
         };
         let publisher_key = args.publisher_apikey.as_ref().unwrap_or(&args.apikey);
@@ -363,7 +366,7 @@ async fn publish(
     let tally = &load.tally;
     let mut publishers = Vec::new();
     let mut database = match (args.publish, &args.database_url) {
-        (Publish::Sql, Some(url)) => Some(PgConnection::connect(&url.0).await?),
+        (Publish::Sql, Some(url)) => Some(PgConnection::connect(url.expose()).await?),
         (Publish::Sql, None) | (Publish::Socket, _) => {
             let role = |topic| Role::Publisher { topic };
             open_all(load, args.topics, args.in_flight, role, |topic, connection| {

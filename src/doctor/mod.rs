@@ -23,7 +23,6 @@ mod target;
 mod triggers;
 
 use std::{
-    convert::Infallible,
     io::{self, Write},
     path::PathBuf,
     time::Duration,
@@ -62,13 +61,13 @@ const TOKEN_LIFE: Duration = Duration::from_secs(900);
 #[derive(Debug, Clone, Args)]
 pub struct DoctorArgs {
     /// The database, in place of `database_url` and `notify_database_url`
-    #[arg(long, value_name = "URL", value_parser = secret)]
+    #[arg(long, value_name = "URL")]
     database_url: Option<Secret>,
     /// Where clients connect: https://HOST or wss://HOST/realtime/v1 [default: the settings' listen]
     #[arg(long)]
     url: Option<String>,
     /// The token to join with; `-` reads it from standard input [default: a short-lived one for anon]
-    #[arg(long, value_name = "JWT", value_parser = secret)]
+    #[arg(long, value_name = "JWT")]
     pub token: Option<Secret>,
     /// Certificates (PEM) that the server of --url is trusted by [default: public authorities]
     #[arg(long, value_name = "FILE")]
@@ -79,10 +78,6 @@ pub struct DoctorArgs {
     /// Prints a JSON array instead of lines
     #[arg(long)]
     json: bool,
-}
-
-fn secret(text: &str) -> Result<Secret, Infallible> {
-    Ok(Secret::from(text))
 }
 
 fn idle(text: &str) -> Result<Duration, &'static str> {
