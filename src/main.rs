@@ -2,14 +2,7 @@
 
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a command speaks to a terminal")]
 
-use std::{
-    error::Error,
-    io::{self, IsTerminal},
-    path::PathBuf,
-    process::ExitCode,
-    sync::Arc,
-    time::Duration,
-};
+use std::{error::Error, io, path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
 
 use clap::{Parser, Subcommand};
 use tidegate::{
@@ -25,14 +18,11 @@ use tidegate::{
         Server, forbid_core_files, raise_file_limit,
         settings::{Config, Effective},
     },
-    telemetry::audit::{self, AuditLog},
+    telemetry::{audit::AuditLog, logs::start_logs},
 };
 use tokio::{
     runtime::Builder,
     signal::unix::{SignalKind, signal},
-};
-use tracing_subscriber::{
-    EnvFilter, Layer, filter::FilterExt, layer::SubscriberExt, util::SubscriberInitExt,
 };
 
 /// Bad arguments or settings.
@@ -181,14 +171,14 @@ async fn run(cli: Cli) -> Result<u8, Failure> {
         }
         Command::Demo(args) => {
             // An action that the end cuts off is rolled back twice, of which the server gives notice.
-            start_logs("warn,sqlx::postgres::notice=error,tidegate=info", None)?;
+            start_logs("warn,sqlx::postgres::notice=error,tidegate=info", None).map_err(usage)?;
             demo::run(args, terminated()?).await?;
         }
         Command::Doctor(args) => return examine(args).await,
         Command::Serve => serve().await?,
         Command::Migrate { uninstall } => {
             let (config, _) = settings()?;
-            start_logs(&config.log, None)?;
+            start_logs(&config.log, None).map_err(usage)?;
             if uninstall {
                 db::uninstall(config.migrate_url()).await?;
                 println!("the database objects are gone");
@@ -255,7 +245,7 @@ async fn serve() -> Result<(), Failure> {
     };
     let config = read().map_err(usage)?;
     let audit = AuditLog::open(&config.audit_log)?;
-    start_logs(&config.log, audit.clone())?;
+    start_logs(&config.log, audit.clone()).map_err(usage)?;
     forbid_core_files()?;
     let files = raise_file_limit()?;
     if files < config.limits.connections_max as u64 {
@@ -294,20 +284,6 @@ fn sources() -> (Option<PathBuf>, Vec<(String, String)>) {
 fn settings() -> Result<(Config, Effective), Failure> {
     let (file, variables) = sources();
     Config::load(file.as_deref(), variables).map_err(usage)
-}
-
-/// Sends what is logged to standard error, and audit events nowhere but to `audit`.
-fn start_logs(filter: &str, audit: Option<Arc<AuditLog>>) -> Result<(), Failure> {
-    let filter = EnvFilter::try_new(filter).map_err(usage)?.and(audit::is_elsewhere());
-    let log = tracing_subscriber::fmt::layer()
-        .with_writer(io::stderr)
-        .with_ansi(io::stderr().is_terminal())
-        .with_filter(filter);
-    // In a list, so that an absent layer does not ask for every event.
-    let mut layers = vec![log.boxed()];
-    layers.extend(audit.map(|it| it.layer().boxed()));
-    tracing_subscriber::registry().with(layers).init();
-    Ok(())
 }
 
 /// Waits for SIGTERM or Ctrl-C.
