@@ -23,7 +23,7 @@ use crate::{
 ///
 /// # Errors
 /// [`JwksError`] if there is a key set's file and it cannot be used; that of a URL is not asked.
-pub fn explain(
+pub(super) fn explain(
     config: &Config,
     sub_topic: &str,
     token: Option<&str>,

@@ -398,7 +398,7 @@ fn select_stands_in_few_files() {
         "src/http/mod.rs",
         "src/admin/mod.rs",
         "src/server/mod.rs",
-        "src/main.rs",
+        "src/cli/mod.rs",
     ];
     for file in sources("src", "rs") {
         let is_command =
