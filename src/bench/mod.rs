@@ -16,7 +16,6 @@ use std::{
 };
 
 use hyper::Uri;
-use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use sqlx::{Connection as _, PgConnection};
 use tokio::{
     net::lookup_host,
@@ -111,14 +110,22 @@ impl BenchError {
     }
 }
 
-/// Puts the load on the server and writes the report to `out`.
+/// Puts the load on the server and writes the report to `out`. The process may have
+/// `open_files_max` files open.
 ///
 /// # Errors
 /// [`BenchError`]; with [`BenchError::Incomplete`] the report has been written all the same.
-pub async fn run(args: BenchArgs, out: &mut impl Write) -> Result<(), BenchError> {
+pub async fn run(
+    args: BenchArgs,
+    open_files_max: u64,
+    out: &mut impl Write,
+) -> Result<(), BenchError> {
     args.check()?;
     let target = Target::resolve(&args).await?;
-    raise_file_limit(args.files_needed())?;
+    let needed = args.files_needed() as u64;
+    if open_files_max < needed {
+        return Err(BenchError::FileLimit { needed, limit: open_files_max });
+    }
     let load = Arc::new(Load::new(&args, target));
     let server = match args.pid {
         Some(pid) => Some(Meter::start(pid).await.map_err(BenchError::Process)?),
@@ -141,7 +148,7 @@ pub async fn run(args: BenchArgs, out: &mut impl Write) -> Result<(), BenchError
     let bare = match load.tally.sample() {
         Some(frame) if args.baseline => {
             sleep(SETTLE).await;
-            Some(measure_bare(&args, frame.to_vec(), server.as_ref()).await?)
+            Some(measure_bare(&args, open_files_max, frame.to_vec(), server.as_ref()).await?)
         }
         Some(_) | None => None,
     };
@@ -431,11 +438,11 @@ async fn publish(
 /// Writes the same frames without a server. The viewers' files must be closed.
 async fn measure_bare(
     args: &BenchArgs,
+    open_files_max: u64,
     frame: Vec<u8>,
     server: Option<&Server>,
 ) -> Result<BareLoop, BenchError> {
-    let (files_max, _hard) = getrlimit(Resource::RLIMIT_NOFILE).map_err(bare_error)?;
-    let files_max = usize::try_from(files_max).unwrap_or(usize::MAX);
+    let files_max = usize::try_from(open_files_max).unwrap_or(usize::MAX);
     // Each socket here has both of its ends in this process.
     let sockets = args.sockets.min(files_max.saturating_sub(FILES_BESIDES) / 2);
     let receivers = (args.sockets * args.channels / args.topics).clamp(1, sockets);
@@ -461,21 +468,8 @@ async fn measure_bare(
     })
 }
 
-/// Raises the soft limit of open files to the hard one.
-fn raise_file_limit(needed: usize) -> Result<(), BenchError> {
-    let needed = needed as u64;
-    let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else { return Ok(()) };
-    let raised = setrlimit(Resource::RLIMIT_NOFILE, hard, hard).is_ok();
-    let limit = if raised { hard } else { soft };
-    if limit < needed { Err(BenchError::FileLimit { needed, limit }) } else { Ok(()) }
-}
-
 fn json(report: &Report) -> Result<String, BenchError> {
     serde_json::to_string(report).map_err(|error| BenchError::Output(error.into()))
-}
-
-fn bare_error(error: nix::Error) -> BenchError {
-    BenchError::Bare(error.into())
 }
 
 /// Microseconds for each of `count`; `None` for none.

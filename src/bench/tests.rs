@@ -11,6 +11,9 @@ use tokio_tungstenite::{accept_async, tungstenite::Message};
 
 use super::*;
 
+/// More than these runs need.
+const OPEN_FILES_MAX: u64 = 1_024;
+
 #[derive(Debug, Parser)]
 struct Cli {
     #[command(flatten)]
@@ -136,7 +139,7 @@ async fn bench(url: &str, options: &str) -> (Result<(), BenchError>, Value) {
     let fixed = ["bench", "--apikey", "key", "--json", "--url", url];
     let cli = Cli::parse_from(fixed.into_iter().chain(options.split_whitespace()));
     let mut out = Vec::new();
-    let result = Box::pin(run(cli.args, &mut out)).await;
+    let result = Box::pin(run(cli.args, OPEN_FILES_MAX, &mut out)).await;
     (result, serde_json::from_slice(&out).unwrap_or_default())
 }
 
@@ -228,7 +231,7 @@ async fn arguments_that_contradict_each_other_are_refused() {
         let mut cli = vec!["bench", "--apikey", "key"];
         cli.extend(options.split_whitespace());
         let args = Cli::parse_from(cli).args;
-        let error = Box::pin(run(args, &mut Vec::new())).await.unwrap_err();
+        let error = Box::pin(run(args, OPEN_FILES_MAX, &mut Vec::new())).await.unwrap_err();
         assert_eq!(error.exit_code(), 64, "{options}: {error}");
     }
 }

@@ -6,6 +6,7 @@
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a command speaks to a terminal")]
 
 mod explain;
+mod process;
 
 use std::{error::Error, io, path::PathBuf, sync::Arc, time::Duration};
 
@@ -15,7 +16,10 @@ use tokio::{
     signal::unix::{SignalKind, signal},
 };
 
-use self::explain::explain;
+use self::{
+    explain::explain,
+    process::{forbid_core_files, open_files_max, raise_file_limit},
+};
 use crate::{
     admin::client::{self, CommandError},
     auth::{revocations::By, sign::sign_role},
@@ -24,7 +28,7 @@ use crate::{
     protocol::topic::Privacy,
     secret::Secret,
     server::{
-        Server, forbid_core_files, raise_file_limit,
+        Server,
         settings::{Config, Effective},
     },
     telemetry::{audit::AuditLog, logs::start_logs},
@@ -193,13 +197,15 @@ async fn dispatch(command: Command, environment: Environment) -> Result<u8, Fail
     let settings = || environment.settings();
     match command {
         Command::Bench(args) => {
-            bench::run(*args, &mut io::stdout())
+            bench::run(*args, open_files_max(), &mut io::stdout())
                 .await
                 .map_err(|error| Failure { exit: error.exit_code(), error: Box::new(error) })?;
         }
         Command::Demo(args) => {
             // An action that the end cuts off is rolled back twice, of which the server gives notice.
             start_logs("warn,sqlx::postgres::notice=error,tidegate=info", None).map_err(usage)?;
+            // Many viewers need many sockets; with fewer the demo works all the same.
+            let _ = raise_file_limit();
             demo::run(args, terminated()?).await?;
         }
         Command::Doctor(args) => return examine(settings()?.0, args).await,

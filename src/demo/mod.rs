@@ -22,7 +22,7 @@ use crate::{
     auth::sign::{SignError, sign_role},
     db::{self, MigrateError},
     secret::Secret,
-    server::{Server, StartError, raise_file_limit, settings::Config},
+    server::{Server, StartError, settings::Config},
 };
 
 use self::{
@@ -172,8 +172,6 @@ async fn prepare(
     let prometheus = Prometheus::start(admin).await;
     let prometheus_url = prometheus.as_ref().map(Prometheus::url);
     let site = Site::new(pages, &anon_key, prometheus_url.as_deref(), pool.clone());
-    // Many viewers need many sockets; with fewer the demo works all the same.
-    let _ = raise_file_limit();
     say(&banner(public, admin, prometheus_url.as_deref(), &owner_url));
     Ok((server.with_fallback(Arc::new(site)), crowd, prometheus))
 }

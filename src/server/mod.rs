@@ -424,29 +424,6 @@ async fn accept<F, S>(
     }
 }
 
-/// Raises the limit of open files to what the system allows, and gives it.
-///
-/// # Errors
-/// What the system says.
-pub fn raise_file_limit() -> io::Result<u64> {
-    use nix::sys::resource::{Resource, getrlimit, setrlimit};
-    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
-    setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
-    Ok(hard)
-}
-
-/// Has a crash leave no image of the memory, in which the secrets and all clients' tokens stand
-/// (CWE-528).
-///
-/// # Errors
-/// What the system says.
-pub fn forbid_core_files() -> io::Result<()> {
-    use nix::sys::resource::{Resource, setrlimit};
-    // Not 0: Linux writes no file for either, but hands the image to a program that core_pattern
-    // names unless the limit is 1.
-    Ok(setrlimit(Resource::RLIMIT_CORE, 1, 1)?)
-}
-
 #[cfg(test)]
 mod tests {
     use tokio::{
