@@ -2,7 +2,6 @@
 
 use clap::{Args, ValueEnum};
 
-use super::{BenchError, FILES_BESIDES, TOPIC_PREFIX};
 use crate::{secret::Secret, wire_client::message::Vsn};
 
 /// Puts a load of viewers on any server of this protocol and measures it.
@@ -79,8 +78,11 @@ pub(super) enum Publish {
 }
 
 impl BenchArgs {
-    /// Whatever the parser of arguments cannot see.
-    pub(super) fn check(&self) -> Result<(), BenchError> {
+    /// Checks what the parser of arguments cannot see.
+    ///
+    /// # Errors
+    /// The sentence that names the arguments which contradict each other.
+    pub(super) fn check(&self) -> Result<(), &'static str> {
         let longest_topic = self.topic_name(self.topics - 1).len();
         let problem = if self.channels > self.topics {
             "--channels must not exceed --topics: a socket joins a topic once"
@@ -101,20 +103,25 @@ impl BenchArgs {
         } else {
             return Ok(());
         };
-        Err(BenchError::Arguments(problem))
+        Err(problem)
     }
 
-    /// The topic with this index, as on the wire.
+    /// Returns the topic with this index, as on the wire.
     pub(super) fn topic_name(&self, index: usize) -> String {
         format!("{TOPIC_PREFIX}{}", self.topic.replace("{n}", &(index + 1).to_string()))
     }
 
+    /// Returns the number of files that the run opens at most.
     pub(super) fn files_needed(&self) -> usize {
         let publishers = if self.publish == Publish::Socket { self.topics } else { 0 };
         self.sockets + publishers + FILES_BESIDES
     }
 }
 
+/// What every topic begins with on the wire.
+pub(super) const TOPIC_PREFIX: &str = "realtime:";
+/// Files besides sockets: the runtime's own, the database, `/proc`.
+pub(super) const FILES_BESIDES: usize = 64;
 /// Postgres' own bounds.
 const NOTIFY_PAYLOAD_BYTES_MAX: usize = 7_999;
 const NOTIFY_CHANNEL_BYTES_MAX: usize = 63;

@@ -21,7 +21,7 @@ use tokio::{
     time::{Instant, Interval, interval_at, timeout},
 };
 
-use super::Load;
+use super::load::Load;
 use crate::wire_client::{
     failure::Failure,
     frame::{Frame, FrameReader, push_pong},

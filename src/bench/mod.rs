@@ -1,114 +1,51 @@
 //! `tidegate bench`: puts a load of viewers on any server of this protocol and measures it.
 //!
-//! Opens sockets, joins, publishes, and tells how many deliveries of the expected ones arrived, how
-//! late, and what the server used for them. Invariants: the load speaks the protocol by its own
-//! code and never the server's; a number that was not measured is not printed; whatever goes
-//! wrong is counted by its name and makes the run fail, after its report; nothing that is counted
-//! allocates, so that the tool does not measure itself.
+//! A run opens sockets, joins, publishes, and reports how many of the expected deliveries arrived,
+//! how late, and what the server used for them. Invariants: the load speaks the protocol by
+//! [`crate::wire_client`] and never by the server's code; a number that was not measured is not
+//! printed; every failure is counted by its name and makes the run fail, after its report; counting
+//! allocates nothing, so that the tool does not measure itself.
 //!
-//! Read `connection` first (one socket), then `publish`, then `run` below.
-
-use std::{
-    io::{self, Write},
-    net::SocketAddr,
-    sync::Arc,
-    time::Duration,
-};
-
-use hyper::Uri;
-use sqlx::{Connection as _, PgConnection};
-use tokio::{
-    net::lookup_host,
-    task::JoinSet,
-    time::{Instant, sleep},
-};
-
-use self::{
-    arguments::Publish,
-    bare::Shape,
-    connection::{Connection, Role},
-    latency::Latencies,
-    process::{Cpu, Memory, Process},
-    report::{BareLoop, Opening, Publishing, Report, Server},
-    tally::Tally,
-};
-use crate::{
-    secret::Secret,
-    wire_client::{failure::Failure, message::Vsn},
-};
-
-pub use self::arguments::BenchArgs;
+//! Read `connection` first (one socket), then `publish`, then [`run`].
 
 mod arguments;
 mod bare;
 mod connection;
+mod error;
 mod latency;
+mod load;
+mod meter;
 mod process;
 mod publish;
 mod report;
 mod tally;
 
-/// Why a bench failed.
-#[derive(Debug, thiserror::Error)]
-pub enum BenchError {
-    /// An argument contradicts another, or cannot be used.
-    #[error("{0}")]
-    Arguments(&'static str),
-    /// The server's name has no address.
-    #[error("cannot resolve {host}")]
-    Resolve {
-        /// Host and port of `--url`.
-        host: String,
-        /// What the resolver said; none when it knew no address.
-        #[source]
-        source: Option<io::Error>,
-    },
-    /// The process may not open as many files; `ulimit -Hn` tells the limit.
-    #[error("{needed} open files are needed, the limit is {limit}")]
-    FileLimit {
-        /// Files that this run opens at most.
-        needed: u64,
-        /// The hard limit.
-        limit: u64,
-    },
-    /// The server's process cannot be read in `/proc`.
-    #[error("cannot measure the server's process")]
-    Process(#[source] io::Error),
-    /// The database refused the connection or a notification.
-    #[error("cannot publish by the database")]
-    Database(#[from] sqlx::Error),
-    /// The loop of bare writes failed.
-    #[error("cannot measure bare writes")]
-    Bare(#[source] io::Error),
-    /// The report could not be written.
-    #[error("cannot write the report")]
-    Output(#[source] io::Error),
-    /// The report is written; something in it went wrong.
-    #[error("{failures} failures, {missing} deliveries missing")]
-    Incomplete {
-        /// How often something failed, as listed in the report.
-        failures: u64,
-        /// Deliveries that did not come.
-        missing: u64,
-    },
-}
+use std::{io::Write, sync::Arc, time::Duration};
 
-impl BenchError {
-    /// The exit code: 64 for arguments that cannot be used, else 1.
-    #[must_use]
-    pub const fn exit_code(&self) -> u8 {
-        match self {
-            Self::Arguments(_) => 64,
-            Self::Resolve { .. }
-            | Self::FileLimit { .. }
-            | Self::Process(_)
-            | Self::Database(_)
-            | Self::Bare(_)
-            | Self::Output(_)
-            | Self::Incomplete { .. } => 1,
-        }
-    }
-}
+use sqlx::{Connection as _, PgConnection};
+use tokio::{
+    task::JoinSet,
+    time::{Instant, sleep},
+};
+
+use self::{
+    arguments::{FILES_BESIDES, Publish},
+    bare::Shape,
+    connection::{Connection, Role},
+    latency::Latencies,
+    load::{Load, Target},
+    meter::Meter,
+    process::Process,
+    report::{BareLoop, Opening, Publishing, Report, Server, microseconds_each},
+};
+use crate::wire_client::failure::Failure;
+
+pub use self::{arguments::BenchArgs, error::BenchError};
+
+/// How long the server may settle after the last join, and before bare writes.
+const SETTLE: Duration = Duration::from_secs(2);
+/// Bare writes are measured for no longer than this: their cost hardly varies.
+const BARE_SECONDS_MAX: u32 = 5;
 
 /// Puts the load on the server and writes the report to `out`. The process may have
 /// `open_files_max` files open.
@@ -120,7 +57,7 @@ pub async fn run(
     open_files_max: u64,
     out: &mut impl Write,
 ) -> Result<(), BenchError> {
-    args.check()?;
+    args.check().map_err(BenchError::Arguments)?;
     let target = Target::resolve(&args).await?;
     let needed = args.files_needed() as u64;
     if open_files_max < needed {
@@ -132,11 +69,13 @@ pub async fn run(
         None => None,
     };
 
-    // Dropped at the end: a viewer's task ends by being aborted.
+    // Aborts the viewers' tasks when it is shut down or dropped.
     let mut viewers = JoinSet::new();
     let opening = open_viewers(&args, &load, &mut viewers).await;
     let mut server = match server {
-        Some(meter) => Some(meter.finish_opening(&opening).await.map_err(BenchError::Process)?),
+        Some(meter) => {
+            Some(meter.finish_opening(&opening, SETTLE).await.map_err(BenchError::Process)?)
+        }
         None => None,
     };
     let publishing = if load.ticks > 0 && opening.channels_joined > 0 {
@@ -177,137 +116,7 @@ pub async fn run(
     }
 }
 
-/// What every topic begins with on the wire.
-const TOPIC_PREFIX: &str = "realtime:";
-/// After the last join, and before bare writes: what the server still does for them is done.
-const SETTLE: Duration = Duration::from_secs(2);
-/// Files besides sockets: the runtime's own, the database, `/proc`.
-const FILES_BESIDES: usize = 64;
-/// Bare writes are measured for no longer than this: their cost hardly varies.
-const BARE_SECONDS_MAX: u32 = 5;
-
-/// The run's load: what every socket and publisher needs to know.
-#[derive(Debug)]
-struct Load {
-    target: Target,
-    vsn: Vsn,
-    viewer_key: Secret,
-    publisher_key: Secret,
-    /// With their prefix, as on the wire.
-    topics: Vec<String>,
-    /// Channels of each viewer.
-    channels: usize,
-    ticks: u64,
-    /// Between two ticks.
-    period: Duration,
-    /// Messages to each tick.
-    burst: u64,
-    payload_bytes: usize,
-    deadline: Duration,
-    tally: Tally,
-}
-
-/// Where the sockets connect.
-#[derive(Debug)]
-struct Target {
-    address: SocketAddr,
-    /// The `Host` header.
-    host: String,
-    /// Path and query for each role's key.
-    viewer_path: String,
-    publisher_path: String,
-}
-
-impl Load {
-    fn new(args: &BenchArgs, target: Target) -> Self {
-        let publisher_key = args.publisher_apikey.as_ref().unwrap_or(&args.apikey);
-        Self {
-            target,
-            vsn: args.vsn,
-            viewer_key: args.apikey.clone(),
-            publisher_key: publisher_key.clone(),
-            topics: (0..args.topics).map(|index| args.topic_name(index)).collect(),
-            channels: args.channels,
-            ticks: u64::from(args.rate) * u64::from(args.seconds),
-            period: Duration::from_secs(1) / args.rate,
-            burst: args.burst,
-            payload_bytes: args.payload_bytes,
-            deadline: Duration::from_secs(args.deadline),
-            tally: Tally::new(args.topics),
-        }
-    }
-}
-
-impl Target {
-    async fn resolve(args: &BenchArgs) -> Result<Self, BenchError> {
-        let bad_url = "--url must be like ws://127.0.0.1:4000/realtime/v1, without TLS";
-        let bad_url = || BenchError::Arguments(bad_url);
-        let url: Uri = args.url.parse().map_err(|_not_a_url| bad_url())?;
-        let (Some("ws" | "http"), Some(authority)) = (url.scheme_str(), url.authority()) else {
-            return Err(bad_url());
-        };
-        let host = authority.to_string();
-        let path = url.path().trim_end_matches('/').trim_end_matches("/websocket");
-        let path_with = |key: &Secret| {
-            let mut query = form_urlencoded::Serializer::new(String::new());
-            query.append_pair("apikey", key.expose()).append_pair("vsn", args.vsn.as_str());
-            format!("{path}/websocket?{}", query.finish())
-        };
-        let publisher_key = args.publisher_apikey.as_ref().unwrap_or(&args.apikey);
-        let (viewer_path, publisher_path) = (path_with(&args.apikey), path_with(publisher_key));
-
-        let name = authority.host().trim_start_matches('[').trim_end_matches(']');
-        let addresses = lookup_host((name, authority.port_u16().unwrap_or(80))).await;
-        let address = match addresses {
-            // A server that listens on all addresses of one family may not listen on the other's.
-            Ok(addresses) => addresses.min_by_key(SocketAddr::is_ipv6),
-            Err(error) => return Err(BenchError::Resolve { host, source: Some(error) }),
-        };
-        let Some(address) = address else {
-            return Err(BenchError::Resolve { host, source: None });
-        };
-        Ok(Self { address, host, viewer_path, publisher_path })
-    }
-}
-
-/// The server's use of its machine since the run began.
-#[derive(Debug)]
-struct Meter {
-    pid: u32,
-    process: Process,
-    cpu: Cpu,
-    memory: Memory,
-}
-
-impl Meter {
-    async fn start(pid: u32) -> io::Result<Self> {
-        let process = Process::of(pid);
-        let (cpu, memory) = (process.cpu().await?, process.memory()?);
-        Ok(Self { pid, process, cpu, memory })
-    }
-
-    /// Tells what the joins cost, and the memory of sockets once the server has settled.
-    async fn finish_opening(self, opening: &Opening) -> io::Result<Server> {
-        let cpu = self.process.cpu().await?.since(&self.cpu);
-        sleep(SETTLE).await;
-        let (before, joined) = (self.memory, self.process.memory()?);
-        let sockets = opening.sockets_joined as u64;
-        // Negative where the server gave back more of an earlier load than it took for this one.
-        let kib = |joined: u64, before: u64| ratio(joined as f64 - before as f64, sockets);
-        Ok(Server {
-            pid: self.pid,
-            cpu_us_per_join: microseconds_each(cpu, opening.channels_joined),
-            cpu_us_per_delivery: None,
-            rss_before_kib: before.rss_kib,
-            rss_joined_kib: joined.rss_kib,
-            rss_published_kib: None,
-            rss_kib_per_socket: kib(joined.rss_kib, before.rss_kib),
-            rss_anon_kib_per_socket: kib(joined.anon_kib, before.anon_kib),
-        })
-    }
-}
-
-/// Opens and joins all viewers, who then view in `viewers`.
+/// Opens and joins all viewers; their tasks go on in `viewers`.
 async fn open_viewers(args: &BenchArgs, load: &Arc<Load>, viewers: &mut JoinSet<()>) -> Opening {
     let begun = Instant::now();
     let mut sockets_joined = 0;
@@ -333,8 +142,8 @@ async fn open_viewers(args: &BenchArgs, load: &Arc<Load>, viewers: &mut JoinSet<
     }
 }
 
-/// Opens and joins `count` connections, at most `in_flight` at a time; `ready` gets each with its
-/// number. Those that fail are counted.
+/// Opens and joins `count` connections, at most `in_flight` at a time, and passes each with its
+/// number to `ready`. A connection that fails is counted.
 async fn open_all(
     load: &Arc<Load>,
     count: usize,
@@ -356,7 +165,7 @@ async fn open_all(
         match opening.join_next().await {
             Some(Ok(Ok((number, connection)))) => ready(number, connection),
             Some(Ok(Err(failure))) => load.tally.fail(&failure),
-            // A task that panicked has told so itself; its socket is missing from those joined.
+            // The panic has been printed; the socket is missing from those joined.
             Some(Err(_panicked)) => {}
             None => return,
         }
@@ -409,10 +218,7 @@ async fn publish(
     let deliveries = tally.delivered_count();
     let own_cpu = Process::own().cpu().await.map_err(BenchError::Process)?.since(&own_cpu);
     if let (Some(server), Some(meter)) = (server, meter) {
-        let cpu = meter.process.cpu().await.map_err(BenchError::Process)?.since(&meter.cpu);
-        let memory = meter.process.memory().map_err(BenchError::Process)?;
-        server.cpu_us_per_delivery = microseconds_each(cpu, deliveries);
-        server.rss_published_kib = Some(memory.rss_kib);
+        meter.finish_publishing(deliveries, server).await.map_err(BenchError::Process)?;
     }
     let seconds = tally.last_delivery().saturating_sub(begun).as_secs_f64();
     Ok(Publishing {
@@ -435,7 +241,7 @@ async fn publish(
     })
 }
 
-/// Writes the same frames without a server. The viewers' files must be closed.
+/// Measures writes of the same frames without a server. The viewers' files must be closed.
 async fn measure_bare(
     args: &BenchArgs,
     open_files_max: u64,
@@ -470,15 +276,6 @@ async fn measure_bare(
 
 fn json(report: &Report) -> Result<String, BenchError> {
     serde_json::to_string(report).map_err(|error| BenchError::Output(error.into()))
-}
-
-/// Microseconds for each of `count`; `None` for none.
-fn microseconds_each(used: Duration, count: u64) -> Option<f64> {
-    ratio(used.as_secs_f64() * 1e6, count)
-}
-
-fn ratio(amount: f64, count: u64) -> Option<f64> {
-    (count > 0).then(|| amount / count as f64)
 }
 
 #[cfg(test)]

@@ -14,7 +14,7 @@ use tokio::{
     time::{Instant, Interval, interval_at},
 };
 
-use super::{Load, connection::Connection, latency::Latencies};
+use super::{arguments::TOPIC_PREFIX, connection::Connection, latency::Latencies, load::Load};
 use crate::wire_client::failure::Failure;
 
 /// Publishes every tick from `publishers`, each in a task, and lets them read on in `readers`.
@@ -89,7 +89,7 @@ pub(super) async fn by_sql(
     for (_, topic) in (0..load.ticks).zip((0..load.topics.len()).cycle()) {
         let due = ticks.tick().await;
         load.tally.lateness.record(due.elapsed());
-        let channel = load.topics[topic].trim_start_matches(super::TOPIC_PREFIX);
+        let channel = load.topics[topic].trim_start_matches(TOPIC_PREFIX);
         let payloads: Vec<String> = (0..load.burst).map(|_| payload(load, topic)).collect();
         let begun = Instant::now();
         sqlx::query("SELECT pg_notify($1, payload) FROM unnest($2::text[]) AS payload")

@@ -5,6 +5,7 @@
 use std::{
     collections::BTreeMap,
     fmt::{self, Display, Formatter},
+    time::Duration,
 };
 
 use serde::Serialize;
@@ -195,6 +196,16 @@ impl Display for BareLoop {
         number(f, "CPU µs/write", self.cpu_us_per_write)?;
         number(f, "server ÷ bare", self.server_to_bare_ratio)
     }
+}
+
+/// Returns microseconds for each of `count`; `None` if there are none.
+pub(super) fn microseconds_each(used: Duration, count: u64) -> Option<f64> {
+    ratio(used.as_secs_f64() * 1e6, count)
+}
+
+/// Returns `amount` for each of `count`; `None` if there are none.
+pub(super) fn ratio(amount: f64, count: u64) -> Option<f64> {
+    (count > 0).then(|| amount / count as f64)
 }
 
 fn line(f: &mut Formatter<'_>, label: &str, value: fmt::Arguments<'_>) -> fmt::Result {

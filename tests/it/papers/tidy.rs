@@ -301,9 +301,6 @@ fn a_child_names_its_siblings_and_never_the_face_of_its_room() {
 const FACES: &[&str] = &[
     "src/admin/events.rs",
     "src/admin/revoke.rs",
-    "src/bench/arguments.rs",
-    "src/bench/connection.rs",
-    "src/bench/publish.rs",
     "src/doctor/client.rs",
     "src/doctor/database.rs",
     "src/doctor/gateway.rs",
