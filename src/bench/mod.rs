@@ -15,6 +15,10 @@ mod error;
 mod latency;
 mod load;
 mod meter;
+#[cfg(target_os = "linux")]
+mod process;
+#[cfg(not(target_os = "linux"))]
+#[path = "process_elsewhere.rs"]
 mod process;
 mod publish;
 mod report;

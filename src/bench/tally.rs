@@ -1,8 +1,7 @@
 //! What all sockets of a run have seen together.
 //!
 //! Counting allocates nothing and waits for no lock, since one thread counts; failures do, and are
-//! rare. The number of distinct
-//! failures is bounded, since servers word their reasons freely.
+//! rare. The number of distinct failures is bounded, since servers word their reasons freely.
 
 use std::{
     collections::BTreeMap,
