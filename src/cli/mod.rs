@@ -21,7 +21,7 @@ use self::{
     process::{forbid_core_files, open_files_max, raise_file_limit},
 };
 use crate::{
-    admin::client::{self, CommandError},
+    admin::client::{Client, CommandError},
     auth::{revocations::By, sign::sign_role},
     bench, db, demo,
     doctor::{self, DoctorError},
@@ -227,16 +227,16 @@ async fn dispatch(command: Command, environment: Environment) -> Result<u8, Fail
         }
         Command::Invalidate { eid, endpoint } => {
             let (config, _) = settings()?;
-            let asked = client::invalidate(&config, &eid, endpoint.as_deref()).await;
+            let asked = client(&config).invalidate(&eid, endpoint.as_deref()).await;
             println!("{}", asked.map_err(unasked)?);
         }
         Command::Mute { eid, length } => {
             let (config, _) = settings()?;
-            println!("{}", client::mute(&config, &eid, length).await.map_err(unasked)?);
+            println!("{}", client(&config).mute(&eid, length).await.map_err(unasked)?);
         }
         Command::Revoke { claim, value, length } => {
             let (config, _) = settings()?;
-            let asked = client::revoke(&config, claim, &value, length).await;
+            let asked = client(&config).revoke(claim, &value, length).await;
             println!("{}", asked.map_err(unasked)?);
         }
         Command::Config { topic: Some(topic), token, private, .. } => {
@@ -256,6 +256,15 @@ async fn dispatch(command: Command, environment: Environment) -> Result<u8, Fail
         }
     }
     Ok(0)
+}
+
+/// Returns a client of the gateway that runs with these settings.
+fn client(config: &Config) -> Client {
+    Client {
+        listen: config.admin_listen,
+        token: config.admin_token.clone(),
+        database_timeout: config.relay.connect_timeout,
+    }
 }
 
 /// Returns 0 if all is well, 1 if something has failed, 2 if there are warnings.

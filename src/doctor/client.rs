@@ -22,7 +22,6 @@ use super::{
     target::{ReachError, Target},
 };
 use crate::{
-    admin::client,
     db,
     http::visits,
     wire_client::{
@@ -222,7 +221,7 @@ async fn address(
         return Seen::skipped("the operators' address does not answer: see gateway-admin");
     }
     let target = format!("/visits/{nonce}");
-    let visit = match client::get(&patient.config, &target, 4096).await {
+    let visit = match patient.admin.get(&target, 4096).await {
         Ok(answer) => serde_json::from_slice::<Value>(answer.body()).unwrap_or_default(),
         Err(error) => return Seen::skipped(said(&error.to_string())),
     };
@@ -376,7 +375,7 @@ async fn lost(patient: &Patient, gateway: &Gateway, left: &str) -> Seen {
         return Seen::failed(format!("{what}{left}"), "see gateway-admin, and then gateway-link");
     }
     let target = format!("/events/{CANARY_EID}/history?minutes=1");
-    let answer = client::get(&patient.config, &target, 1 << 20).await;
+    let answer = patient.admin.get(&target, 1 << 20).await;
     let history: Value =
         answer.ok().and_then(|it| serde_json::from_slice(it.body()).ok()).unwrap_or_default();
     let is_sent = history["messages"].as_array().is_some_and(|it| !it.is_empty());

@@ -15,7 +15,7 @@ use crate::{
         decision::{Action, Asked},
         rule::TopicRules,
     },
-    admin::client::{self, CommandError},
+    admin::client::CommandError,
     auth::{
         authenticator::Verifier,
         jwks,
@@ -82,7 +82,7 @@ pub(super) async fn examine(
 ) -> io::Result<Gateway> {
     let mut gateway = Gateway::default();
     let asked = unix_seconds();
-    match client::get(&patient.config, "/readyz", ANSWER_BYTES_MAX).await {
+    match patient.admin.get("/readyz", ANSWER_BYTES_MAX).await {
         Ok(answer) => {
             let answered = unix_seconds();
             gateway.is_open = true;
@@ -118,7 +118,7 @@ pub(super) async fn examine(
 
 /// What the gateway shows, or nothing.
 async fn text(patient: &Patient, target: &str) -> String {
-    let answer = client::get(&patient.config, target, ANSWER_BYTES_MAX).await;
+    let answer = patient.admin.get(target, ANSWER_BYTES_MAX).await;
     let body = answer.ok().filter(|it| it.status() == StatusCode::OK).map(Response::into_body);
     String::from_utf8_lossy(&body.unwrap_or_default()).into_owned()
 }

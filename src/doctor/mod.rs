@@ -36,7 +36,9 @@ use self::{
     report::{Report, Seen},
     target::Target,
 };
-use crate::{auth::sign::sign_role, db, secret::Secret, server::settings::Config};
+use crate::{
+    admin::client::Client, auth::sign::sign_role, db, secret::Secret, server::settings::Config,
+};
 
 pub use self::report::{Check, Group, Status};
 
@@ -110,6 +112,8 @@ impl DoctorError {
 /// What is looked at.
 struct Patient {
     config: Config,
+    /// The gateway's operators' port.
+    admin: Client,
     /// Whether clients' address was given, or is that of the settings.
     is_public: bool,
     /// Where clients connect; none if the settings do not say.
@@ -144,7 +148,13 @@ impl Patient {
         let made = if args.token.is_none() { signed() } else { None };
         let is_token_made = made.is_some();
         let token = args.token.clone().or_else(|| made.map(|it| Secret::from(&*it)));
+        let admin = Client {
+            listen: config.admin_listen,
+            token: config.admin_token.clone(),
+            database_timeout: config.relay.connect_timeout,
+        };
         Ok(Self {
+            admin,
             token: token.or_else(key),
             is_token_made,
             is_public: args.url.is_some(),
