@@ -38,7 +38,7 @@
 //! | [`wire_client`] | a client of the protocol that shares no code with the server |  |
 //! | [`mod@bench`] | `tidegate bench` | secret, wire_client |
 //! | [`mod@doctor`] | `tidegate doctor` | clock, secret, protocol, auth, access, db, relay, http, admin, server, wire_client |
-//! | [`mod@demo`] | `tidegate demo` | secret, auth, db, http, server |
+//! | [`mod@demo`] | `tidegate demo` | secret, auth, db, http, admin, server |
 //! | [`cli`] | arguments, the small commands, exit codes | secret, protocol, auth, access, telemetry, db, admin, server, bench, doctor, demo |
 //!
 //! Invariants everything serves: every byte to a client goes through its outbox, so order is the

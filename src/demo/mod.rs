@@ -7,7 +7,7 @@
 
 use std::{
     io::{self, Write as _},
-    net::{IpAddr, Ipv4Addr, SocketAddr},
+    net::SocketAddr,
     path::PathBuf,
     pin::pin,
     sync::Arc,
@@ -19,6 +19,7 @@ use tokio::time::{sleep, timeout};
 use uuid::Uuid;
 
 use crate::{
+    admin::client::reachable,
     auth::sign::{SignError, sign_role},
     db::{self, MigrateError},
     secret::Secret,
@@ -193,11 +194,7 @@ fn banner(
     prometheus: Option<&str>,
     owner_url: &str,
 ) -> String {
-    let host = if public.ip().is_unspecified() {
-        SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), public.port())
-    } else {
-        public
-    };
+    let host = reachable(public);
     let events: String =
         EVENTS.iter().map(|event| format!("           {}  {}\n", event.eid, event.name)).collect();
     let events = events.trim();

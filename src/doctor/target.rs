@@ -2,7 +2,7 @@
 
 use std::{
     io,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    net::{IpAddr, SocketAddr},
     path::Path,
     pin::Pin,
     sync::Arc,
@@ -18,7 +18,7 @@ use tokio::{
 };
 use tokio_rustls::{TlsConnector, client::TlsStream, rustls::pki_types::ServerName};
 
-use crate::auth::jwks;
+use crate::{admin::client::reachable, auth::jwks};
 
 /// For one address to take a connection, and for a TLS handshake.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
@@ -121,9 +121,7 @@ impl Target {
 
     /// The gateway that listens on this machine as the settings say.
     pub(super) fn of_settings(listen: SocketAddr) -> Option<Self> {
-        let host = match listen.ip() {
-            IpAddr::V4(Ipv4Addr::UNSPECIFIED) => Ipv4Addr::LOCALHOST.to_string(),
-            IpAddr::V6(Ipv6Addr::UNSPECIFIED) => format!("[{}]", Ipv6Addr::LOCALHOST),
+        let host = match reachable(listen).ip() {
             IpAddr::V4(ip) => ip.to_string(),
             IpAddr::V6(ip) => format!("[{ip}]"),
         };
