@@ -14,10 +14,11 @@ use tokio::time::timeout;
 use uuid::Uuid;
 
 use super::{
-    CANARY_EID, Check, Patient, Report, Seen, Status,
-    database::{Database, Unasked},
-    gateway::{Gateway, topic},
-    report::said,
+    context::{CANARY_EID, Context, topic},
+    database::Database,
+    gateway::Gateway,
+    report::{Check, Report, Seen, Status, said},
+    session::StatementError,
     socket::{Socket, UNLISTED, VSN},
     target::{ReachError, Target},
 };
@@ -44,7 +45,7 @@ const PROXY_FIX: &str = "have what is in front pass the upgrade on; nginx: proxy
 
 /// Looks at the way to a page.
 pub(super) async fn examine(
-    patient: &Patient,
+    context: &Context,
     report: &mut Report<'_>,
     database: &mut Database,
     gateway: &Gateway,
@@ -56,7 +57,7 @@ pub(super) async fn examine(
         Check::UnlistedChannel,
         Check::IdleTimeout,
     ];
-    let (target, token) = match (&patient.target, &patient.token) {
+    let (target, token) = match (&context.target, &context.token) {
         (Some(target), Some(token)) => (target, token.expose()),
         (target, _) => {
             let why = if target.is_none() {
@@ -69,7 +70,7 @@ pub(super) async fn examine(
         }
     };
     let nonce = Uuid::new_v4();
-    let mut opened = match open(patient, target, token, nonce).await {
+    let mut opened = match open(context, target, token, nonce).await {
         Ok(opened) => opened,
         Err(seen) => {
             report.note(Check::WebsocketUpgrade, seen)?;
@@ -78,7 +79,7 @@ pub(super) async fn examine(
     };
     let saw = format!("101 at {}{}", target.place(), by(&opened.server));
     report.note(Check::WebsocketUpgrade, Seen::ok(saw))?;
-    let seen = address(patient, gateway, nonce, opened.own).await;
+    let seen = address(context, gateway, nonce, opened.own).await;
     report.note(Check::ClientAddress, seen)?;
     let socket = &mut opened.socket;
     let joined = socket.join(&topic(), token).await;
@@ -90,15 +91,15 @@ pub(super) async fn examine(
     }
     let unlisted = socket.join(UNLISTED, token).await;
     let is_linked = report.status(Check::GatewayLink) != Status::Failed;
-    let window = patient.config.topic.iter().filter_map(|rule| Some(rule.merge.as_ref()?.window));
+    let window = context.config.topic.iter().filter_map(|rule| Some(rule.merge.as_ref()?.window));
     // A gateway without a link sends nothing later, either.
     let window = window.max().filter(|_| is_linked).unwrap_or_default();
     let patience = window + ARRIVAL_TIMEOUT;
     let (end_to_end, unlisted) =
-        end_to_end(patient, database, gateway, socket, unlisted, patience).await;
+        end_to_end(context, database, gateway, socket, unlisted, patience).await;
     report.note(Check::EndToEnd, end_to_end)?;
     report.note(Check::UnlistedChannel, unlisted)?;
-    let seen = idle(patient, socket, &opened.server).await;
+    let seen = idle(context, socket, &opened.server).await;
     report.note(Check::IdleTimeout, seen)
 }
 
@@ -116,15 +117,15 @@ struct Opened {
 }
 
 async fn open(
-    patient: &Patient,
+    context: &Context,
     target: &Target,
     token: &str,
     nonce: Uuid,
 ) -> Result<Opened, Seen> {
     let (mut stream, own) = target
-        .connect(patient.ca_file.as_deref())
+        .connect(context.ca_file.as_deref())
         .await
-        .map_err(|error| unreached(&error, patient.is_public))?;
+        .map_err(|error| unreached(&error, context.is_public))?;
     let query = Serializer::new(String::new())
         .append_pair("apikey", token)
         .append_pair("vsn", VSN.as_str())
@@ -212,7 +213,7 @@ fn header(head: &[u8], wanted: &str) -> Option<String> {
 
 /// Which address the gateway has seen.
 async fn address(
-    patient: &Patient,
+    context: &Context,
     gateway: &Gateway,
     nonce: Uuid,
     own: Option<SocketAddr>,
@@ -221,7 +222,7 @@ async fn address(
         return Seen::skipped("the operators' address does not answer: see gateway-admin");
     }
     let target = format!("/visits/{nonce}");
-    let visit = match patient.admin.get(&target, 4096).await {
+    let visit = match context.admin.get(&target, 4096).await {
         Ok(answer) => serde_json::from_slice::<Value>(answer.body()).unwrap_or_default(),
         Err(error) => return Seen::skipped(said(&error.to_string())),
     };
@@ -301,7 +302,7 @@ fn join(joined: Result<Result<Duration, String>, Failure>) -> (Seen, bool) {
 /// Invalidates the doctor's event, after a notification that nobody may hear, and waits for it so
 /// long.
 async fn end_to_end(
-    patient: &Patient,
+    context: &Context,
     database: &mut Database,
     gateway: &Gateway,
     socket: &mut Socket,
@@ -312,26 +313,28 @@ async fn end_to_end(
     if database.session.is_none() {
         return skip("there is no session with the database");
     }
-    let notify = async |it: &mut PgConnection| {
-        db::doctor::notify(it, UNLISTED, r#"{"type":"tidegate-doctor"}"#).await
+    let notify = async |session: &mut PgConnection| {
+        db::doctor::notify(session, UNLISTED, r#"{"type":"tidegate-doctor"}"#).await
     };
-    let notified = database.ask(notify).await;
+    let notified = database.query(notify).await;
     let begun = Instant::now();
-    let invalidate = async |it: &mut PgConnection| db::invalidate(it, CANARY_EID, None).await;
-    let payload = match database.ask(invalidate).await {
+    let invalidate =
+        async |session: &mut PgConnection| db::invalidate(session, CANARY_EID, None).await;
+    let payload = match database.query(invalidate).await {
         Ok(payload) => serde_json::from_str::<Value>(&payload).unwrap_or_default(),
-        Err(Unasked::Closed(why)) => {
+        Err(StatementError::Closed(why)) => {
             return skip(&format!("manual_cache_invalidation cannot be called: {why}"));
         }
-        Err(unasked) => {
+        Err(error) => {
             let nothing = Seen::skipped("nothing was sent");
-            return (unasked.seen("see the checks of the database"), nothing);
+            return (error.seen("see the checks of the database"), nothing);
         }
     };
     let (arrived, is_leaked) = socket.invalidated(&payload, begun + patience).await;
     let took = begun.elapsed();
-    let forget = async |it: &mut PgConnection| db::doctor::forget_event(it, CANARY_EID).await;
-    let is_forgotten = database.ask(forget).await.is_ok();
+    let forget =
+        async |session: &mut PgConnection| db::doctor::forget_event(session, CANARY_EID).await;
+    let is_forgotten = database.query(forget).await.is_ok();
     let left = if is_forgotten { "" } else { "; its row stays in the history until history.keep" };
     let unlisted = match (unlisted, notified, &arrived) {
         (Ok(Err(reason)), _, _) => {
@@ -362,20 +365,20 @@ async fn end_to_end(
             format!("the WebSocket ended before the invalidation came: {failure}{left}"),
             "look at the gateway's log, and at what is in front",
         ),
-        Ok(None) => lost(patient, gateway, left).await,
+        Ok(None) => lost(context, gateway, left).await,
     };
     (seen, unlisted)
 }
 
 /// Nothing has arrived: on which side of the gateway was it lost?
-async fn lost(patient: &Patient, gateway: &Gateway, left: &str) -> Seen {
+async fn lost(context: &Context, gateway: &Gateway, left: &str) -> Seen {
     let what =
         format!("an invalidation of {CANARY_EID} was committed and did not reach the client");
     if !gateway.is_open {
         return Seen::failed(format!("{what}{left}"), "see gateway-admin, and then gateway-link");
     }
     let target = format!("/events/{CANARY_EID}/history?minutes=1");
-    let answer = patient.admin.get(&target, 1 << 20).await;
+    let answer = context.admin.get(&target, 1 << 20).await;
     let history: Value =
         answer.ok().and_then(|it| serde_json::from_slice(it.body()).ok()).unwrap_or_default();
     let is_sent = history["messages"].as_array().is_some_and(|it| !it.is_empty());
@@ -393,13 +396,13 @@ async fn lost(patient: &Patient, gateway: &Gateway, left: &str) -> Seen {
 }
 
 /// Whether what is in front leaves an idle connection alone.
-async fn idle(patient: &Patient, socket: &mut Socket, server: &str) -> Seen {
-    if !patient.is_public {
+async fn idle(context: &Context, socket: &mut Socket, server: &str) -> Seen {
+    if !context.is_public {
         return Seen::skipped("no --url: there is nothing in front to look at");
     }
     let fix = "raise the idle time-out of what is in front above 90 s, as deploy/nginx.conf does: \
                proxy_read_timeout 1h; proxy_send_timeout 1h";
-    let Some(length) = patient.idle else {
+    let Some(length) = context.idle else {
         return Seen::skipped(format!(
             "takes 70 s: pass --slow{}; tabs in the background are silent for 65 s",
             if server.contains("nginx") {

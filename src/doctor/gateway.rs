@@ -6,9 +6,9 @@ use hyper::{Response, StatusCode, body::Bytes, header};
 use serde_json::Value;
 
 use super::{
-    CANARY_EID, Check, Patient, Report, Seen,
+    context::{Context, topic},
     database::{Database, ago, skew},
-    report::said,
+    report::{Check, Report, Seen, said},
 };
 use crate::{
     access::{
@@ -76,23 +76,23 @@ impl Gateway {
 
 /// Looks at the gateway.
 pub(super) async fn examine(
-    patient: &Patient,
+    context: &Context,
     report: &mut Report<'_>,
     database: &Database,
 ) -> io::Result<Gateway> {
     let mut gateway = Gateway::default();
     let asked = unix_seconds();
-    match patient.admin.get("/readyz", ANSWER_BYTES_MAX).await {
+    match context.admin.get("/readyz", ANSWER_BYTES_MAX).await {
         Ok(answer) => {
             let answered = unix_seconds();
             gateway.is_open = true;
-            gateway.metrics = text(patient, "/metrics").await;
-            let events = text(patient, "/events").await;
+            gateway.metrics = text(context, "/metrics").await;
+            let events = text(context, "/events").await;
             let mut events: Value = serde_json::from_str(&events).unwrap_or_default();
             gateway.events = serde_json::from_value(events["events"].take()).unwrap_or_default();
             let ready: Value = serde_json::from_slice(answer.body()).unwrap_or_default();
-            report.note(Check::GatewayAdmin, admin(patient, answer.status(), &ready))?;
-            report.note(Check::GatewayLink, link(patient, &gateway, &ready))?;
+            report.note(Check::GatewayAdmin, admin(context, answer.status(), &ready))?;
+            report.note(Check::GatewayLink, link(context, &gateway, &ready))?;
             report.note(
                 Check::GatewayClock,
                 clock(&answer, f64::midpoint(asked, answered), database),
@@ -105,20 +105,20 @@ pub(super) async fn examine(
         }
     }
     let metrics = Metrics::new();
-    let (seen, verifier) = keys(patient, &metrics).await;
+    let (seen, verifier) = keys(context, &metrics).await;
     report.note(Check::JwtKeys, seen)?;
-    let seen = match (&verifier, &patient.token) {
+    let seen = match (&verifier, &context.token) {
         (_, None) => Seen::skipped("no --token, and no jwt_secret to make one with"),
         (None, Some(_)) => Seen::skipped("the keys cannot be used: see jwt-keys"),
-        (Some(verifier), Some(text)) => token(patient, verifier, text.expose()),
+        (Some(verifier), Some(text)) => token(context, verifier, text.expose()),
     };
     report.note(Check::Token, seen)?;
     Ok(gateway)
 }
 
 /// What the gateway shows, or nothing.
-async fn text(patient: &Patient, target: &str) -> String {
-    let answer = patient.admin.get(target, ANSWER_BYTES_MAX).await;
+async fn text(context: &Context, target: &str) -> String {
+    let answer = context.admin.get(target, ANSWER_BYTES_MAX).await;
     let body = answer.ok().filter(|it| it.status() == StatusCode::OK).map(Response::into_body);
     String::from_utf8_lossy(&body.unwrap_or_default()).into_owned()
 }
@@ -139,8 +139,8 @@ fn closed(error: &CommandError) -> Seen {
     Seen::failed(said(&format!("{error}{why}")), fix)
 }
 
-fn admin(patient: &Patient, status: StatusCode, ready: &Value) -> Seen {
-    let place = patient.config.admin_listen;
+fn admin(context: &Context, status: StatusCode, ready: &Value) -> Seen {
+    let place = context.config.admin_listen;
     if ready["draining"] == true {
         return Seen::warning(
             format!("the gateway at {place} is draining: it closes its sockets and ends"),
@@ -156,9 +156,9 @@ fn admin(patient: &Patient, status: StatusCode, ready: &Value) -> Seen {
     Seen::ok(format!("the gateway at {place} is ready"))
 }
 
-fn link(patient: &Patient, gateway: &Gateway, ready: &Value) -> Seen {
-    let patience = (patient.config.relay.canary_interval * CANARIES_MISSED).as_secs_f64();
-    let has_database = !patient.config.notify_url().is_empty();
+fn link(context: &Context, gateway: &Gateway, ready: &Value) -> Seen {
+    let patience = (context.config.relay.canary_interval * CANARIES_MISSED).as_secs_f64();
+    let has_database = !context.config.notify_url().is_empty();
     match (ready["link"].as_str(), ready["canary"].as_f64()) {
         (Some("up"), Some(age)) if age <= patience => {
             Seen::ok(format!("the link is up, and the gateway heard itself {age:.1} s ago"))
@@ -223,8 +223,8 @@ fn seconds_of(date: &str) -> Option<f64> {
 }
 
 /// Whether tokens can be verified, and what with.
-async fn keys(patient: &Patient, metrics: &Metrics) -> (Seen, Option<Verifier>) {
-    let config = &patient.config;
+async fn keys(context: &Context, metrics: &Metrics) -> (Seen, Option<Verifier>) {
+    let config = &context.config;
     let verifier = match Verifier::new(config, metrics) {
         Ok(verifier) => verifier,
         Err(error) => {
@@ -293,13 +293,13 @@ async fn keys(patient: &Patient, metrics: &Metrics) -> (Seen, Option<Verifier>) 
 }
 
 /// What the token is good for.
-fn token(patient: &Patient, verifier: &Verifier, text: &str) -> Seen {
+fn token(context: &Context, verifier: &Verifier, text: &str) -> Seen {
     let now = unix_now();
     let token = match verifier.verify(text, now) {
         Ok(token) => token,
         Err(error) => return Seen::failed(format!("the token: {error}"), mend(&error)),
     };
-    let rules = TopicRules::new(patient.config.topic.clone(), patient.config.topics);
+    let rules = TopicRules::new(context.config.topic.clone(), context.config.topics);
     let sub_topic = topic();
     let decide = |action| {
         rules.decide(&Asked {
@@ -311,7 +311,7 @@ fn token(patient: &Patient, verifier: &Verifier, text: &str) -> Seen {
         })
     };
     let (read, write) = (decide(Action::Read), decide(Action::Write));
-    let made = if patient.is_token_made { "made with jwt_secret for this run: " } else { "" };
+    let made = if context.is_token_made { "made with jwt_secret for this run: " } else { "" };
     let described = described(&token, text, now);
     let saw = format!("{made}{described}; {sub_topic}: read {read}, write {write}");
     if !read.is_allowed() {
@@ -358,11 +358,6 @@ fn mend(error: &TokenError) -> &'static str {
         | TokenError::MissingClaims
         | TokenError::Revoked => "give a JWT of the project, with role and exp",
     }
-}
-
-/// The topic that the doctor joins.
-pub(super) fn topic() -> String {
-    format!("cache_invalidate_{CANARY_EID}")
 }
 
 #[cfg(test)]

@@ -11,9 +11,10 @@ use tokio::time::timeout;
 use uuid::Uuid;
 
 use super::{
-    Check, Patient, Report, Seen,
-    database::{Database, connect},
-    report::said,
+    context::Context,
+    database::Database,
+    report::{Check, Report, Seen, said},
+    session::Session,
 };
 use crate::{
     access::rule::Rule,
@@ -32,19 +33,19 @@ const SETTING: &str = "TIDEGATE_NOTIFY_DATABASE_URL";
 
 /// Looks at the way of notifications.
 pub(super) async fn examine(
-    patient: &Patient,
+    context: &Context,
     report: &mut Report<'_>,
     database: &mut Database,
 ) -> io::Result<()> {
-    let url = patient.config.notify_url();
+    let url = context.config.notify_url();
     if url.is_empty() {
         let checks = [Check::ListenReachable, Check::ListenArrives];
         report.skip(&checks, "no database is set")?;
     } else {
-        match connect(url, SETTING).await {
+        match Session::connect(url, SETTING).await {
             Ok((_, saw)) => {
                 report.note(Check::ListenReachable, Seen::ok(saw))?;
-                let seen = arrives(patient, database).await;
+                let seen = arrives(context, database).await;
                 report.note(Check::ListenArrives, seen)?;
             }
             Err(seen) => {
@@ -54,12 +55,12 @@ pub(super) async fn examine(
             }
         }
     }
-    report.note(Check::ListenAllowList, allow_list(patient))
+    report.note(Check::ListenAllowList, allow_list(context))
 }
 
 /// Listens by one URL and notifies by the other.
-async fn arrives(patient: &Patient, database: &mut Database) -> Seen {
-    let Ok(options) = db::options(patient.config.notify_url()) else {
+async fn arrives(context: &Context, database: &mut Database) -> Seen {
+    let Ok(options) = db::options(context.config.notify_url()) else {
         return Seen::skipped("the URL cannot be read");
     };
     let port = options.get_port();
@@ -90,9 +91,10 @@ async fn arrives(patient: &Patient, database: &mut Database) -> Seen {
         }
     };
     let begun = Instant::now();
-    if let Err(unasked) = database.ask(async |it| db::doctor::notify(it, &channel, "").await).await
+    if let Err(error) =
+        database.query(async |session| db::doctor::notify(session, &channel, "").await).await
     {
-        let why = unasked.seen("mend the database first").saw;
+        let why = error.seen("mend the database first").saw;
         return Seen::skipped(format!("NOTIFY could not be sent: {why}"));
     }
     let seen = match timeout(ARRIVAL_TIMEOUT, listener.try_recv()).await {
@@ -127,8 +129,8 @@ fn deaf(port: u16) -> Seen {
 }
 
 /// What the settings have the gateway listen to. Whether more is relayed, `unlisted-channel` sees.
-fn allow_list(patient: &Patient) -> Seen {
-    let listened = || patient.config.topic.iter().filter(|rule| rule.listen.is_some());
+fn allow_list(context: &Context) -> Seen {
+    let listened = || context.config.topic.iter().filter(|rule| rule.listen.is_some());
     let is_open = |rule: &&Rule| rule.pattern.iter().any(|it| it.to_string().contains(":any}"));
     let open: Vec<_> = listened().filter(is_open).map(|rule| &*rule.name).collect();
     if !open.is_empty() {

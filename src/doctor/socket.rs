@@ -13,7 +13,7 @@ use tokio::{
     time::timeout,
 };
 
-use super::{CANARY_EID, target::Stream};
+use super::{context::CANARY_EID, target::Stream};
 use crate::{
     protocol::topic::TOPIC_PREFIX,
     wire_client::{

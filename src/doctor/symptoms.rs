@@ -7,10 +7,10 @@ use serde_json::Value;
 use uuid::Uuid;
 
 use super::{
-    Check, Patient, Report, Seen, Status,
+    context::Context,
     database::{Database, ago},
     gateway::Gateway,
-    report::said,
+    report::{Check, Report, Seen, Status, said},
 };
 use crate::db::{self, deployed::TRIGGERS};
 
@@ -43,17 +43,20 @@ const DEAF_PART: f64 = 0.1;
 
 /// Answers the complaints.
 pub(super) async fn examine(
-    patient: &Patient,
+    context: &Context,
     report: &mut Report<'_>,
     database: &mut Database,
     gateway: &Gateway,
 ) -> io::Result<()> {
     let seen = none(report, database, gateway);
     report.note(Check::NoNotifications, seen)?;
-    let doubles = database.ask(async |it| db::doctor::doubles(it).await).await.unwrap_or_default();
-    let seen = too_many(patient, database, gateway, &doubles);
+    let doubles = database
+        .query(async |session| db::doctor::doubles(session).await)
+        .await
+        .unwrap_or_default();
+    let seen = too_many(context, database, gateway, &doubles);
     report.note(Check::TooManyNotifications, seen)?;
-    report.note(Check::NotRefreshing, not_refreshing(patient, gateway))?;
+    report.note(Check::NotRefreshing, not_refreshing(context, gateway))?;
     report.note(Check::WrongEvent, wrong_event(report, database, gateway))
 }
 
@@ -117,8 +120,8 @@ fn none(report: &Report<'_>, database: &Database, gateway: &Gateway) -> Seen {
     }
 }
 
-fn too_many(patient: &Patient, database: &Database, gateway: &Gateway, doubles: &[String]) -> Seen {
-    let plain: Vec<_> = patient
+fn too_many(context: &Context, database: &Database, gateway: &Gateway, doubles: &[String]) -> Seen {
+    let plain: Vec<_> = context
         .config
         .topic
         .iter()
@@ -165,8 +168,8 @@ fn too_many(patient: &Patient, database: &Database, gateway: &Gateway, doubles: 
     Seen::ok(format!("{busiest}; each event's viewers get one message per window{merged}"))
 }
 
-fn not_refreshing(patient: &Patient, gateway: &Gateway) -> Seen {
-    let quick = patient.config.topic.iter().find(|rule| {
+fn not_refreshing(context: &Context, gateway: &Gateway) -> Seen {
+    let quick = context.config.topic.iter().find(|rule| {
         let window = rule.merge.as_ref().map(|it| it.window);
         window.is_some_and(|it| !it.is_zero() && it < CLIENT_WAIT)
     });

@@ -4,9 +4,10 @@
 use std::{collections::BTreeMap, io, time::Duration};
 
 use super::{
-    Check, Patient, Report, Seen,
-    database::{Database, Unasked, connect},
-    report::said,
+    context::Context,
+    database::Database,
+    report::{Check, Report, Seen, said},
+    session::{Session, StatementError},
 };
 use crate::db::{
     self,
@@ -33,7 +34,7 @@ const DRY_RUNS: [(Check, &str); 9] = [
 
 /// Looks at the triggers.
 pub(super) async fn examine(
-    patient: &Patient,
+    context: &Context,
     report: &mut Report<'_>,
     database: &mut Database,
 ) -> io::Result<()> {
@@ -48,15 +49,16 @@ pub(super) async fn examine(
         report.skip(&others, "there is no session with the database")?;
         return report.skip(&dry_runs, "there is no session with the database");
     }
-    match database.ask(async |it| Deployed::look(it).await).await {
+    match database.query(async |session| Deployed::look(session).await).await {
         Ok(deployed) => {
             report.note(Check::TriggerCoverage, coverage(&deployed))?;
             report.note(Check::FunctionDrift, drift(&deployed))?;
-            let neighbours = database.ask(async |it| db::doctor::unpinned_neighbours(it).await);
+            let neighbours =
+                database.query(async |session| db::doctor::unpinned_neighbours(session).await);
             report.note(Check::FunctionSafety, safety(&deployed, neighbours.await))?;
         }
-        Err(unasked) => {
-            let seen = unasked.seen("look at the server's log");
+        Err(error) => {
+            let seen = error.seen("look at the server's log");
             for check in [Check::TriggerCoverage, Check::FunctionDrift, Check::FunctionSafety] {
                 report.note(check, seen.clone())?;
             }
@@ -64,7 +66,7 @@ pub(super) async fn examine(
     }
     let seen = failures(database).await;
     report.note(Check::TriggerFailures, seen)?;
-    match dry_run(patient, database).await {
+    match dry_run(context, database).await {
         Ok((role, tried)) => {
             for (check, table) in DRY_RUNS {
                 let tried = tried.get(table);
@@ -130,7 +132,7 @@ fn drift(deployed: &Deployed) -> Seen {
     }
 }
 
-fn safety(deployed: &Deployed, neighbours: Result<Vec<String>, Unasked>) -> Seen {
+fn safety(deployed: &Deployed, neighbours: Result<Vec<String>, StatementError>) -> Seen {
     let wrong: Vec<_> = deployed
         .drifted()
         .filter(|(_, drift)| matches!(drift, Drift::Security | Drift::Settings))
@@ -151,45 +153,45 @@ fn safety(deployed: &Deployed, neighbours: Result<Vec<String>, Unasked>) -> Seen
             ),
             "as their owner, once their bodies name every schema: ALTER FUNCTION … SET search_path = ''",
         ),
-        Err(unasked) => unasked.seen("look at the server's log"),
+        Err(error) => error.seen("look at the server's log"),
     }
 }
 
 async fn failures(database: &mut Database) -> Seen {
-    match database.ask(async |it| db::doctor::recent_failures(it).await).await {
+    match database.query(async |session| db::doctor::recent_failures(session).await).await {
         Ok(None) => Seen::ok("the triggers have recorded no failure within 24 hours"),
         Ok(Some((count, last))) => Seen::warning(
             format!("{count} failures within 24 hours, the last: {}", said(&last)),
             "SELECT * FROM tidegate.trigger_failures ORDER BY id DESC LIMIT 20",
         ),
-        Err(unasked) => unasked.seen("look at the server's log"),
+        Err(error) => error.seen("look at the server's log"),
     }
 }
 
 /// Tries a change of each table as the role that may, and gives its setting.
 async fn dry_run(
-    patient: &Patient,
+    context: &Context,
     database: &mut Database,
 ) -> Result<(&'static str, BTreeMap<String, Tried>), Seen> {
     if !database.is_migrated {
         return Err(Seen::skipped("the migrations have not run: see role-rights"));
     }
-    let config = &patient.config;
+    let config = &context.config;
     let is_same = config.migrate_url() == config.pool_url();
     let (mut owner, setting) = if is_same {
         (None, "TIDEGATE_DATABASE_URL")
     } else {
         let setting = "TIDEGATE_MIGRATE_DATABASE_URL";
-        (Some(connect(config.migrate_url(), setting).await?.0), setting)
+        (Some(Session::connect(config.migrate_url(), setting).await?.0), setting)
     };
     let session = owner.as_mut().or(database.session.as_mut());
     let Some(session) = session else { return Err(Seen::skipped("there is no session")) };
-    match session.ask(DRY_RUN_TIMEOUT, async |it| db::doctor::dry_run(it).await).await {
+    match session.query(DRY_RUN_TIMEOUT, async |session| db::doctor::dry_run(session).await).await {
         Ok(tried) => Ok((setting, tried.into_iter().map(|it| (it.table.clone(), it)).collect())),
-        Err(Unasked::Closed(why)) => Err(Seen::skipped(format!(
+        Err(StatementError::Closed(why)) => Err(Seen::skipped(format!(
             "the role of {setting} may not try it ({why}): set TIDEGATE_MIGRATE_DATABASE_URL to one that may write"
         ))),
-        Err(unasked) => Err(unasked.seen("look at the server's log")),
+        Err(error) => Err(error.seen("look at the server's log")),
     }
 }
 

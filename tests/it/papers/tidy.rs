@@ -300,13 +300,6 @@ fn a_child_names_its_siblings_and_never_the_face_of_its_room() {
 const FACES: &[&str] = &[
     "src/admin/events.rs",
     "src/admin/revoke.rs",
-    "src/doctor/client.rs",
-    "src/doctor/database.rs",
-    "src/doctor/gateway.rs",
-    "src/doctor/notify.rs",
-    "src/doctor/socket.rs",
-    "src/doctor/symptoms.rs",
-    "src/doctor/triggers.rs",
     "src/http/rest.rs",
     "src/http/visits.rs",
     "src/invalidation/feed.rs",
