@@ -4,19 +4,17 @@ use std::{
     io,
     net::{IpAddr, SocketAddr},
     path::Path,
-    pin::Pin,
     sync::Arc,
-    task::{Context, Poll},
     time::Duration,
 };
 
 use hyper::Uri;
 use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpStream, lookup_host},
     time::timeout,
 };
 use tokio_rustls::{TlsConnector, client::TlsStream, rustls::pki_types::ServerName};
+use tokio_util::either::Either;
 
 use crate::{admin::client::reachable, auth::jwks};
 
@@ -147,7 +145,7 @@ impl Target {
         let stream = reach(&self.host, self.port).await?;
         let own = stream.local_addr().ok();
         if !self.is_tls {
-            return Ok((Stream::Plain(stream), own));
+            return Ok((Either::Left(stream), own));
         }
         let tls = |error: String| ReachError::Tls(self.place(), error);
         let ca_file = ca_file.map(|it| it.to_string_lossy()).unwrap_or_default();
@@ -159,58 +157,15 @@ impl Target {
             .map_err(|error| tls(error.to_string()))?;
         let handshake = TlsConnector::from(Arc::new(config)).connect(name, stream);
         match timeout(CONNECT_TIMEOUT, handshake).await {
-            Ok(Ok(stream)) => Ok((Stream::Tls(Box::new(stream)), own)),
+            Ok(Ok(stream)) => Ok((Either::Right(Box::new(stream)), own)),
             Ok(Err(error)) => Err(tls(error.to_string())),
             Err(_elapsed) => Err(tls("no answer".to_owned())),
         }
     }
 }
 
-/// A stream to where clients connect.
-pub(super) enum Stream {
-    Plain(TcpStream),
-    Tls(Box<TlsStream<TcpStream>>),
-}
-
-impl AsyncRead for Stream {
-    fn poll_read(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buffer: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        match self.get_mut() {
-            Self::Plain(stream) => Pin::new(stream).poll_read(cx, buffer),
-            Self::Tls(stream) => Pin::new(stream).poll_read(cx, buffer),
-        }
-    }
-}
-
-impl AsyncWrite for Stream {
-    fn poll_write(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        match self.get_mut() {
-            Self::Plain(stream) => Pin::new(stream).poll_write(cx, bytes),
-            Self::Tls(stream) => Pin::new(stream).poll_write(cx, bytes),
-        }
-    }
-
-    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match self.get_mut() {
-            Self::Plain(stream) => Pin::new(stream).poll_flush(cx),
-            Self::Tls(stream) => Pin::new(stream).poll_flush(cx),
-        }
-    }
-
-    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match self.get_mut() {
-            Self::Plain(stream) => Pin::new(stream).poll_shutdown(cx),
-            Self::Tls(stream) => Pin::new(stream).poll_shutdown(cx),
-        }
-    }
-}
+/// A stream to where clients connect: plain, or TLS in a box, since it is large.
+pub(super) type Stream = Either<TcpStream, Box<TlsStream<TcpStream>>>;
 
 #[cfg(test)]
 mod tests {
