@@ -34,7 +34,7 @@ use crate::{
 };
 
 /// After so many canaries that did not arrive, the link is not relied on.
-const CANARIES_MISSED: u32 = 3;
+pub(crate) const CANARIES_MISSED: u32 = 3;
 
 /// Largest body of a request: an endpoint or a claim's value, escaped, and its field.
 const BODY_BYTES_MAX: usize = 8 * 1024;

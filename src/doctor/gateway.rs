@@ -15,7 +15,7 @@ use crate::{
         decision::{Action, Asked},
         rule::TopicRules,
     },
-    admin::client::CommandError,
+    admin::{CANARIES_MISSED, client::CommandError},
     auth::{
         authenticator::Verifier,
         jwks,
@@ -29,8 +29,6 @@ use crate::{
 
 /// Most that is read of one answer: the metrics of twenty events, or a thousand live events.
 const ANSWER_BYTES_MAX: usize = 4 << 20;
-/// After so many canaries that did not arrive, the link is not relied on.
-const CANARIES_MISSED: u32 = 3;
 /// The `Date` header has whole seconds.
 const DATE_UNCERTAINTY: f64 = 1.0;
 /// A token that was made so long after now was made by another clock.
