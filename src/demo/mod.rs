@@ -40,6 +40,7 @@ mod example;
 mod live;
 mod pages;
 mod prometheus;
+mod supervisor;
 
 /// The database's name.
 const DATABASE: &str = "demo";

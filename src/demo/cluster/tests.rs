@@ -2,7 +2,12 @@
 
 use std::{future::Future, sync::Arc};
 
-use super::*;
+use tokio::time::Instant;
+
+use super::{
+    super::supervisor::{LOG_INTERVAL, PATIENCE},
+    *,
+};
 
 /// Waits for something that leaves no event behind, such as a directory's end.
 async fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
@@ -115,15 +120,4 @@ async fn a_killed_process_leaves_neither_postgres_nor_files() {
 
 fn tempfile_path() -> PathBuf {
     std::env::temp_dir().join(format!("tidegate-victim-{}", fastrand::u64(..)))
-}
-
-#[test]
-fn the_reason_of_a_failed_start_is_the_line_that_says_why() {
-    let log = "2026-01-01 00:00:00.000 UTC [7] LOG:  starting\n\
-        2026-01-01 00:00:00.001 UTC [7] LOG:  could not bind IPv4 address\n\
-        2026-01-01 00:00:00.002 UTC [7] FATAL:  could not create any TCP/IP sockets\n\
-        2026-01-01 00:00:00.003 UTC [7] LOG:  database system is shut down\n";
-    assert_eq!(reason_in(log), "LOG:  could not bind IPv4 address");
-    assert_eq!(reason_in("postgres: no such option\n"), "postgres: no such option");
-    assert_eq!(reason_in(""), "it has logged nothing");
 }
