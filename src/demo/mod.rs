@@ -28,18 +28,18 @@ use crate::{
 
 use self::{
     activity::Crowd,
+    alerts::Prometheus,
     cluster::{Cluster, ClusterError},
     example::{EVENTS, Example},
     pages::{Pages, PagesError, Site},
-    prometheus::Prometheus,
 };
 
 mod activity;
+mod alerts;
 pub mod cluster;
 mod example;
 mod live;
 mod pages;
-mod prometheus;
 mod supervisor;
 
 /// The database's name.
