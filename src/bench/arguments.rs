@@ -1,4 +1,4 @@
-//! The arguments of `tidegate bench`, and what contradicts what among them.
+//! The arguments of `tidegate bench`, and the contradictions among them.
 
 use clap::{Args, ValueEnum};
 
@@ -70,7 +70,7 @@ pub struct BenchArgs {
     pub(super) json: bool,
 }
 
-/// How messages enter the server.
+/// The way by which messages enter the server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(super) enum Publish {
     Socket,
@@ -122,10 +122,11 @@ impl BenchArgs {
 pub(super) const TOPIC_PREFIX: &str = "realtime:";
 /// Files besides sockets: the runtime's own, the database, `/proc`.
 pub(super) const FILES_BESIDES: usize = 64;
-/// Postgres' own bounds.
+/// Postgres' own bound of a notification.
 const NOTIFY_PAYLOAD_BYTES_MAX: usize = 7_999;
+/// Postgres' own bound of a channel's name.
 const NOTIFY_CHANNEL_BYTES_MAX: usize = 63;
-/// A length in a binary frame is one byte.
+/// A topic's length is one byte in a binary frame.
 const TOPIC_BYTES_MAX: usize = 255;
 
 fn at_least_one(text: &str) -> Result<usize, String> {

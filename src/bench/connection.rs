@@ -1,8 +1,8 @@
-//! One WebSocket of the load: opens, joins, beats, and counts what arrives.
+//! One WebSocket of the load: opens, joins, sends heartbeats, and counts what arrives.
 //!
-//! Ten thousand of these share two cores with the server that they measure: a connection is a
-//! stream, a timer and two empty vectors. It reads through a buffer on the stack, one system call
-//! a wake, and hands frames on where they lie.
+//! Ten thousand connections share two cores with the server that they measure: each is a stream, a
+//! timer and two empty vectors. A connection reads into a buffer on the stack, with one system call
+//! for each wake, and parses frames in place.
 
 use std::{
     future::poll_fn,
@@ -29,17 +29,17 @@ use crate::wire_client::{
     upgrade::upgrade,
 };
 
-/// As realtime-js since 2.11.8.
+/// The interval of realtime-js since 2.11.8.
 const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(25);
-/// Bytes taken by one read, on the stack: some twenty broadcasts.
+/// Most bytes of one read, on the stack: some twenty broadcasts.
 const READ_BYTES: usize = 8 << 10;
-/// Sockets from one loopback address; the kernel has some 28,000 ports for each.
+/// Sockets that share one loopback address; the kernel has some 28,000 ports for each address.
 const SOCKETS_PER_ADDRESS: usize = 20_000;
 
-/// What a connection is for.
+/// The purpose of a connection.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Role {
-    /// Joins as many topics as the load says, the first being its own number modulo topics.
+    /// Joins as many topics as the load says, beginning with its own number modulo topics.
     Viewer { number: usize },
     /// Joins one topic, with `ack`.
     Publisher { topic: usize },
@@ -50,7 +50,7 @@ pub(super) enum Role {
 pub(super) struct Connection {
     stream: TcpStream,
     reader: FrameReader,
-    /// Masked pongs that are to be written.
+    /// Masked pongs that have not been written.
     owed: Vec<u8>,
     beat: Interval,
     load: Arc<Load>,
@@ -66,16 +66,16 @@ pub(super) struct Connection {
 enum Wake {
     Beat,
     Owed,
-    /// The last join was answered.
+    /// The last join has been answered.
     Answered,
     Tick(Instant),
 }
 
 impl Connection {
-    /// Connects, and upgrades to a WebSocket.
+    /// Connects and upgrades to a WebSocket.
     ///
     /// # Errors
-    /// The [`Failure`] of this socket; nothing of it is left.
+    /// The [`Failure`] of this socket, which is closed.
     pub(super) async fn open(load: Arc<Load>, role: Role) -> Result<Self, Failure> {
         let begun = load.tally.now();
         let handshake = timeout(load.deadline, handshake(&load, role)).await;
@@ -95,8 +95,8 @@ impl Connection {
         })
     }
 
-    /// Joins all its topics at once and waits for every answer. Refusals are counted, and so is
-    /// a missing answer; the connection then goes on with the channels that it has.
+    /// Joins all topics of the connection at once and waits for every answer. Refusals and missing
+    /// answers are counted; the connection goes on with the channels that were joined.
     ///
     /// # Errors
     /// The [`Failure`] that ended the connection.
@@ -129,12 +129,12 @@ impl Connection {
         answered
     }
 
-    /// Whether every channel was joined.
+    /// Returns whether every channel was joined.
     pub(super) const fn is_joined(&self) -> bool {
         self.joins_awaited == 0 && self.joins_refused == 0
     }
 
-    /// Receives until the connection ends, and counts that as a failure.
+    /// Receives until the connection ends, and counts its end as a failure.
     pub(super) async fn view(mut self) {
         loop {
             let wake = poll_fn(|cx| self.poll_wake(cx)).await;
@@ -149,14 +149,15 @@ impl Connection {
         }
     }
 
-    /// Receives until the next of `ticks`, and gives the time at which it was due.
+    /// Receives until the next of `ticks`, and returns the time at which that was due.
     ///
     /// # Errors
     /// The [`Failure`] that ended the connection.
     pub(super) async fn next_tick(&mut self, ticks: &mut Interval) -> Result<Instant, Failure> {
         loop {
             let wake = poll_fn(|cx| match self.poll_wake(cx) {
-                // Frames first: who never reads its acknowledgements is a slow consumer.
+                // Frames first: a client that does not read its acknowledgements is a slow
+                // consumer.
                 Poll::Pending => ticks.poll_tick(cx).map(|due| Ok(Wake::Tick(due))),
                 ready @ Poll::Ready(_) => ready,
             });
@@ -167,7 +168,7 @@ impl Connection {
         }
     }
 
-    /// A ref that this connection has not used.
+    /// Returns a ref that this connection has not used.
     pub(super) const fn next_ref(&mut self) -> u64 {
         self.last_ref += 1;
         self.last_ref
@@ -176,7 +177,7 @@ impl Connection {
     /// Writes masked frames.
     ///
     /// # Errors
-    /// [`Failure::Lost`], and [`Failure::WriteDeadline`] when the server does not read.
+    /// [`Failure::Lost`], or [`Failure::WriteDeadline`] if the server does not read.
     pub(super) async fn write(&mut self, bytes: &[u8]) -> Result<(), Failure> {
         timeout(self.load.deadline, self.stream.write_all(bytes))
             .await
@@ -200,14 +201,14 @@ impl Connection {
         }
     }
 
-    /// Receives whatever is there; ready when something must be done besides.
+    /// Receives everything that has arrived; ready when the connection must act besides.
     fn poll_wake(&mut self, cx: &mut Context<'_>) -> Poll<Result<Wake, Failure>> {
         loop {
             let mut space = [const { MaybeUninit::uninit() }; READ_BYTES];
             let mut buffer = ReadBuf::uninit(&mut space);
             let read = Pin::new(&mut self.stream).poll_read(cx, &mut buffer);
             if read.is_pending() {
-                // Timers are asked once a wake, when there is nothing left to read.
+                // The timer is polled once for each wake, when there is nothing left to read.
                 ready!(self.beat.poll_tick(cx));
                 return Poll::Ready(Ok(Wake::Beat));
             }
@@ -289,7 +290,8 @@ impl Connection {
         }
     }
 
-    /// The channel whose join had this ref: the first refs of a connection are its joins'.
+    /// Returns the channel whose join had this ref: the first refs of a connection are those of its
+    /// joins.
     fn joined_by(&self, reference: u64) -> Option<usize> {
         let channel = usize::try_from(reference).ok()?.checked_sub(1)?;
         (channel < self.channel_count()).then_some(channel)
@@ -302,7 +304,7 @@ impl Connection {
         }
     }
 
-    /// The index of a channel's topic.
+    /// Returns the index of a channel's topic.
     fn topic_of(&self, channel: usize) -> usize {
         match self.role {
             Role::Viewer { number } => {
@@ -313,7 +315,7 @@ impl Connection {
     }
 }
 
-/// Connects and upgrades; gives the stream and what followed the answer's head.
+/// Connects and upgrades; returns the stream and the bytes that followed the answer's head.
 async fn handshake(load: &Load, role: Role) -> Result<(TcpStream, Vec<u8>), Failure> {
     let connected = connect(load.target.address, role).await;
     let mut stream = connected.map_err(|error| Failure::Connect(error.kind()))?;

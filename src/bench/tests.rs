@@ -11,7 +11,7 @@ use tokio_tungstenite::{accept_async, tungstenite::Message};
 
 use super::*;
 
-/// More than these runs need.
+/// More open files than these runs need.
 const OPEN_FILES_MAX: u64 = 1_024;
 
 #[derive(Debug, Parser)]
@@ -24,10 +24,10 @@ struct Cli {
 type Sent = (String, Message);
 
 /// A server that does only what a load needs: answers joins and relays broadcasts, but refuses
-/// topics with `refused` in their names, and loses what is sent to those with `lossy`.
+/// topics with `refused` in their names, and loses messages to those with `lossy`.
 struct MiniServer {
     url: String,
-    /// Ends with the server.
+    /// Ends when the server is dropped.
     _tasks: JoinSet<()>,
 }
 
@@ -134,7 +134,7 @@ fn join(topic: String, payload: &Value, joined: &mut Vec<String>) -> Value {
     json!({ "status": "ok", "response": { "postgres_changes": [] } })
 }
 
-/// Runs a bench with `options` and gives its result and its JSON.
+/// Runs a bench with `options` and returns its result and its JSON.
 async fn bench(url: &str, options: &str) -> (Result<(), BenchError>, Value) {
     let fixed = ["bench", "--apikey", "key", "--json", "--url", url];
     let cli = Cli::parse_from(fixed.into_iter().chain(options.split_whitespace()));

@@ -1,6 +1,6 @@
 //! The client's half of a WebSocket handshake: writes the request, reads and checks the answer.
 //!
-//! Invariant: the head of an answer is bounded in bytes; its time is the caller's to bound.
+//! Invariant: the head of an answer is bounded in bytes. The caller bounds the time.
 
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio_tungstenite::tungstenite::handshake::{client::generate_key, derive_accept_key};
