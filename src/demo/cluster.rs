@@ -19,11 +19,11 @@ use super::supervisor::{Supervisor, without_foreign_variables};
 
 pub use super::supervisor::ClusterError;
 
-/// Where ports are chosen: below the range from which kernels take the ports of outgoing
-/// connections, so that none of those takes the port of a stopped cluster before it restarts.
+/// The range of ports: below the range from which kernels take the ports of outgoing connections,
+/// so that no connection takes the port of a stopped cluster before it restarts.
 const PORTS: std::ops::Range<u16> = 20_000..30_000;
 
-/// How many ports are tried: another process may take one between our attempt and Postgres' bind.
+/// Most ports that are tried: another process may take one between our attempt and Postgres' bind.
 const PORT_ATTEMPTS: usize = 20;
 
 /// A running Postgres cluster of its own, with the superuser `postgres` and no password. Dropping
@@ -125,8 +125,9 @@ impl Cluster {
         rows_of(&output.map_err(|source| ClusterError::System { action: "run psql", source })?)
     }
 
-    /// Returns psql for a database of this cluster: no start-up file, stops at the first error, prints rows
-    /// only (`-X -q -At -v ON_ERROR_STOP=1`); its input is empty and its output is piped.
+    /// Returns psql for a database of this cluster: no start-up file, stops at the first error,
+    /// prints rows only (`-X -q -At -v ON_ERROR_STOP=1`); its input is empty and its output is
+    /// piped.
     #[must_use]
     pub fn psql_command(&self, database: &str) -> tokio::process::Command {
         let mut command = Command::new(self.binaries.join("psql"));

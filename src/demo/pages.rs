@@ -1,7 +1,8 @@
-//! What the demo serves on the gateway's public port: the page, its key, the `/live` endpoints.
+//! The demo's routes on the gateway's public port: the page, its key, the `/live` endpoints.
 //!
-//! Invariants: the page's files are read once, at start, and no request names a file; everything
-//! the page needs comes from here, so that it works offline, and its policy forbids the rest.
+//! Invariants: the page's files are read once, at start, and no request names a file; the page
+//! needs nothing from elsewhere, so that it works offline, and its content security policy forbids
+//! anything else.
 
 use std::{
     error::Error,
@@ -33,7 +34,7 @@ const SCRIPT: &str = "text/javascript; charset=utf-8";
 /// The published client, as npm installs it.
 const BUNDLE: &str = "node_modules/@supabase/supabase-js/dist/umd/supabase.js";
 
-/// Only what comes from here, and nothing inline.
+/// Content security policy: only what this port serves, and nothing inline.
 const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; \
     img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 
@@ -45,7 +46,7 @@ pub enum PagesError {
     NoBundle {
         /// The file.
         file: PathBuf,
-        /// Where its `package.json` lies.
+        /// The directory of its `package.json`.
         dir: PathBuf,
     },
     /// One of the page's own files cannot be read.
@@ -53,7 +54,7 @@ pub enum PagesError {
     NoPage {
         /// The file.
         file: PathBuf,
-        /// What the system said.
+        /// The system's error.
         #[source]
         source: io::Error,
     },
@@ -84,7 +85,7 @@ impl Pages {
     }
 }
 
-/// Everything that the demo answers.
+/// Everything that the demo serves.
 #[derive(Debug)]
 pub(super) struct Site {
     pages: Pages,
@@ -108,7 +109,7 @@ impl Site {
         Self { pages, config: config.to_string(), pool }
     }
 
-    /// Answers what memory holds; `Err` names an endpoint for the database.
+    /// Answers requests from memory; `Err` is an endpoint that the database answers.
     fn route(&self, ask: &Ask) -> Result<Answer, Endpoint> {
         if !matches!(*ask.method(), Method::GET | Method::HEAD) {
             let mut answer =

@@ -1,9 +1,9 @@
 //! The `sh` process that owns a throw-away Postgres and its directory.
 //!
-//! Invariants: the supervisor's standard input is a pipe that only this process holds. When the pipe
-//! closes, which the kernel does even after SIGKILL, the supervisor stops Postgres and removes the
-//! directory. Postgres never runs as root. Nothing here is bound to a runtime: each answer is read
-//! from a copy of the pipe's handle.
+//! Invariants: the supervisor's standard input is a pipe that only this process holds. When the
+//! pipe closes, which the kernel does even after SIGKILL, the supervisor stops Postgres and removes
+//! the directory. Postgres never runs as root. Nothing here is bound to a runtime: each answer is
+//! read from a copy of the pipe's handle.
 
 use std::{
     fs,
@@ -23,7 +23,7 @@ use tokio::{
 /// How long initdb, a start with recovery, or a stop may take on a slow and busy machine.
 pub(super) const PATIENCE: Duration = Duration::from_secs(60);
 
-/// How often the log is read while Postgres starts, which takes about 50 ms.
+/// Interval at which the log is read while Postgres starts, which takes about 50 ms.
 pub(super) const LOG_INTERVAL: Duration = Duration::from_millis(5);
 
 /// The line that Postgres logs when clients can connect.
@@ -34,7 +34,7 @@ const ENDED: &str = "database system is shut down";
 
 /// Settings of the server: nothing synced, everything that the gateway can use, little memory.
 /// `synchronous_commit` stays on: without it a commit is in no file for up to 0.6 s, and an
-/// immediate stop loses what a client was told is there.
+/// immediate stop loses what a client was told is committed.
 const SERVER_SETTINGS: [&str; 14] = [
     "-c",
     "listen_addresses=127.0.0.1",
@@ -76,8 +76,8 @@ const FOREIGN_VARIABLES: [&str; 20] = [
     "PGUSER",
 ];
 
-/// The supervisor's script. Its first answer is the directory; then each request line (`start PORT` or
-/// `stop`) gets one line back, `ok …` or `error …`; the end of its input ends everything.
+/// The supervisor's script. Its first answer is the directory; then each request line (`start PORT`
+/// or `stop`) gets one line back, `ok …` or `error …`; the end of its input ends everything.
 ///
 /// Terminal signals and a broken pipe must not end it before it has cleaned up. SIGQUIT is
 /// Postgres' immediate stop, which no slow client can delay. The directory is removed twice because
@@ -125,7 +125,7 @@ pub enum ClusterError {
     /// Neither `PATH` nor the usual directories hold initdb, postgres and psql together.
     #[error("PostgreSQL server binaries not found: apt-get install postgresql")]
     NotInstalled,
-    /// Postgres refuses to run as root, and there is nobody else to run it as.
+    /// Postgres refuses to run as root, and there is no other user to run it as.
     #[error("PostgreSQL does not run as root: add a user named postgres")]
     NoUnprivilegedUser,
     /// The operating system refused an action.
@@ -173,7 +173,8 @@ pub(super) struct Supervisor {
 }
 
 impl Supervisor {
-    /// Starts the supervisor, whose first answer is the directory. `binaries` holds initdb and postgres.
+    /// Starts the supervisor, whose first answer is the directory. `binaries` holds initdb and
+    /// postgres.
     ///
     /// # Errors
     /// [`ClusterError::System`] and [`ClusterError::NoUnprivilegedUser`]; nothing is left behind.
@@ -183,9 +184,10 @@ impl Supervisor {
         without_foreign_variables(&mut command);
         command.args(["-c", SUPERVISOR, "tidegate-cluster"]).arg(binaries).arg(short(&temp));
         command.args(SERVER_SETTINGS).current_dir("/");
-        // A group of its own, so that a terminal's Ctrl-C or a test runner's kill passes it by.
+        // A process group of its own, which a terminal's Ctrl-C or a test runner's kill does not
+        // reach.
         command.process_group(0);
-        // No handle of ours is inherited: a test runner waits for those to be closed.
+        // No handle of ours is inherited: a test runner waits until all copies are closed.
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
         if geteuid().is_root() {
             let user = unprivileged_user().ok_or(ClusterError::NoUnprivilegedUser)?;
