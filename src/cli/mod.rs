@@ -202,7 +202,8 @@ async fn dispatch(command: Command, environment: Environment) -> Result<u8, Fail
                 .map_err(|error| Failure { exit: error.exit_code(), error: Box::new(error) })?;
         }
         Command::Demo(args) => {
-            // An action that the end cuts off is rolled back twice, of which the server gives notice.
+            // An action that the end cuts off is rolled back twice, of which the server gives
+            // notice.
             start_logs("warn,sqlx::postgres::notice=error,tidegate=info", None).map_err(usage)?;
             // Many viewers need many sockets; with fewer the demo works all the same.
             let _ = raise_file_limit();

@@ -14,8 +14,8 @@ pub(super) fn raise_file_limit() -> io::Result<u64> {
     Ok(hard)
 }
 
-/// Tries to raise the limit of open files and returns what holds afterwards: `u64::MAX` if the system
-/// does not report it.
+/// Tries to raise the limit of open files and returns what holds afterwards: `u64::MAX` if the
+/// system does not report it.
 pub(super) fn open_files_max() -> u64 {
     let soft = || getrlimit(Resource::RLIMIT_NOFILE).map(|(soft, _hard)| soft);
     raise_file_limit().or_else(|_refused| soft()).unwrap_or(u64::MAX)

@@ -1,5 +1,5 @@
-//! From the gateway to a page: joins as a client does, through whatever is in front, and waits for
-//! the invalidation of an event that is the doctor's own.
+//! From the gateway to a page: joins as a client does, through the proxy in front if there is one,
+//! and waits for the invalidation of the doctor's own event.
 
 use std::{
     io,
@@ -31,19 +31,19 @@ use crate::{
     },
 };
 
-/// For the answer to an upgrade: a refused one waits up to 1.5 s.
+/// Longest wait for the answer to an upgrade; a refusal is delayed by up to 1.5 s.
 const UPGRADE_TIMEOUT: Duration = Duration::from_secs(5);
-/// Production clients give a join up after this.
+/// A join that takes longer is late; production clients then give it up.
 const JOIN_LATE: Duration = Duration::from_secs(2);
-/// An invalidation that took longer was held back.
+/// An invalidation that took longer has waited in its event's window.
 const WAITED: Duration = Duration::from_secs(1);
-/// For an invalidation, beyond the window in which it may wait.
+/// Longest wait for an invalidation, beyond the window in which it may wait.
 const ARRIVAL_TIMEOUT: Duration = Duration::from_secs(3);
 
 const PROXY_FIX: &str = "have what is in front pass the upgrade on; nginx: proxy_http_version 1.1; \
                          proxy_set_header Upgrade $http_upgrade; proxy_set_header Connection \"upgrade\"";
 
-/// Looks at the way to a page.
+/// Examines the way to a page.
 pub(super) async fn examine(
     context: &Context,
     report: &mut Report<'_>,
@@ -92,7 +92,7 @@ pub(super) async fn examine(
     let unlisted = socket.join(UNLISTED, token).await;
     let is_linked = report.status(Check::GatewayLink) != Status::Failed;
     let window = context.config.topic.iter().filter_map(|rule| Some(rule.merge.as_ref()?.window));
-    // A gateway without a link sends nothing later, either.
+    // A gateway without a link sends nothing after the window, either.
     let window = window.max().filter(|_| is_linked).unwrap_or_default();
     let patience = window + ARRIVAL_TIMEOUT;
     let (end_to_end, unlisted) =
@@ -103,16 +103,16 @@ pub(super) async fn examine(
     report.note(Check::IdleTimeout, seen)
 }
 
-/// What is in front, if it says so: ` by nginx/1.22.1`.
+/// Names the proxy in front if its `Server` header does: ` by nginx/1.22.1`.
 fn by(server: &str) -> String {
     if server.is_empty() { String::new() } else { format!(" by {}", said(server)) }
 }
 
 struct Opened {
     socket: Socket,
-    /// As the `Server` header has it; the gateway sends none.
+    /// The `Server` header of the proxy in front; the gateway sends none.
     server: String,
-    /// The address of this end.
+    /// The local address of the connection.
     own: Option<SocketAddr>,
 }
 
@@ -172,17 +172,17 @@ fn unreached(error: &ReachError, is_public: bool) -> Seen {
     Seen::failed(said(&error.to_string()), fix)
 }
 
-/// What an answer other than a WebSocket means.
+/// Explains an answer that opens no WebSocket.
 fn refused(answer: &Answer, failure: &Failure, target: &Target) -> Seen {
     let server = header(&answer.head, "server").unwrap_or_default();
     let words: Option<Value> = serde_json::from_slice(&answer.rest).ok();
-    let words = words.as_ref().and_then(|it| it["error"].as_str()).map(said);
+    let words = words.as_ref().and_then(|words| words["error"].as_str()).map(said);
     let saw = format!(
         "{}{} answers {}{}",
         target.place(),
         by(&server),
         failure.to_string().replace("handshake: answered ", ""),
-        words.as_deref().map(|it| format!(": {it}")).unwrap_or_default(),
+        words.as_deref().map(|words| format!(": {words}")).unwrap_or_default(),
     );
     let fix = match failure {
         Failure::Refused(401 | 403) => {
@@ -203,7 +203,7 @@ fn refused(answer: &Answer, failure: &Failure, target: &Target) -> Seen {
     Seen::failed(saw, fix)
 }
 
-/// The value of a header in the head of an answer.
+/// Returns the value of a header in the head of an answer.
 fn header(head: &[u8], wanted: &str) -> Option<String> {
     let head = String::from_utf8_lossy(head);
     let mut lines = head.lines().filter_map(|line| line.split_once(':'));
@@ -211,7 +211,7 @@ fn header(head: &[u8], wanted: &str) -> Option<String> {
     Some(value.trim().to_owned())
 }
 
-/// Which address the gateway has seen.
+/// Checks which address the gateway has seen.
 async fn address(
     context: &Context,
     gateway: &Gateway,
@@ -262,7 +262,7 @@ async fn address(
     }
 }
 
-/// What has become of the join, and whether it holds.
+/// Returns the result of the join, and whether the channel is joined.
 fn join(joined: Result<Result<Duration, String>, Failure>) -> (Seen, bool) {
     let topic = topic();
     match joined {
@@ -299,8 +299,8 @@ fn join(joined: Result<Result<Duration, String>, Failure>) -> (Seen, bool) {
     }
 }
 
-/// Invalidates the doctor's event, after a notification that nobody may hear, and waits for it so
-/// long.
+/// Notifies a channel that no rule names, invalidates the doctor's event, and waits as long as
+/// `patience` for the invalidation. Returns the results of `end-to-end` and `unlisted-channel`.
 async fn end_to_end(
     context: &Context,
     database: &mut Database,
@@ -354,7 +354,7 @@ async fn end_to_end(
     let seen = match arrived {
         Ok(Some(payload)) => {
             let merged = if payload["merged"].is_null() { "" } else { ", merged" };
-            // An earlier run has opened it.
+            // An earlier run has opened the window.
             let waited = if took > WAITED { "; it waited for the event's window" } else { "" };
             let took = took.as_secs_f64() * 1e3;
             Seen::ok(format!(
@@ -370,7 +370,7 @@ async fn end_to_end(
     (seen, unlisted)
 }
 
-/// Nothing has arrived: on which side of the gateway was it lost?
+/// Finds out on which side of the gateway the invalidation was lost.
 async fn lost(context: &Context, gateway: &Gateway, left: &str) -> Seen {
     let what =
         format!("an invalidation of {CANARY_EID} was committed and did not reach the client");
@@ -379,9 +379,11 @@ async fn lost(context: &Context, gateway: &Gateway, left: &str) -> Seen {
     }
     let target = format!("/events/{CANARY_EID}/history?minutes=1");
     let answer = context.admin.get(&target, 1 << 20).await;
-    let history: Value =
-        answer.ok().and_then(|it| serde_json::from_slice(it.body()).ok()).unwrap_or_default();
-    let is_sent = history["messages"].as_array().is_some_and(|it| !it.is_empty());
+    let history: Value = answer
+        .ok()
+        .and_then(|answer| serde_json::from_slice(answer.body()).ok())
+        .unwrap_or_default();
+    let is_sent = history["messages"].as_array().is_some_and(|messages| !messages.is_empty());
     if is_sent {
         Seen::failed(
             format!("{what}, though the gateway has sent it{left}"),
@@ -395,7 +397,7 @@ async fn lost(context: &Context, gateway: &Gateway, left: &str) -> Seen {
     }
 }
 
-/// Whether what is in front leaves an idle connection alone.
+/// Checks that an idle connection is not closed by the proxy in front.
 async fn idle(context: &Context, socket: &mut Socket, server: &str) -> Seen {
     if !context.is_public {
         return Seen::skipped("no --url: there is nothing in front to look at");

@@ -1,4 +1,5 @@
-//! What one examination looks at: the settings, the arguments over them, and the token to join with.
+//! What one examination looks at: the settings, the arguments over them, and the token to join
+//! with.
 
 use std::{path::PathBuf, time::Duration};
 

@@ -33,7 +33,7 @@ const QUEUE_FILLING: f64 = 0.1;
 /// Seconds.
 const RETENTION_SLACK: f64 = 3600.0;
 
-/// What is known of the database.
+/// The session with the database, and what the examination has read.
 pub(super) struct Database {
     pub(super) session: Option<Session>,
     pub(super) server: Option<Server>,
@@ -158,7 +158,8 @@ async fn clock(database: &mut Database) -> Seen {
     skew("the database's clock", offset, (answered - asked) / 2.0)
 }
 
-/// Returns the result for a clock that is `offset` seconds ahead of ours, give or take `uncertainty`.
+/// Returns the result of a clock that is `offset` seconds ahead of ours, give or take
+/// `uncertainty`.
 pub(super) fn skew(whose: &str, offset: f64, uncertainty: f64) -> Seen {
     let by = offset.abs() - uncertainty;
     let direction = if offset > 0.0 { "ahead of" } else { "behind" };
@@ -288,7 +289,7 @@ fn queue(server: &Server) -> Seen {
     }
 }
 
-/// Every level will do: NOTIFY is not replication.
+/// Reports the level; every level will do, since NOTIFY is not replication.
 fn wal_level(server: &Server) -> Seen {
     Seen::ok(format!(
         "{}: it does not matter here, NOTIFY and the history need none (`logical` is for \
@@ -327,7 +328,7 @@ mod tests {
         }
     }
 
-    /// A queue of 8 GiB is not filled by a test.
+    /// No test fills a queue of 8 GiB.
     #[test]
     fn a_queue_that_fills_is_named_before_the_triggers_give_up() {
         for (full, status) in

@@ -1,4 +1,4 @@
-//! The gateway: what its operators' address shows, its clock, its keys, and the token to join with.
+//! The gateway: its operators' port, its link, its clock, its keys, and the token to join with.
 
 use std::{error::Error, io, time::Duration};
 
@@ -27,25 +27,25 @@ use crate::{
     protocol::{payload::OPAQUE_KEY_PREFIX, topic::Privacy},
 };
 
-/// Most that is read of one answer: the metrics of twenty events, or a thousand live events.
+/// Most bytes of one answer: the metrics of twenty events, or a thousand live events.
 const ANSWER_BYTES_MAX: usize = 4 << 20;
-/// The `Date` header has whole seconds.
+/// Uncertainty of the `Date` header, which has whole seconds. Seconds.
 const DATE_UNCERTAINTY: f64 = 1.0;
-/// A token that was made so long after now was made by another clock.
+/// A token that was made later than this after now was made by another clock. Seconds.
 const FUTURE_MAX: i64 = 5;
 
-/// What the gateway has shown.
+/// What the operators' port has shown.
 #[derive(Default)]
 pub(super) struct Gateway {
-    /// Whether its operators' address answers us.
+    /// Whether the operators' port answers.
     pub(super) is_open: bool,
     metrics: String,
-    /// The live events, as `/events` has them.
+    /// The live events, as `/events` lists them.
     pub(super) events: Vec<Value>,
 }
 
 impl Gateway {
-    /// The sum of the series of a metric with these labels: `tidegate_connections`. None if there is none.
+    /// Returns the sum of a metric's series with these labels; `None` if there is none.
     pub(super) fn sum(&self, name: &str, labels: &[(&str, &str)]) -> Option<f64> {
         let series = self.series(name);
         let has = |found: &str, (name, value): &(&str, &str)| {
@@ -55,7 +55,7 @@ impl Gateway {
         values.map(|(_, value)| value).reduce(|a, b| a + b)
     }
 
-    /// The labels of a metric's series, as they are written, and its value.
+    /// Returns the labels of each series of a metric, as they are written, and its value.
     pub(super) fn series<'a>(&'a self, name: &str) -> impl Iterator<Item = (&'a str, f64)> {
         let name = name.to_owned();
         self.metrics.lines().filter_map(move |line| {
@@ -65,14 +65,14 @@ impl Gateway {
         })
     }
 
-    /// The value of a label in what [`Self::series`] gives.
+    /// Returns the value of a label in the labels of a series.
     pub(super) fn label<'a>(labels: &'a str, name: &str) -> &'a str {
         let value = labels.split_once(&format!("{name}=\"")).map(|(_, rest)| rest);
-        value.and_then(|it| it.split('"').next()).unwrap_or_default()
+        value.and_then(|rest| rest.split('"').next()).unwrap_or_default()
     }
 }
 
-/// Looks at the gateway.
+/// Examines the gateway.
 pub(super) async fn examine(
     context: &Context,
     report: &mut Report<'_>,
@@ -114,10 +114,11 @@ pub(super) async fn examine(
     Ok(gateway)
 }
 
-/// What the gateway shows, or nothing.
+/// Reads what the gateway shows under `target`; an empty text if it does not answer with 200.
 async fn text(context: &Context, target: &str) -> String {
     let answer = context.admin.get(target, ANSWER_BYTES_MAX).await;
-    let body = answer.ok().filter(|it| it.status() == StatusCode::OK).map(Response::into_body);
+    let body =
+        answer.ok().filter(|answer| answer.status() == StatusCode::OK).map(Response::into_body);
     String::from_utf8_lossy(&body.unwrap_or_default()).into_owned()
 }
 
@@ -133,7 +134,7 @@ fn closed(error: &CommandError) -> Seen {
         | CommandError::Refused { .. }
         | CommandError::OnlyHere { .. } => "set TIDEGATE_ADMIN_LISTEN to the gateway's own address",
     };
-    let why = error.source().map(|it| format!(": {it}")).unwrap_or_default();
+    let why = error.source().map(|source| format!(": {source}")).unwrap_or_default();
     Seen::failed(said(&format!("{error}{why}")), fix)
 }
 
@@ -161,7 +162,7 @@ fn link(context: &Context, gateway: &Gateway, ready: &Value) -> Seen {
         (Some("up"), Some(age)) if age <= patience => {
             Seen::ok(format!("the link is up, and the gateway heard itself {age:.1} s ago"))
         }
-        // It may have started just now.
+        // The gateway may have started just now.
         (Some("up"), None) => Seen::warning(
             "the link is up, and the gateway has not heard itself yet",
             "ask again in 5 s; if it stays so, see listen-arrives",
@@ -194,13 +195,13 @@ fn link(context: &Context, gateway: &Gateway, ready: &Value) -> Seen {
 }
 
 fn clock(answer: &Response<Bytes>, now: f64, database: &Database) -> Seen {
-    let date = answer.headers().get(header::DATE).and_then(|it| seconds_of(it.to_str().ok()?));
+    let date = answer.headers().get(header::DATE).and_then(|date| seconds_of(date.to_str().ok()?));
     let Some(date) = date else { return Seen::skipped("its answers have no Date header") };
-    // The second that the header names has begun.
+    // The second of the header has begun: its middle is the best guess.
     let offset = date + 0.5 - now;
     let seen = skew("the gateway's clock", offset, DATE_UNCERTAINTY);
     match database.clock {
-        // Else the offset is within what the header does not say.
+        // Without a fix the offset is within the header's uncertainty.
         Some(theirs) if seen.fix.is_some() => Seen {
             saw: format!("{}, and {:.1} s off the database's", seen.saw, (offset - theirs).abs()),
             ..seen
@@ -209,24 +210,24 @@ fn clock(answer: &Response<Bytes>, now: f64, database: &Database) -> Seen {
     }
 }
 
-/// Seconds since 1970 of `Sun, 06 Nov 1994 08:49:37 GMT`.
+/// Parses `Sun, 06 Nov 1994 08:49:37 GMT` into seconds since 1970.
 fn seconds_of(date: &str) -> Option<f64> {
     const MONTHS: [&str; 12] =
         ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"];
     let mut parts = date.split(' ').skip(1);
     let (day, month, year, time) = (parts.next()?, parts.next()?, parts.next()?, parts.next()?);
-    let month = MONTHS.iter().position(|it| *it == month)? + 1;
+    let month = MONTHS.iter().position(|name| *name == month)? + 1;
     let time = humantime::parse_rfc3339(&format!("{year}-{month:02}-{day}T{time}Z")).ok()?;
-    time.duration_since(std::time::UNIX_EPOCH).ok().map(|it| it.as_secs_f64())
+    time.duration_since(std::time::UNIX_EPOCH).ok().map(|since| since.as_secs_f64())
 }
 
-/// Whether tokens can be verified, and what with.
+/// Checks that there are keys to verify tokens with.
 async fn keys(context: &Context, metrics: &Metrics) -> (Seen, Option<Verifier>) {
     let config = &context.config;
     let verifier = match Verifier::new(config, metrics) {
         Ok(verifier) => verifier,
         Err(error) => {
-            let why = error.source().map(|it| format!(": {it}")).unwrap_or_default();
+            let why = error.source().map(|source| format!(": {source}")).unwrap_or_default();
             let fix = "correct TIDEGATE_JWKS__FILE, or the file";
             return (Seen::failed(format!("{error}{why}"), fix), None);
         }
@@ -260,9 +261,10 @@ async fn keys(context: &Context, metrics: &Metrics) -> (Seen, Option<Verifier>) 
         })
         .find(|(_, count)| *count > 0);
     let is_short = |it: &&crate::secret::Secret| (1..SECRET_BYTES_MIN).contains(&it.expose().len());
-    let can_verify = secrets.iter().any(|it| !it.is_empty()) || count("file") + count("url") > 0;
+    let can_verify =
+        secrets.iter().any(|secret| !secret.is_empty()) || count("file") + count("url") > 0;
     let seen = if let Err(error) = read {
-        let why = error.source().map(|it| format!(": {it}")).unwrap_or_default();
+        let why = error.source().map(|source| format!(": {source}")).unwrap_or_default();
         Seen::failed(
             format!("jwks.url cannot be read from here: {error}{why}"),
             "correct TIDEGATE_JWKS__URL, or open the way there",
@@ -290,7 +292,7 @@ async fn keys(context: &Context, metrics: &Metrics) -> (Seen, Option<Verifier>) 
     (seen, Some(verifier))
 }
 
-/// What the token is good for.
+/// Checks the token, and whether the topic rules let it read.
 fn token(context: &Context, verifier: &Verifier, text: &str) -> Seen {
     let now = unix_now();
     let token = match verifier.verify(text, now) {

@@ -1,5 +1,5 @@
-//! `tidegate doctor`: examines the whole path, from a write to a page, and reports of each step what
-//! it saw and how to mend it.
+//! `tidegate doctor`: examines the whole path, from a write to a page, and reports of each step
+//! what it saw and how to mend it.
 //!
 //! The [`Check`]s stand in the order of the path: database, triggers, NOTIFY, gateway, client, and
 //! then what people complain of. With `--json` they are an array of
@@ -69,8 +69,8 @@ impl DoctorError {
     }
 }
 
-/// Examines what the settings and arguments name, and writes the report to `out` as it goes. Returns
-/// the worst status of all checks.
+/// Examines what the settings and arguments name, and writes the report to `out` as it goes.
+/// Returns the worst status of all checks.
 ///
 /// # Errors
 /// [`DoctorError`]; what is wrong with the system stands in the report.

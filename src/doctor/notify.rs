@@ -22,16 +22,16 @@ use crate::{
     relay::{canary, ingest::STATS_CHANNEL},
 };
 
-/// For a notification to arrive; the gateway's canary is given no less.
+/// Longest wait for a notification; the gateway's canary is given no less.
 const ARRIVAL_TIMEOUT: Duration = Duration::from_secs(2);
-/// For a session that listens.
+/// Longest wait for a session that listens.
 const LISTEN_TIMEOUT: Duration = Duration::from_secs(5);
-/// Where Supabase's poolers share sessions by transaction.
+/// The port on which Supabase's poolers share sessions by transaction.
 const TRANSACTION_PORT: u16 = 6543;
-/// Names the URL in what is to be mended.
+/// The setting that holds the URL of the listening session.
 const SETTING: &str = "TIDEGATE_NOTIFY_DATABASE_URL";
 
-/// Looks at the way of notifications.
+/// Examines the way of notifications.
 pub(super) async fn examine(
     context: &Context,
     report: &mut Report<'_>,
@@ -58,14 +58,14 @@ pub(super) async fn examine(
     report.note(Check::ListenAllowList, allow_list(context))
 }
 
-/// Listens by one URL and notifies by the other.
+/// Listens by the URL for LISTEN, notifies by the other, and waits for the notification.
 async fn arrives(context: &Context, database: &mut Database) -> Seen {
     let Ok(options) = db::options(context.config.notify_url()) else {
         return Seen::skipped("the URL cannot be read");
     };
     let port = options.get_port();
     let pool = db::single(options, LISTEN_TIMEOUT);
-    // A channel of its own, of the form of the gateways' canaries.
+    // A channel that nobody else uses, of the form of the gateways' canaries.
     let channel = canary::channel(Uuid::new_v4());
     let listen = async {
         let mut listener = PgListener::connect_with(&pool).await?;
@@ -76,8 +76,9 @@ async fn arrives(context: &Context, database: &mut Database) -> Seen {
     let mut listener = match timeout(LISTEN_TIMEOUT, listen).await {
         Ok(Ok(listener)) => listener,
         Ok(Err(error)) => {
-            let words =
-                error.as_database_error().map_or(error.to_string(), |it| it.message().to_owned());
+            let words = error
+                .as_database_error()
+                .map_or(error.to_string(), |refused| refused.message().to_owned());
             return Seen::failed(
                 format!("LISTEN is refused: {}", said(&words)),
                 format!("set {SETTING} to a session of the primary (port 5432)"),
@@ -108,7 +109,7 @@ async fn arrives(context: &Context, database: &mut Database) -> Seen {
         ),
         Err(_elapsed) => deaf(port),
     };
-    // Else it spawns a last UNLISTEN, which nobody needs.
+    // Dropped before the listener, which else spawns a last UNLISTEN that nobody needs.
     drop(pool);
     seen
 }
@@ -128,10 +129,12 @@ fn deaf(port: u16) -> Seen {
     )
 }
 
-/// What the settings have the gateway listen to. Whether more is relayed, `unlisted-channel` sees.
+/// Checks the channels that the settings let the gateway listen to. Whether the gateway relays more
+/// than these is checked by `unlisted-channel`.
 fn allow_list(context: &Context) -> Seen {
     let listened = || context.config.topic.iter().filter(|rule| rule.listen.is_some());
-    let is_open = |rule: &&Rule| rule.pattern.iter().any(|it| it.to_string().contains(":any}"));
+    let is_open =
+        |rule: &&Rule| rule.pattern.iter().any(|pattern| pattern.to_string().contains(":any}"));
     let open: Vec<_> = listened().filter(is_open).map(|rule| &*rule.name).collect();
     if !open.is_empty() {
         return Seen::warning(

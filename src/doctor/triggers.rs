@@ -1,5 +1,5 @@
-//! What writes set off: whether the triggers are there, run as they should, and what they say when
-//! something is really changed, in a transaction that rolls back.
+//! Triggers: whether they exist and run as they should, and what they notify of a change that is
+//! tried in a transaction and rolled back.
 
 use std::{collections::BTreeMap, io, time::Duration};
 
@@ -15,7 +15,7 @@ use crate::db::{
     doctor::{Outcome, Tried},
 };
 
-/// For all tables together; each statement of the server's ends earlier.
+/// Longest wait for the dry run of all tables together; the server ends each statement earlier.
 const DRY_RUN_TIMEOUT: Duration = Duration::from_secs(6);
 const MIGRATE: &str = "run `tidegate migrate` with TIDEGATE_MIGRATE_DATABASE_URL";
 
@@ -32,7 +32,7 @@ const DRY_RUNS: [(Check, &str); 9] = [
     (Check::DryRunEvents, "events"),
 ];
 
-/// Looks at the triggers.
+/// Examines the triggers.
 pub(super) async fn examine(
     context: &Context,
     report: &mut Report<'_>,
@@ -70,7 +70,8 @@ pub(super) async fn examine(
         Ok((role, tried)) => {
             for (check, table) in DRY_RUNS {
                 let tried = tried.get(table);
-                let seen = tried.map_or(Seen::skipped("it was not tried"), |it| told(it, role));
+                let seen =
+                    tried.map_or(Seen::skipped("it was not tried"), |tried| told(tried, role));
                 report.note(check, seen)?;
             }
             Ok(())
@@ -80,7 +81,7 @@ pub(super) async fn examine(
 }
 
 fn coverage(deployed: &Deployed) -> Seen {
-    let tables: Vec<_> = deployed.tables.iter().map(|it| it.name).collect();
+    let tables: Vec<_> = deployed.tables.iter().map(|table| table.name).collect();
     let missing: Vec<_> = deployed
         .missing_triggers()
         .map(|(table, operation)| format!("{table} {}", operation.kind()))
@@ -168,7 +169,8 @@ async fn failures(database: &mut Database) -> Seen {
     }
 }
 
-/// Tries a change of each table as the role that may, and gives its setting.
+/// Tries a change of each table as the role that may write. Returns the setting of that role, and
+/// the outcome for each table.
 async fn dry_run(
     context: &Context,
     database: &mut Database,
@@ -187,7 +189,9 @@ async fn dry_run(
     let session = owner.as_mut().or(database.session.as_mut());
     let Some(session) = session else { return Err(Seen::skipped("there is no session")) };
     match session.query(DRY_RUN_TIMEOUT, async |session| db::doctor::dry_run(session).await).await {
-        Ok(tried) => Ok((setting, tried.into_iter().map(|it| (it.table.clone(), it)).collect())),
+        Ok(tried) => {
+            Ok((setting, tried.into_iter().map(|tried| (tried.table.clone(), tried)).collect()))
+        }
         Err(StatementError::Closed(why)) => Err(Seen::skipped(format!(
             "the role of {setting} may not try it ({why}): set TIDEGATE_MIGRATE_DATABASE_URL to one that may write"
         ))),
@@ -195,7 +199,7 @@ async fn dry_run(
     }
 }
 
-/// What a change that was tried has told.
+/// Returns the result of the change that was tried, by what it has notified.
 fn told(tried: &Tried, setting: &str) -> Seen {
     let Tried { table, outcome, operation, told, message } = tried;
     let operation = operation.as_deref().unwrap_or("change");
@@ -204,18 +208,21 @@ fn told(tried: &Tried, setting: &str) -> Seen {
         Outcome::Told => {
             let words: Vec<_> = told
                 .iter()
-                .map(|it| {
-                    let kind = it.kind.as_deref().unwrap_or("message");
-                    format!("{kind} of {} for {}", it.eid, it.endpoints.join(" "))
+                .map(|message| {
+                    let kind = message.kind.as_deref().unwrap_or("message");
+                    format!("{kind} of {} for {}", message.eid, message.endpoints.join(" "))
                 })
                 .collect();
             let saw = format!("{operation} would tell {}", said(&words.join(", ")));
             let is_of = |endpoint: &String, eid: &str| {
                 let rest =
-                    endpoint.strip_prefix("/live/event/").and_then(|it| it.strip_prefix(eid));
-                rest.is_some_and(|it| it.is_empty() || it.starts_with(['/', '-']))
+                    endpoint.strip_prefix("/live/event/").and_then(|rest| rest.strip_prefix(eid));
+                rest.is_some_and(|rest| rest.is_empty() || rest.starts_with(['/', '-']))
             };
-            if !told.iter().all(|it| it.endpoints.iter().all(|endpoint| is_of(endpoint, &it.eid))) {
+            let mut endpoints = told.iter().flat_map(|message| {
+                message.endpoints.iter().map(|endpoint| (endpoint, &*message.eid))
+            });
+            if !endpoints.all(|(endpoint, eid)| is_of(endpoint, eid)) {
                 Seen::failed(format!("{saw}: endpoints of another event"), MIGRATE)
             } else if message.is_empty() {
                 Seen::ok(saw)
