@@ -1,30 +1,30 @@
-//! A secret of the settings: shown to nobody, compared in constant time.
+//! Secrets of the settings: never printed, compared in constant time.
 
 use std::fmt;
 
 use subtle::ConstantTimeEq;
 
-/// A secret of the settings; its `Debug` hides it.
+/// A secret of the settings. Its `Debug` is `<hidden>`.
 #[derive(Clone, PartialEq, Eq, Default, serde::Deserialize)]
 #[serde(transparent)]
 pub struct Secret(String);
 
 impl Secret {
-    /// Whether it was not set.
+    /// Returns whether the secret is not set.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// Whether `text` is the secret. Takes as long for every secret and every text of one length;
-    /// an unset secret is nothing.
+    /// Returns whether `text` is the secret; false for a secret that is not set. The time depends on
+    /// the length of `text` alone.
     #[must_use]
     pub fn is(&self, text: &str) -> bool {
         let (given, wanted) = (text.as_bytes(), self.0.as_bytes());
         if wanted.is_empty() {
             return false;
         }
-        // Over and over, so that a text of another length tells nothing about the secret's.
+        // The secret is repeated, so that the time tells nothing about its length.
         let repeated = wanted.iter().cycle();
         let same = given
             .iter()
@@ -33,7 +33,7 @@ impl Secret {
         same.into()
     }
 
-    /// The secret itself, for the one place that needs it.
+    /// The secret itself.
     #[must_use]
     pub fn expose(&self) -> &str {
         &self.0

@@ -1,64 +1,78 @@
-//! Who may do what: one pure function, [`TopicRules::decide`], decides each read and each write.
+//! The one function that decides who may do what: [`Rules::decide_found`].
 //!
-//! Joins, broadcasts, REST, changed tokens, reloads, healing and `tidegate config --explain` all
-//! ask it, and `protocol/authorization.json` is its table. What it answers is a [`Decision`]: the
-//! verdict, and the rule, grant or fault that made it. A token's faults are part of the question,
-//! so that there is no other place where a token could be overlooked.
+//! It is pure, and `protocol/authorization.json` is its table. A token's faults are part of the
+//! [`AccessRequest`], so that no caller can overlook one. The result is a [`Decision`]: the verdict,
+//! and the rule, grant or fault that led to it.
 
 use std::{fmt, sync::Arc};
 
-use super::rule::{Captures, Denied, Found, Grant, Rule, TopicRules};
-use super::settings::Topics;
+use super::{
+    grant::Grant,
+    pattern::Captures,
+    rule::{Denied, Rule},
+    rules::{Found, Rules},
+    settings::Topics,
+};
 use crate::{
-    auth::jwt::{Claims, TokenError},
+    auth::{Claims, TokenError},
     protocol::{
         error_code::{ErrorCode, Refusal},
         topic::Privacy,
     },
+    telemetry::audit::Decided,
 };
 
-/// What somebody wants to do with a topic.
+/// What a client wants to do with a topic.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Action {
-    /// To receive its broadcasts.
+    /// Receive its broadcasts.
     Read,
-    /// To broadcast to it.
+    /// Broadcast to it.
     Write,
 }
 
-/// A question.
+/// A request for a decision.
 #[derive(Debug, Clone, Copy)]
-pub struct Asked<'a> {
-    /// What for.
+pub struct AccessRequest<'a> {
+    /// What the client wants to do.
     pub action: Action,
     /// The topic without `realtime:`.
     pub sub_topic: &'a str,
-    /// As the client asks; topics with a rule ignore it.
+    /// The privacy that the client asks for; ignored on topics with a rule.
     pub privacy: Privacy,
-    /// What the token says, or why it says nothing.
+    /// The claims of the token, or its fault.
     pub token: Result<&'a Claims, &'a TokenError>,
-    /// On a topic with a rule, these claims count where the token has ended: an error or a close
-    /// would end production clients for good, and what viewers who are signed out may read, those
-    /// whose session has just ended may, too. None where a token that has ended is an error.
+    /// The claims that count on a topic with a rule once the token has ended. An error or a close
+    /// would end production clients for good, and a viewer whose session has just ended may read
+    /// what viewers who are signed out may read. `None` where a token that has ended is an error.
     pub fallback: Option<&'a Claims>,
 }
 
-/// The answer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// The answer to a request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, strum::IntoStaticStr)]
+#[strum(serialize_all = "snake_case")]
 pub enum Verdict {
-    /// Yes.
+    /// The action is allowed.
     Allowed,
-    /// Not with these claims: the channel is open and silent until others come.
+    /// These claims do not suffice: the channel is open and silent until others arrive.
     Withheld,
-    /// Postgres' policies on `realtime.messages` decide.
+    /// The RLS policies on `realtime.messages` decide.
     Policies,
-    /// No.
+    /// The action is refused.
     Refused,
 }
 
-/// What made the answer.
+impl Verdict {
+    /// The verdict's name in tables, in logs and in the audit log.
+    #[must_use]
+    pub fn label(self) -> &'static str {
+        self.into()
+    }
+}
+
+/// What led to a verdict.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Because {
+pub enum Reason {
     /// This grant of the rule holds, counted from 1.
     Grant(usize),
     /// No grant of the rule holds.
@@ -67,87 +81,94 @@ pub enum Because {
     NoRule,
     /// A private channel of an ordinary topic.
     Private,
-    /// It begins like a rule's pattern and does not match it.
+    /// The topic begins like a rule's pattern and does not match it.
     Lookalike,
     /// Topics without a rule are not served.
     NotServed,
-    /// Only private channels of topics without a rule are served.
+    /// Of topics without a rule only private channels are served.
     PrivateOnly,
-    /// The token.
+    /// The token has this fault.
     Token(TokenError),
 }
 
-/// The answer, and what made it.
+/// The answer to a request, and what led to it.
 #[derive(Debug, Clone)]
 pub struct Decision {
     /// The answer.
     pub verdict: Verdict,
-    /// What made it.
-    pub because: Because,
-    /// The rule that decided, with what its pattern captured.
-    pub rule: Option<(Arc<Rule>, Captures)>,
-    /// Whether the token has ended and the fallback's claims were asked.
+    /// What led to it.
+    pub reason: Reason,
+    /// The rule that decided, and what its pattern captured.
+    pub rule: Option<(Arc<Rule>, Arc<Captures>)>,
+    /// Whether the token has ended and the fallback's claims counted instead.
     pub fell_back: bool,
 }
 
-impl TopicRules {
-    /// Decides. Nothing else in this program does.
+impl Rules {
+    /// Finds the topic's rule and decides.
     #[must_use]
-    pub fn decide(&self, asked: &Asked<'_>) -> Decision {
-        let found = self.find(asked.sub_topic);
+    pub fn decide(&self, request: &AccessRequest<'_>) -> Decision {
+        self.decide_found(&self.find(request.sub_topic), request)
+    }
+
+    /// Decides about a topic whose rule is known: `found` is the result of [`Self::find`] for
+    /// `request.sub_topic`. No other code decides.
+    #[must_use]
+    pub fn decide_found(&self, found: &Found, request: &AccessRequest<'_>) -> Decision {
         let has_rule = matches!(found, Found::Rule(..));
-        let (claims, fell_back) = match (asked.token, asked.fallback) {
+        let (claims, fell_back) = match (request.token, request.fallback) {
             (Err(error), Some(fallback)) if has_rule && error.is_end() => (Ok(fallback), true),
             (claims, _) => (claims, false),
         };
-        let (verdict, because) = match (claims, &found) {
-            (Err(error), _) => (Verdict::Refused, Because::Token(error.clone())),
+        let (verdict, reason) = match (claims, found) {
+            (Err(error), _) => (Verdict::Refused, Reason::Token(error.clone())),
             (Ok(claims), Found::Rule(rule, captures)) => {
-                by_rule(rule, captures, asked.action, claims)
+                by_rule(rule, captures, request.action, claims)
             }
-            (Ok(_), Found::Lookalike) => (Verdict::Refused, Because::Lookalike),
-            (Ok(_), Found::Other) => self.without_rule(asked.privacy),
+            (Ok(_), Found::Lookalike) => (Verdict::Refused, Reason::Lookalike),
+            (Ok(_), Found::Other) => self.without_rule(request.privacy),
         };
         let rule = match found {
-            Found::Rule(rule, captures) => Some((rule, captures)),
+            Found::Rule(rule, captures) => Some((Arc::clone(rule), Arc::clone(captures))),
             Found::Lookalike | Found::Other => None,
         };
-        Decision { verdict, because, rule, fell_back }
+        Decision { verdict, reason, rule, fell_back }
     }
 
-    fn without_rule(&self, privacy: Privacy) -> (Verdict, Because) {
+    fn without_rule(&self, privacy: Privacy) -> (Verdict, Reason) {
         match (privacy, self.topics()) {
-            (_, Topics { allow_other: false, .. }) => (Verdict::Refused, Because::NotServed),
-            (Privacy::Private, _) => (Verdict::Policies, Because::Private),
+            (_, Topics { allow_other: false, .. }) => (Verdict::Refused, Reason::NotServed),
+            (Privacy::Private, _) => (Verdict::Policies, Reason::Private),
             (Privacy::Public, Topics { private_only: true, .. }) => {
-                (Verdict::Refused, Because::PrivateOnly)
+                (Verdict::Refused, Reason::PrivateOnly)
             }
-            (Privacy::Public, _) => (Verdict::Allowed, Because::NoRule),
+            (Privacy::Public, _) => (Verdict::Allowed, Reason::NoRule),
         }
     }
 }
 
-fn by_rule(
-    rule: &Rule,
-    captures: &Captures,
-    action: Action,
-    claims: &Claims,
-) -> (Verdict, Because) {
+fn by_rule(rule: &Rule, captures: &Captures, action: Action, claims: &Claims) -> (Verdict, Reason) {
     let grants: &[Grant] = match action {
         Action::Read => &rule.read,
         Action::Write => &rule.write,
     };
     match grants.iter().position(|grant| grant.holds(captures, claims)) {
-        Some(number) => (Verdict::Allowed, Because::Grant(number + 1)),
+        Some(number) => (Verdict::Allowed, Reason::Grant(number + 1)),
         None if action == Action::Read && rule.denied == Denied::Withhold => {
-            (Verdict::Withheld, Because::NoGrant)
+            (Verdict::Withheld, Reason::NoGrant)
         }
-        None => (Verdict::Refused, Because::NoGrant),
+        None => (Verdict::Refused, Reason::NoGrant),
     }
 }
 
 impl Decision {
-    /// Whether the answer is yes.
+    /// Returns the decision as the audit log records it.
+    pub(crate) fn decided(&self) -> Decided<'_> {
+        let (result, rule) = (self.verdict.label(), self.rule_name());
+        Decided { result, rule, because: &self.reason }
+    }
+
+    /// Whether the action is allowed.
     #[must_use]
     pub fn is_allowed(&self) -> bool {
         self.verdict == Verdict::Allowed
@@ -159,37 +180,24 @@ impl Decision {
         self.rule.as_ref().map(|(rule, _)| &*rule.name)
     }
 
-    /// What a client is told whose join is refused: whether a topic is forbidden or unknown, the
-    /// same.
+    /// Returns the refusal that the client of a refused join gets: the same for a forbidden topic
+    /// and an unknown one.
     #[must_use]
     pub fn refusal(&self, sub_topic: &str) -> Refusal {
-        match &self.because {
-            Because::Token(error) => error.refuse(),
-            Because::PrivateOnly => Refusal::new(ErrorCode::PrivateOnly),
-            Because::Grant(_)
-            | Because::NoGrant
-            | Because::NoRule
-            | Because::Private
-            | Because::Lookalike
-            | Because::NotServed => Refusal::unauthorized(sub_topic),
+        match &self.reason {
+            Reason::Token(error) => error.refuse(),
+            Reason::PrivateOnly => Refusal::new(ErrorCode::PrivateOnly),
+            Reason::Grant(_)
+            | Reason::NoGrant
+            | Reason::NoRule
+            | Reason::Private
+            | Reason::Lookalike
+            | Reason::NotServed => Refusal::unauthorized(sub_topic),
         }
     }
 }
 
-impl Verdict {
-    /// The word for it in tables and logs.
-    #[must_use]
-    pub fn kind(self) -> &'static str {
-        match self {
-            Self::Allowed => "allowed",
-            Self::Withheld => "withheld",
-            Self::Policies => "policies",
-            Self::Refused => "refused",
-        }
-    }
-}
-
-impl fmt::Display for Because {
+impl fmt::Display for Reason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Grant(number) => write!(f, "grant {number}"),
@@ -199,14 +207,14 @@ impl fmt::Display for Because {
             Self::Lookalike => f.write_str("looks like a rule's topic"),
             Self::NotServed => f.write_str("topics without a rule are not served"),
             Self::PrivateOnly => f.write_str("private channels only"),
-            Self::Token(error) => f.write_str(error.kind()),
+            Self::Token(error) => f.write_str(error.label()),
         }
     }
 }
 
-/// `allowed: grant 1`, as in `protocol/authorization.json`.
+/// Writes `allowed: grant 1`, as in `protocol/authorization.json`.
 impl fmt::Display for Decision {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {}", self.verdict.kind(), self.because)
+        write!(f, "{}: {}", self.verdict.label(), self.reason)
     }
 }

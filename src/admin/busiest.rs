@@ -11,11 +11,8 @@ use std::{
     collections::{BinaryHeap, HashMap, HashSet},
 };
 
-use crate::{
-    access::rule::NOTIFY_CHANNEL_BYTES_MAX,
-    invalidation::Tally,
-    metrics::{Metrics, OTHER_EVENTS},
-};
+use super::metrics::{Metrics, OTHER_EVENTS};
+use crate::{access::NOTIFY_CHANNEL_BYTES_MAX, invalidation::Tally};
 
 /// Who has a place.
 #[derive(Debug, Default)]
@@ -121,12 +118,20 @@ mod tests {
     use std::collections::BTreeMap;
 
     use super::*;
+    use crate::telemetry::metrics::Registry;
 
     /// One gateway's events, and what is shown of them.
-    #[derive(Default)]
     struct Scene {
+        registry: Registry,
         metrics: Metrics,
         busiest: Busiest,
+    }
+
+    impl Default for Scene {
+        fn default() -> Self {
+            let registry = Registry::new();
+            Self { metrics: Metrics::new(&registry), registry, busiest: Busiest::default() }
+        }
     }
 
     fn known(viewers: usize, notifications: u64) -> Row {
@@ -147,7 +152,7 @@ mod tests {
         }
 
         fn series(&self, metric: &str) -> BTreeMap<String, f64> {
-            let text = String::from_utf8(self.metrics.render()).unwrap();
+            let text = String::from_utf8(self.registry.render()).unwrap();
             let name = format!("tidegate_{metric}{{eid=\"");
             let series = text.lines().filter_map(|line| line.strip_prefix(&*name));
             let series = series.map(|it| it.split_once("\"} ").unwrap());

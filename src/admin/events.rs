@@ -22,15 +22,14 @@ use tokio::{
     time::{Instant, timeout},
 };
 
-use super::{Refused, body, fields};
+use super::{body::body, shared::Shared};
 use crate::{
-    db,
-    http::{Answer, Ask, content, object},
+    db::history,
+    http::{Refused, Request, Response, content, fields, object},
     invalidation::{
-        self, Cause, Count, ENDPOINT_BYTES_MAX, Endpoints, Event, Heard, MINUTE, Method, Sent,
-        Summary, Told,
+        CatchUpCause, Coverage, Delivery, ENDPOINT_BYTES_MAX, Endpoints, Feed, Heard, MINUTE,
+        Notice, NoticeCount, Summary,
     },
-    server::Services,
 };
 
 /// Events of one answer, at most and unless asked otherwise.
@@ -47,7 +46,7 @@ const MUTE_MAX: Duration = Duration::from_secs(24 * 3600);
 /// Events, or entries of a history, between two yields.
 const ROWS_PER_YIELD: usize = 128;
 
-/// `GET /events?limit=`: the live events, those with the most viewers first.
+/// Answers `GET /events?limit=`: the live events, those with the most viewers first.
 ///
 /// `{"live":1,"events":[{"eid":"AB3028","rule":"cache","viewers":12,"last_notification":"…","last_delivery":"…",
 /// "merged":4,"pending":0,"endpoints":9,"catch_ups":31,"heals":0,"coverage":{"since":"…","seconds":61.5},
@@ -55,18 +54,18 @@ const ROWS_PER_YIELD: usize = 128;
 ///
 /// # Errors
 /// [`Refused`] for a bad parameter.
-pub(super) async fn list(services: &Services, ask: &Ask) -> Result<Answer, Refused> {
-    let mut parameters = parameters(ask, &["limit"])?;
+pub(super) async fn list(shared: &Shared, request: &Request) -> Result<Response, Refused> {
+    let mut parameters = parameters(request, &["limit"])?;
     let limit = number(&mut parameters, "limit", EVENTS, 1..=EVENTS_MAX)?;
-    let mut live = look(services).await;
-    live.retain(|it| it.is_live);
-    live.sort_by(|a, b| b.viewers.cmp(&a.viewers).then_with(|| a.event.eid().cmp(b.event.eid())));
+    let mut live = look(shared).await;
+    live.retain(|event| event.is_live);
+    live.sort_by(|a, b| b.viewers.cmp(&a.viewers).then_with(|| a.feed.eid().cmp(b.feed.eid())));
     let count = live.len();
-    let rows = rows(live.iter().take(limit), |seen| seen.row(services)).await;
+    let rows = rows(live.iter().take(limit), |event| event.row(shared)).await;
     Ok(json_text(format!("{{\"live\":{count},\"events\":{rows}}}")))
 }
 
-/// `GET /events/{eid}/history?minutes=&limit=`: what this gateway has sent, the newest first.
+/// Answers `GET /events/{eid}/history?minutes=&limit=`: what this gateway has sent, the newest first.
 ///
 /// `{"eid":"AB3028","messages":[{"rule":"cache","at":"…","why":"window","cause":null,"endpoints":["…"],
 /// "endpoint_count":1,"merged":2,"from":[{"id":7,"type":"vote_cast"}],"deliveries":12,"repeats":0}],
@@ -74,12 +73,16 @@ pub(super) async fn list(services: &Services, ask: &Ask) -> Result<Answer, Refus
 ///
 /// # Errors
 /// [`Refused`] for a bad parameter, or an event that is not known here.
-pub(super) async fn history(services: &Services, ask: &Ask, eid: &str) -> Result<Answer, Refused> {
-    let mut parameters = parameters(ask, &["minutes", "limit"])?;
+pub(super) async fn history(
+    shared: &Shared,
+    request: &Request,
+    eid: &str,
+) -> Result<Response, Refused> {
+    let mut parameters = parameters(request, &["minutes", "limit"])?;
     let minutes = number(&mut parameters, "minutes", MINUTES, 1..=MINUTES_MAX)?;
     let limit = number(&mut parameters, "limit", ENTRIES, 1..=ENTRIES_MAX)?;
-    let eid = event_id(services, eid)?;
-    let events = services.events.named(&eid);
+    let eid = event_id(shared, eid)?;
+    let events = shared.feeds.named(&eid);
     if events.is_empty() {
         let text = "this gateway does not know the event: nobody has joined it for a day";
         return Err(Refused(StatusCode::NOT_FOUND, text.into()));
@@ -90,7 +93,7 @@ pub(super) async fn history(services: &Services, ask: &Ask, eid: &str) -> Result
         let log = event.log().into_iter().filter(|sent| sent.at >= since);
         messages.extend(log.map(|sent| (event, sent)));
         // A minute counts as long as it reaches into the time asked for.
-        let told = event.told().into_iter().filter(|count| count.minute + MINUTE > since);
+        let told = event.notices().into_iter().filter(|count| count.minute + MINUTE > since);
         single_clients.extend(told.map(|count| (event, count)));
     }
     messages.sort_by_key(|(_, sent)| std::cmp::Reverse(sent.at));
@@ -104,25 +107,25 @@ pub(super) async fn history(services: &Services, ask: &Ask, eid: &str) -> Result
     )))
 }
 
-/// `POST /events/{eid}/invalidate`, with `{"endpoint":"/live/…"}` or without a body: through the
+/// Answers `POST /events/{eid}/invalidate`, with `{"endpoint":"/live/…"}` or without a body: through the
 /// database, which reaches every gateway and the history, else to the viewers of this one.
 ///
 /// # Errors
 /// [`Refused`] for what is not an event's id or not an endpoint, or if there is no room for the
 /// event.
 pub(super) async fn invalidate(
-    services: &Services,
-    ask: Ask,
+    shared: &Shared,
+    request: Request,
     eid: &str,
-) -> Result<Answer, Refused> {
-    parameters(&ask, &[])?;
-    let eid = event_id(services, eid)?;
-    let endpoint = endpoint(services, ask).await?;
-    let failure = match through_database(services, &eid, endpoint.as_deref()).await {
+) -> Result<Response, Refused> {
+    parameters(&request, &[])?;
+    let eid = event_id(shared, eid)?;
+    let endpoint = endpoint(shared, request).await?;
+    let failure = match through_database(shared, &eid, endpoint.as_deref()).await {
         Some(Ok(())) => {
             tracing::info!(eid, endpoint, "an operator has invalidated through the database");
             let what = endpoint.as_deref().unwrap_or("the event and its media");
-            let muted_for = muted_for(&services.events.named(&eid));
+            let muted_for = muted_for(&shared.feeds.named(&eid));
             return Ok(accepted(&json!({
                 "eid": eid, "endpoint": endpoint, "via": "database", "error": null,
                 "muted_for": muted_for,
@@ -132,12 +135,12 @@ pub(super) async fn invalidate(
         Some(Err(failure)) => Some(failure),
         None => None,
     };
-    let events = known_or_new(services, &eid)?;
+    let events = known_or_new(shared, &eid)?;
     let missed = endpoint.as_deref().map(|it| Endpoints::from([it.into()]));
     let mut viewers = 0;
     for event in &events {
-        viewers += viewer_count(services, event);
-        invalidation::offer_gap(services, event, Cause::Operator, missed.as_ref(), Instant::now());
+        viewers += viewer_count(shared, event);
+        shared.feeds.offer_gap(event, CatchUpCause::Operator, missed.as_ref(), Instant::now());
     }
     tracing::info!(eid, endpoint, viewers, "an operator has invalidated for this gateway");
     let what = endpoint.as_deref().unwrap_or("everything of the event");
@@ -152,23 +155,24 @@ pub(super) async fn invalidate(
     })))
 }
 
-/// `POST /events/{eid}/mute?for=10m`: holds back and unites what the event is sent; `0s` ends it.
+/// Answers `POST /events/{eid}/mute?for=10m`: holds back and unites what the event is sent; `0s`
+/// ends it.
 ///
 /// # Errors
 /// [`Refused`] for what is not an event's id or not a duration, or if there is no room for the
 /// event.
-pub(super) fn mute(services: &Services, ask: &Ask, eid: &str) -> Result<Answer, Refused> {
-    let mut parameters = parameters(ask, &["for"])?;
-    let eid = event_id(services, eid)?;
+pub(super) fn mute(shared: &Shared, request: &Request, eid: &str) -> Result<Response, Refused> {
+    let mut parameters = parameters(request, &["for"])?;
+    let eid = event_id(shared, eid)?;
     let length = parameters
         .remove("for")
         .and_then(|text| humantime::parse_duration(&text).ok())
         .filter(|length| *length <= MUTE_MAX)
         .ok_or(Refused::bad("for: expected a duration from 0s to 24h, such as 10m"))?;
     let until = (!length.is_zero()).then(|| Instant::now() + length);
-    let events = known_or_new(services, &eid)?;
+    let events = known_or_new(shared, &eid)?;
     for event in &events {
-        services.events.mute(event, until);
+        shared.feeds.mute(event, until);
     }
     tracing::info!(eid, seconds = length.as_secs(), "an operator has muted the event");
     let message = match until {
@@ -182,51 +186,51 @@ pub(super) fn mute(services: &Services, ask: &Ask, eid: &str) -> Result<Answer, 
     Ok(object(StatusCode::OK, &answer))
 }
 
-/// An event, and what there is to see of it.
-pub(super) struct Seen {
-    pub(super) event: Arc<Event>,
+/// An event as operators see it.
+pub(super) struct Overview {
+    pub(super) feed: Arc<Feed>,
     pub(super) summary: Summary,
     pub(super) viewers: usize,
-    /// It has viewers, a LISTEN, something to send or a mute.
+    /// Whether it has viewers, a LISTEN, something to send or a mute.
     pub(super) is_live: bool,
-    /// Its viewers have joined a topic that nobody writes to, as far as is known: nothing was ever
-    /// published for it and the database, if there is one and it was asked, knows nothing of it.
+    /// Whether its viewers have joined a topic that nobody writes to, as far as is known: nothing was
+    /// ever published for it and the database, if there is one and it was asked, does not know it.
     pub(super) is_in_vain: bool,
 }
 
-/// All events that are remembered.
-pub(super) async fn look(services: &Services) -> Vec<Seen> {
-    let events = services.events.all();
-    let mut seen = Vec::with_capacity(events.len());
-    for (number, event) in events.into_iter().enumerate() {
-        seen.push(Seen::of(services, event));
+/// Returns every event that is remembered.
+pub(super) async fn look(shared: &Shared) -> Vec<Overview> {
+    let feeds = shared.feeds.all();
+    let mut events = Vec::with_capacity(feeds.len());
+    for (number, feed) in feeds.into_iter().enumerate() {
+        events.push(Overview::of(shared, feed));
         if number % ROWS_PER_YIELD == ROWS_PER_YIELD - 1 {
             yield_now().await;
         }
     }
-    seen
+    events
 }
 
-impl Seen {
-    fn of(services: &Services, event: Arc<Event>) -> Self {
-        let (summary, viewers) = (event.summary(), viewer_count(services, &event));
-        let is_listened = services.listens.is_active(event.channel());
+impl Overview {
+    fn of(shared: &Shared, feed: Arc<Feed>) -> Self {
+        let (summary, viewers) = (feed.summary(), viewer_count(shared, &feed));
+        let listens = shared.listens.as_ref();
+        let is_listened = listens.is_some_and(|listens| listens.is_active(feed.channel()));
         let is_live =
             viewers > 0 || summary.pending > 0 || summary.muted_for.is_some() || is_listened;
-        // What the database knows is asked before the LISTEN counts as active.
-        let is_asked = is_listened || services.config.notify_url().is_empty();
+        // The database is asked what it knows before the LISTEN counts as active.
+        let is_asked = is_listened || listens.is_none();
         let is_published = summary.last_notification.is_some() || summary.is_known;
         let is_in_vain = viewers > 0 && is_asked && !is_published;
-        Self { event, summary, viewers, is_live, is_in_vain }
+        Self { feed, summary, viewers, is_live, is_in_vain }
     }
 
-    fn row(&self, services: &Services) -> Value {
-        let Self { event, summary, viewers, is_in_vain, .. } = self;
-        let covered_since = if services.config.notify_url().is_empty() {
+    fn row(&self, shared: &Shared) -> Value {
+        let Self { feed, summary, viewers, is_in_vain, .. } = self;
+        let covered_since = match &shared.listens {
+            Some(listens) => listens.covered_since(feed.channel()),
             // Without a database nothing else is to be heard.
-            Some(services.events.started())
-        } else {
-            services.listens.covered_since(event.channel())
+            None => Some(shared.feeds.started()),
         };
         let coverage = covered_since.map(|since| {
             let lasts = since.elapsed();
@@ -238,7 +242,7 @@ impl Seen {
             Heard::Nothing => "unknown",
         };
         json!({
-            "eid": event.eid(), "rule": event.rule_name(), "viewers": viewers,
+            "eid": feed.eid(), "rule": feed.rule_name(), "viewers": viewers,
             "last_notification": summary.last_notification.map(time),
             "last_delivery": summary.last_delivery.map(time),
             "merged": summary.merged, "pending": summary.pending, "endpoints": summary.endpoints,
@@ -249,24 +253,24 @@ impl Seen {
     }
 }
 
-fn message(event: &Event, sent: &Sent) -> Value {
+fn message(event: &Feed, sent: &Delivery) -> Value {
     json!({
-        "rule": event.rule_name(), "at": time(sent.at), "why": sent.why.kind(),
-        "cause": sent.cause.map(Cause::kind),
+        "rule": event.rule_name(), "at": time(sent.at), "why": sent.reason.label(),
+        "cause": sent.cause.map(CatchUpCause::label),
         "endpoints": sent.endpoints.iter().collect::<Vec<_>>(), "endpoint_count": sent.endpoint_count,
         "merged": sent.merged, "from": sent.sources,
         "deliveries": sent.deliveries, "repeats": sent.repeats,
     })
 }
 
-fn told(event: &Event, count: &Count) -> Value {
-    let (why, cause, method) = match count.told {
-        Told::CatchUp(cause, method) => ("catch_up", Some(cause), Some(method)),
-        Told::Heal => ("heal", None, None),
+fn told(event: &Feed, count: &NoticeCount) -> Value {
+    let (why, cause, method) = match count.notice {
+        Notice::CatchUp(cause, method) => ("catch_up", Some(cause), Some(method)),
+        Notice::Heal => ("heal", None, None),
     };
     json!({
         "rule": event.rule_name(), "minute": time(count.minute), "why": why,
-        "cause": cause.map(Cause::kind), "method": method.map(Method::kind),
+        "cause": cause.map(CatchUpCause::label), "method": method.map(Coverage::label),
         "clients": count.clients,
     })
 }
@@ -288,34 +292,34 @@ async fn rows<T>(all: impl Iterator<Item = T>, row: impl Fn(T) -> Value) -> Stri
 }
 
 /// Subscribers under all spellings.
-fn viewer_count(services: &Services, event: &Event) -> usize {
-    event.topics().iter().map(|topic| services.hub.subscriber_count(topic)).sum()
+fn viewer_count(shared: &Shared, event: &Feed) -> usize {
+    event.topics().iter().map(|topic| shared.hub.subscriber_count(topic)).sum()
 }
 
 /// The longest, in seconds.
-fn muted_for(events: &[Arc<Event>]) -> Option<f64> {
+fn muted_for(events: &[Arc<Feed>]) -> Option<f64> {
     events.iter().filter_map(|event| event.summary().muted_for).max().map(seconds)
 }
 
 /// The events of this id; where nobody has joined yet, one for each rule that has it.
-fn known_or_new(services: &Services, eid: &str) -> Result<Vec<Arc<Event>>, Refused> {
-    for (rule, captures) in services.rules().merged(eid) {
-        if services.events.of(rule, &captures).is_none() {
+fn known_or_new(shared: &Shared, eid: &str) -> Result<Vec<Arc<Feed>>, Refused> {
+    for (rule, captures) in shared.access.rules().merged(eid) {
+        if shared.feeds.of(rule, &captures).is_none() {
             let text = "no room for another event: see relay.listens_max";
             return Err(Refused(StatusCode::SERVICE_UNAVAILABLE, text.into()));
         }
     }
-    Ok(services.events.named(eid))
+    Ok(shared.feeds.named(eid))
 }
 
 /// What became of it, if there is a database.
 async fn through_database(
-    services: &Services,
+    shared: &Shared,
     eid: &str,
     endpoint: Option<&str>,
 ) -> Option<Result<(), String>> {
-    let invalidate = db::invalidate(services.pool.as_ref()?, eid, endpoint);
-    let failure = match timeout(services.config.relay.connect_timeout, invalidate).await {
+    let invalidate = history::invalidate(shared.pool.as_ref()?, eid, endpoint);
+    let failure = match timeout(shared.database_timeout, invalidate).await {
         Ok(Ok(_payload)) => return Some(Ok(())),
         // The database's own words, without the place in its source.
         Ok(Err(error)) => match error.as_database_error() {
@@ -329,13 +333,13 @@ async fn through_database(
 }
 
 /// The endpoint that the body names, if it does.
-async fn endpoint(services: &Services, ask: Ask) -> Result<Option<Box<str>>, Refused> {
+async fn endpoint(shared: &Shared, request: Request) -> Result<Option<Box<str>>, Refused> {
     #[derive(Deserialize)]
     #[serde(deny_unknown_fields)]
     struct Body {
         endpoint: Option<Box<str>>,
     }
-    let body = body(services, ask).await?;
+    let body = body(shared, request).await?;
     if body.is_empty() {
         return Ok(None);
     }
@@ -355,9 +359,9 @@ async fn endpoint(services: &Services, ask: Ask) -> Result<Option<Box<str>>, Ref
 
 /// The path's part as the id of an event that some rule merges. A rule that captures more than the
 /// id has no event by the id alone, but those that are known.
-fn event_id(services: &Services, part: &str) -> Result<String, Refused> {
+fn event_id(shared: &Shared, part: &str) -> Result<String, Refused> {
     let is_taken = |eid: &String| {
-        services.rules().merged(eid).next().is_some() || !services.events.named(eid).is_empty()
+        shared.access.rules().merged(eid).next().is_some() || !shared.feeds.named(eid).is_empty()
     };
     percent_decode_str(part)
         .decode_utf8()
@@ -371,11 +375,13 @@ fn event_id(services: &Services, part: &str) -> Result<String, Refused> {
 
 /// The query's values, by name; each of these names may be there once, and no other.
 fn parameters(
-    ask: &Ask,
+    request: &Request,
     names: &[&'static str],
 ) -> Result<BTreeMap<&'static str, String>, Refused> {
     let mut values = BTreeMap::new();
-    for (name, value) in form_urlencoded::parse(ask.uri().query().unwrap_or_default().as_bytes()) {
+    for (name, value) in
+        form_urlencoded::parse(request.uri().query().unwrap_or_default().as_bytes())
+    {
         let Some(known) = names.iter().find(|known| **known == name) else {
             let text = if names.is_empty() { "none".to_owned() } else { names.join(", ") };
             return Err(Refused::bad(format!("unknown parameter: expected {text}")));
@@ -402,11 +408,11 @@ fn number(
     })
 }
 
-fn accepted(body: &Value) -> Answer {
+fn accepted(body: &Value) -> Response {
     object(StatusCode::ACCEPTED, body)
 }
 
-fn json_text(text: String) -> Answer {
+fn json_text(text: String) -> Response {
     content(StatusCode::OK, "application/json; charset=utf-8", text)
 }
 

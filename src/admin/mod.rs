@@ -1,80 +1,65 @@
-//! The admin routes: metrics, readiness, events, drain.
+//! The operators' port: metrics, readiness, events, revocations, reload, drain.
 //!
 //! Invariants: with a token set, every route asks for it; without one, only programs of this machine
 //! are answered, which a browser is not: a web page could make it ask, or have its own name point
 //! here (CWE-346, CWE-350).
 
-pub(crate) mod busiest;
+mod body;
+mod busiest;
 pub mod client;
 mod events;
+mod metrics;
 mod revoke;
 mod scrape;
+mod settings;
+mod shared;
 
-use std::{borrow::Cow, net::IpAddr, sync::Arc, time::Duration};
+use std::{net::IpAddr, sync::Arc, time::Duration};
 
-use bytes::Bytes;
-use http_body_util::{BodyExt, LengthLimitError, Limited};
 use hyper::{
     Method, StatusCode,
     header::{self, HeaderValue},
     http::uri::Authority,
-    service::service_fn,
 };
-use hyper_util::rt::{TokioIo, TokioTimer};
-use serde::Deserialize;
 use serde_json::json;
-use tokio::{net::TcpStream, time::timeout};
+use tokio::net::TcpStream;
 
+pub use self::settings::Settings;
+pub(crate) use self::{
+    busiest::Busiest,
+    metrics::Metrics,
+    shared::{ReloadFailure, Shared},
+};
 use crate::{
-    clock::unix_seconds,
-    http::{Answer, Ask, empty, object, text},
+    http::{Refused, Request, Response, Serving, empty, message, not_found, object, text},
     secret::Secret,
-    server::{Services, reload::ReloadError, settings::ConfigError},
     telemetry::audit::{Audit, Caller},
 };
 
 /// After so many canaries that did not arrive, the link is not relied on.
-const CANARIES_MISSED: u32 = 3;
+pub(crate) const CANARIES_MISSED: u32 = 3;
 
-/// Largest body of a request: an endpoint or a claim's value, escaped, and its field.
-const BODY_BYTES_MAX: usize = 8 * 1024;
-
-/// Why a request is not done.
-pub(crate) struct Refused(pub(crate) StatusCode, pub(crate) Cow<'static, str>);
-
-impl Refused {
-    pub(crate) fn bad(text: impl Into<Cow<'static, str>>) -> Self {
-        Self(StatusCode::BAD_REQUEST, text.into())
-    }
-
-    fn answer(&self) -> Answer {
-        object(self.0, &json!({ "message": self.1 }))
-    }
-}
-
-/// Serves one connection's requests.
-pub(crate) async fn serve(services: Arc<Services>, stream: TcpStream, caller: Caller) {
-    let (head_timeout, stopped) =
-        (services.limits.settings().handshake_timeout, services.stopped.clone());
-    let service = service_fn(|ask| {
-        let services = Arc::clone(&services);
-        async move { Ok::<_, std::convert::Infallible>(noted(&services, ask, caller).await) }
+/// Answers one connection's requests. What is being answered when the server stops is cut off.
+pub(crate) async fn serve(shared: Arc<Shared>, stream: TcpStream, caller: Caller) {
+    let serving = Serving {
+        head_timeout: shared.limits.settings().handshake_timeout,
+        head_bytes_max: None,
+        patience: Duration::ZERO,
+        stop: shared.stopped.clone(),
+    };
+    let served = serving.serve(stream, |request| {
+        let shared = Arc::clone(&shared);
+        async move { noted(&shared, request, caller).await }
     });
-    let connection = hyper::server::conn::http1::Builder::new()
-        .timer(TokioTimer::new())
-        .header_read_timeout(head_timeout)
-        .serve_connection(TokioIo::new(stream), service);
-    tokio::select! {
-        // What an operator's tool sends wrong is its own to see.
-        _ = connection => {}
-        () = stopped.cancelled() => {}
-    }
+    // What an operator's tool sends wrong is its own to see.
+    let _ = served.await;
 }
 
-/// Answers, and leaves a record of it. Looks that change nothing and tell of no event are too many.
-async fn noted(services: &Services, ask: Ask, caller: Caller) -> Answer {
-    let (method, route_name) = (ask.method().clone(), name(ask.uri().path()));
-    let answer = route(services, ask, caller).await;
+/// Answers, and records the call. Metrics and health are recorded only if they are refused: they
+/// change nothing, name no event, and are asked for all the time.
+async fn noted(shared: &Shared, request: Request, caller: Caller) -> Response {
+    let (method, route_name) = (request.method().clone(), name(request.uri().path()));
+    let answer = route(shared, request, caller).await;
     let is_look = matches!(route_name, "metrics" | "healthz" | "readyz");
     let status = answer.status();
     if !is_look || matches!(status, StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN) {
@@ -84,38 +69,40 @@ async fn noted(services: &Services, ask: Ask, caller: Caller) -> Answer {
     answer
 }
 
-async fn route(services: &Services, ask: Ask, caller: Caller) -> Answer {
-    if !is_allowed(&services.config.admin_token, &ask) {
-        return object(StatusCode::UNAUTHORIZED, &json!({ "message": "Unauthorized" }));
+async fn route(shared: &Shared, request: Request, caller: Caller) -> Response {
+    if !is_allowed(&shared.admin_token, &request) {
+        return message(StatusCode::UNAUTHORIZED, "Unauthorized");
     }
-    if services.config.admin_token.is_empty() && is_from_a_page(&ask) {
+    if shared.admin_token.is_empty() && is_from_a_page(&request) {
         let text = "set admin_token to let browsers and other names in";
-        return object(StatusCode::FORBIDDEN, &json!({ "message": text }));
+        return message(StatusCode::FORBIDDEN, text);
     }
-    let path = ask.uri().path().to_owned();
-    let answer = match (ask.method(), path.as_str(), event_and_action(&path)) {
-        (&Method::GET, "/events", _) => events::list(services, &ask).await,
-        (&Method::GET, _, Some((eid, "history"))) => events::history(services, &ask, eid).await,
+    let path = request.uri().path().to_owned();
+    let answer = match (request.method(), path.as_str(), event_and_action(&path)) {
+        (&Method::GET, "/events", _) => events::list(shared, &request).await,
+        (&Method::GET, _, Some((eid, "history"))) => events::history(shared, &request, eid).await,
         (&Method::POST, _, Some((eid, "invalidate"))) => {
-            events::invalidate(services, ask, eid).await
+            events::invalidate(shared, request, eid).await
         }
-        (&Method::POST, _, Some((eid, "mute"))) => events::mute(services, &ask, eid),
-        (&Method::GET, "/metrics", _) => Ok(scrape::scrape(services).await),
+        (&Method::POST, _, Some((eid, "mute"))) => events::mute(shared, &request, eid),
+        (&Method::GET, "/metrics", _) => Ok(scrape::scrape(shared).await),
         (&Method::GET, path, _) if let Some(nonce) = path.strip_prefix("/visits/") => {
-            services.visits.show(nonce)
+            let visit = shared.visits.show(nonce);
+            let visit = visit.map(|visit| object(StatusCode::OK, &visit));
+            visit.ok_or(Refused(StatusCode::NOT_FOUND, "no such visit".into()))
         }
-        (&Method::POST, "/revoke", _) => revoke::revoke(services, ask, caller).await,
-        (_, _, _) => Ok(route_whole(services, &ask)),
+        (&Method::POST, "/revoke", _) => revoke::revoke(shared, request, caller).await,
+        (_, _, _) => Ok(route_whole(shared, &request)),
     };
-    answer.unwrap_or_else(|refused| refused.answer())
+    answer.unwrap_or_else(|refused| refused.response())
 }
 
-/// `/events/{eid}/{action}`
+/// Parses `/events/{eid}/{action}`.
 fn event_and_action(path: &str) -> Option<(&str, &str)> {
     path.strip_prefix("/events/")?.split_once('/')
 }
 
-/// The route of a path, as the audit log names it.
+/// Returns the route of a path as the audit log names it.
 fn name(path: &str) -> &'static str {
     match (path, event_and_action(path)) {
         ("/metrics", _) => "metrics",
@@ -133,51 +120,41 @@ fn name(path: &str) -> &'static str {
     }
 }
 
-/// The routes that are about the whole gateway.
-fn route_whole(services: &Services, ask: &Ask) -> Answer {
-    match (ask.method(), ask.uri().path()) {
+/// Answers the routes that concern the whole gateway.
+fn route_whole(shared: &Shared, request: &Request) -> Response {
+    match (request.method(), request.uri().path()) {
         (&Method::GET | &Method::HEAD, "/healthz") => text(StatusCode::OK, "ok"),
-        (&Method::GET, "/readyz") => readiness(services, ask.uri().query() == Some("strict=1")),
-        (&Method::POST, "/reload") => match services.reload() {
+        (&Method::GET, "/readyz") => readiness(shared, request.uri().query() == Some("strict=1")),
+        (&Method::POST, "/reload") => match (shared.reload)() {
             Ok(()) => object(StatusCode::OK, &json!({ "reloaded": ["rules", "keys"] })),
-            Err(error) => {
-                let mistakes = match &error {
-                    ReloadError::Config(ConfigError(mistakes)) => mistakes.clone(),
-                    ReloadError::Keys(error) => vec![error.to_string()],
-                    ReloadError::NoSource => Vec::new(),
-                };
-                let body = json!({ "message": error.to_string(), "mistakes": mistakes });
+            Err(ReloadFailure { message, mistakes }) => {
+                let body = json!({ "message": message, "mistakes": mistakes });
                 object(StatusCode::UNPROCESSABLE_ENTITY, &body)
             }
         },
         (&Method::POST, "/drain") => {
-            services.draining.cancel();
+            shared.draining.cancel();
             empty(StatusCode::ACCEPTED)
         }
-        (_, _) => object(StatusCode::NOT_FOUND, &json!({ "message": "not found" })),
+        (_, _) => not_found(),
     }
 }
 
-/// `{"ready":true,"draining":false,"link":"up","canary":1.25}`: 503 while draining and, if `strict`,
-/// while the database link is down or nobody knows whether it works: the last canary arrived too
-/// long ago. Without `strict` a link that is down does not take the gateway out of a load balancer:
+/// Answers `{"ready":true,"draining":false,"link":"up","canary":1.25}`: 503 while draining and, if `strict`,
+/// while the database link is down or may not work, because the last canary arrived too long
+/// ago. Without `strict` a link that is down does not take the gateway out of a load balancer:
 /// all gateways would go at once, and their clients with them.
-fn readiness(services: &Services, strict: bool) -> Answer {
-    let draining = services.draining.is_cancelled();
-    let metrics = &services.metrics;
-    let link = match (services.config.notify_url().is_empty(), metrics.relay_link_up.get()) {
-        (true, _) => "none",
-        (false, 0) => "down",
-        (false, _) => "up",
+fn readiness(shared: &Shared, strict: bool) -> Response {
+    let draining = shared.draining.is_cancelled();
+    let link = match (&shared.listens, shared.link.is_up()) {
+        (None, _) => "none",
+        (Some(_), false) => "down",
+        (Some(_), true) => "up",
     };
-    let arrived = metrics.canary_last.get();
-    // In seconds; none before the first.
-    let canary = (arrived > 0.0).then(|| {
-        let age = Duration::try_from_secs_f64(unix_seconds() - arrived).unwrap_or_default();
-        events::seconds(age)
-    });
-    let silence = canary.unwrap_or_else(|| services.events.started().elapsed().as_secs_f64());
-    let patience = services.config.relay.canary_interval * CANARIES_MISSED;
+    // In seconds; `None` before the first.
+    let canary = shared.link.canary_age().map(events::seconds);
+    let silence = canary.unwrap_or_else(|| shared.feeds.started().elapsed().as_secs_f64());
+    let patience = shared.canary_interval * CANARIES_MISSED;
     let is_deaf = link == "down" || link == "up" && silence > patience.as_secs_f64();
     let ready = !(draining || strict && is_deaf);
     let status = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
@@ -185,41 +162,21 @@ fn readiness(services: &Services, strict: bool) -> Answer {
     object(status, &body)
 }
 
-/// The request's body without the white space around it.
-async fn body(services: &Services, ask: Ask) -> Result<Bytes, Refused> {
-    let read = Limited::new(ask.into_body(), BODY_BYTES_MAX).collect();
-    match timeout(services.limits.settings().body_timeout, read).await {
-        Ok(Ok(body)) => {
-            let body = body.to_bytes();
-            Ok(body.slice_ref(body.trim_ascii()))
-        }
-        Ok(Err(error)) if error.is::<LengthLimitError>() => {
-            Err(Refused(StatusCode::PAYLOAD_TOO_LARGE, "the body is too large".into()))
-        }
-        Ok(Err(_broken)) => Err(Refused::bad("the body breaks off")),
-        Err(_elapsed) => Err(Refused(StatusCode::REQUEST_TIMEOUT, "the body does not come".into())),
-    }
-}
-
-/// The fields of an object; a derived reader alone would take an array of them, too.
-fn fields<'a, T: Deserialize<'a>>(body: &'a [u8]) -> Option<T> {
-    body.starts_with(b"{").then(|| serde_json::from_slice(body).ok()).flatten()
-}
-
 /// Whether the request carries the admin token, compared in constant time.
-fn is_allowed(token: &Secret, ask: &Ask) -> bool {
+fn is_allowed(token: &Secret, request: &Request) -> bool {
     if token.is_empty() {
         return true;
     }
-    ask.headers()
+    request
+        .headers()
         .get(header::AUTHORIZATION)
         .and_then(|value| value.to_str().ok()?.strip_prefix("Bearer "))
         .is_some_and(|given| token.is(given))
 }
 
 /// Whether a browser asks on behalf of a page, or by a name that is not this machine's.
-fn is_from_a_page(ask: &Ask) -> bool {
-    let headers = ask.headers();
+fn is_from_a_page(request: &Request) -> bool {
+    let headers = request.headers();
     let is_own = |value: &HeaderValue| matches!(value.as_bytes(), b"none" | b"same-origin");
     let is_here = |authority: &str| {
         authority.parse::<Authority>().is_ok_and(|authority| is_loopback(authority.host()))
@@ -227,7 +184,7 @@ fn is_from_a_page(ask: &Ask) -> bool {
     let hosts = headers.get_all(header::HOST).iter().map(|host| host.to_str().unwrap_or_default());
     headers.contains_key(header::ORIGIN)
         || !headers.get_all("sec-fetch-site").iter().all(is_own)
-        || !hosts.chain(ask.uri().authority().map(Authority::as_str)).all(is_here)
+        || !hosts.chain(request.uri().authority().map(Authority::as_str)).all(is_here)
 }
 
 fn is_loopback(host: &str) -> bool {

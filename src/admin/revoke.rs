@@ -10,13 +10,12 @@ use serde::Deserialize;
 use serde_json::json;
 use tokio::time::timeout;
 
-use super::{Refused, body, fields};
+use super::{body::body, shared::Shared};
 use crate::{
-    auth::revocations::{By, Full, Revocation, Stored, VALUE_BYTES_MAX},
+    auth::revocations::{Full, Revocation, RevokedBy, Stored, VALUE_BYTES_MAX},
     clock::unix_now,
-    db,
-    http::{Answer, Ask, object},
-    server::Services,
+    db::revocations::{self, RevocationRow},
+    http::{Refused, Request, Response, fields, object},
     telemetry::audit::{Audit, Caller},
 };
 
@@ -42,23 +41,29 @@ struct Body {
 /// # Errors
 /// [`Refused`] for a body that names no claim, or more than one, and for a full list.
 pub(super) async fn revoke(
-    services: &Services,
-    ask: Ask,
+    shared: &Shared,
+    request: Request,
     caller: Caller,
-) -> Result<Answer, Refused> {
-    let (by, value, length) = asked(services, &body(services, ask).await?)?;
+) -> Result<Response, Refused> {
+    let (by, value, length) = asked(shared, &body(shared, request).await?)?;
     let now = unix_now();
     let until = now.saturating_add(i64::try_from(length.as_secs()).unwrap_or(i64::MAX));
     let revocation = Revocation { by, value: value.clone(), at: now, until };
-    let list = &services.verifier.revocations;
+    let list = &shared.auth.revocations;
     let full = |full: Full| Refused(StatusCode::INSUFFICIENT_STORAGE, full.to_string().into());
     // Here first: the database may take its time.
     list.revoke(revocation.clone(), Stored::No, now).map_err(full)?;
-    services.review();
-    let stored = match &services.pool {
+    shared.sockets.review();
+    let stored = match &shared.pool {
         Some(pool) => {
-            let store = db::revoke(pool, &revocation);
-            match timeout(services.config.relay.connect_timeout, store).await {
+            let row = RevocationRow {
+                claim: by.claim().to_owned(),
+                value: String::from(value.clone()),
+                at: now,
+                until,
+            };
+            let store = revocations::revoke(pool, &row);
+            match timeout(shared.database_timeout, store).await {
                 Ok(stored) => Some(stored.map_err(|_no_detail| "the database refuses it")),
                 Err(_elapsed) => Some(Err("the database does not answer")),
             }
@@ -82,8 +87,12 @@ pub(super) async fn revoke(
     tracing::info!(claim = by.claim(), until, via, "an operator has revoked");
     let what = match (length.is_zero(), by) {
         (true, _) => format!("{} opens again what it opened", by.claim()),
-        (false, By::Sub) => "tokens of sub that were issued until now open nothing".to_owned(),
-        (false, By::SessionId | By::Jti) => format!("tokens of {} open nothing", by.claim()),
+        (false, RevokedBy::Sub) => {
+            "tokens of sub that were issued until now open nothing".to_owned()
+        }
+        (false, RevokedBy::SessionId | RevokedBy::Jti) => {
+            format!("tokens of {} open nothing", by.claim())
+        }
     };
     let message = match (via, error) {
         ("database", _) => format!("{what}, on every gateway"),
@@ -99,7 +108,7 @@ pub(super) async fn revoke(
 }
 
 /// What the body asks for.
-fn asked(services: &Services, body: &[u8]) -> Result<(By, Box<str>, Duration), Refused> {
+fn asked(shared: &Shared, body: &[u8]) -> Result<(RevokedBy, Box<str>, Duration), Refused> {
     let unreadable = || {
         Refused::bad(
             "the body: expected one of {\"sub\":\"…\"}, {\"session_id\":\"…\"}, {\"jti\":\"…\"}, \
@@ -108,9 +117,9 @@ fn asked(services: &Services, body: &[u8]) -> Result<(By, Box<str>, Duration), R
     };
     let Body { sub, session_id, jti, length } = fields(body).ok_or_else(unreadable)?;
     let (by, value) = match (sub, session_id, jti) {
-        (Some(sub), None, None) => (By::Sub, sub),
-        (None, Some(session_id), None) => (By::SessionId, session_id),
-        (None, None, Some(jti)) => (By::Jti, jti),
+        (Some(sub), None, None) => (RevokedBy::Sub, sub),
+        (None, Some(session_id), None) => (RevokedBy::SessionId, session_id),
+        (None, None, Some(jti)) => (RevokedBy::Jti, jti),
         (_, _, _) => return Err(unreadable()),
     };
     if !(1..=VALUE_BYTES_MAX).contains(&value.len()) || value.contains(char::is_control) {
@@ -120,7 +129,7 @@ fn asked(services: &Services, body: &[u8]) -> Result<(By, Box<str>, Duration), R
         )));
     }
     let length = match length {
-        None => services.config.auth.revocation_keep,
+        None => shared.auth.revocation_keep(),
         Some(text) => humantime::parse_duration(&text)
             .ok()
             .filter(|length| *length <= LENGTH_MAX)

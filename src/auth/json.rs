@@ -1,7 +1,7 @@
-//! JSON objects in which no member occurs twice, at any depth.
+//! A JSON reader that rejects objects in which a member occurs twice, at any depth.
 //!
-//! Two readers of one text that differ in which of two equal names they believe have been a way
-//! around many a check (RFC 8725, 2.6); such a text means nothing here.
+//! Two readers that pick different values of such a member have been a way around many a check
+//! (RFC 8725, 2.6).
 
 use std::fmt;
 
@@ -11,7 +11,8 @@ use serde::{
 };
 use serde_json::{Map, Number, Value};
 
-/// The object that these bytes are, whole; nesting is bounded by the library (128).
+/// Reads the bytes as one object; `None` if they are anything else. The library bounds the depth at
+/// 128.
 pub(super) fn object(bytes: &[u8]) -> Option<Map<String, Value>> {
     match serde_json::from_slice(bytes) {
         Ok(Strict(Value::Object(members))) => Some(members),
@@ -19,7 +20,7 @@ pub(super) fn object(bytes: &[u8]) -> Option<Map<String, Value>> {
     }
 }
 
-/// A value whose objects name each member once.
+/// A value in which no object has a member twice.
 struct Strict(Value);
 
 impl<'de> Deserialize<'de> for Strict {

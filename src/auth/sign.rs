@@ -1,15 +1,14 @@
-//! Makes tokens: for the `token` command, the demo and tests. A gateway that serves signs nothing.
+//! Signs tokens for the `token` command, the demo and tests. A gateway signs nothing.
 
 use std::time::Duration;
 
 use jsonwebtoken::{Algorithm, EncodingKey, Header, encode};
 use serde_json::{Map, Value};
 
-use super::jwt::TokenError;
-use crate::clock::unix_now;
-use crate::secret::Secret;
+use super::error::TokenError;
+use crate::{clock::unix_now, secret::Secret};
 
-/// Signs `claims` with HS256, for the `token` command, the demo and tests.
+/// Signs `claims` with HS256.
 ///
 /// # Errors
 /// [`TokenError::NoSigner`] if the secret cannot sign.
@@ -19,21 +18,21 @@ pub fn sign(secret: &Secret, claims: &Value) -> Result<String, TokenError> {
         .map_err(|_no_reason_to_tell| TokenError::NoSigner { kid: None })
 }
 
-/// Why a token cannot be made.
+/// Why a token cannot be signed.
 #[derive(Debug, thiserror::Error)]
 pub enum SignError {
-    /// No secret, no tokens.
+    /// `jwt_secret` is empty.
     #[error("jwt_secret is not set: set TIDEGATE_JWT_SECRET to the project's JWT secret")]
     NoSecret,
-    /// The further claims are not an object.
+    /// The further claims are not a JSON object.
     #[error("the claims are not a JSON object")]
     Claims(#[source] serde_json::Error),
-    /// The library refuses.
+    /// The library refuses the secret.
     #[error("the secret cannot sign")]
     Sign(#[source] TokenError),
 }
 
-/// A token for `role` with further `claims`, a JSON object, that holds for `ttl`.
+/// Signs a token for `role` with further `claims`, a JSON object. It expires after `ttl`.
 ///
 /// # Errors
 /// [`SignError`].

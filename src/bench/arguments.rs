@@ -1,15 +1,8 @@
-//! The arguments of `tidegate bench`, and what contradicts what among them.
-
-use std::{
-    convert::Infallible,
-    fmt::{self, Debug, Formatter},
-    str::FromStr,
-};
+//! The arguments of `tidegate bench`, and the contradictions among them.
 
 use clap::{Args, ValueEnum};
 
-use super::{BenchError, FILES_BESIDES, TOPIC_PREFIX};
-use crate::wire_client::message::Vsn;
+use crate::{secret::Secret, wire_client::message::Vsn};
 
 /// Puts a load of viewers on any server of this protocol and measures it.
 ///
@@ -77,20 +70,19 @@ pub struct BenchArgs {
     pub(super) json: bool,
 }
 
-/// How messages enter the server.
+/// The way by which messages enter the server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(super) enum Publish {
     Socket,
     Sql,
 }
 
-/// A key, or a URL with a password: `Debug` hides it.
-#[derive(Clone)]
-pub(super) struct Secret(pub(super) String);
-
 impl BenchArgs {
-    /// Whatever the parser of arguments cannot see.
-    pub(super) fn check(&self) -> Result<(), BenchError> {
+    /// Checks what the parser of arguments cannot see.
+    ///
+    /// # Errors
+    /// The sentence that names the arguments which contradict each other.
+    pub(super) fn check(&self) -> Result<(), &'static str> {
         let longest_topic = self.topic_name(self.topics - 1).len();
         let problem = if self.channels > self.topics {
             "--channels must not exceed --topics: a socket joins a topic once"
@@ -111,24 +103,30 @@ impl BenchArgs {
         } else {
             return Ok(());
         };
-        Err(BenchError::Arguments(problem))
+        Err(problem)
     }
 
-    /// The topic with this index, as on the wire.
+    /// Returns the topic with this index, as on the wire.
     pub(super) fn topic_name(&self, index: usize) -> String {
         format!("{TOPIC_PREFIX}{}", self.topic.replace("{n}", &(index + 1).to_string()))
     }
 
+    /// Returns the number of files that the run opens at most.
     pub(super) fn files_needed(&self) -> usize {
         let publishers = if self.publish == Publish::Socket { self.topics } else { 0 };
         self.sockets + publishers + FILES_BESIDES
     }
 }
 
-/// Postgres' own bounds.
+/// What every topic begins with on the wire.
+pub(super) const TOPIC_PREFIX: &str = "realtime:";
+/// Files besides sockets: the runtime's own, the database, `/proc`.
+pub(super) const FILES_BESIDES: usize = 64;
+/// Postgres' own bound of a notification.
 const NOTIFY_PAYLOAD_BYTES_MAX: usize = 7_999;
+/// Postgres' own bound of a channel's name.
 const NOTIFY_CHANNEL_BYTES_MAX: usize = 63;
-/// A length in a binary frame is one byte.
+/// A topic's length is one byte in a binary frame.
 const TOPIC_BYTES_MAX: usize = 255;
 
 fn at_least_one(text: &str) -> Result<usize, String> {
@@ -136,19 +134,5 @@ fn at_least_one(text: &str) -> Result<usize, String> {
         Ok(0) => Err("at least 1".to_owned()),
         Ok(number) => Ok(number),
         Err(error) => Err(format!("{error}")),
-    }
-}
-
-impl FromStr for Secret {
-    type Err = Infallible;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        Ok(Self(text.to_owned()))
-    }
-}
-
-impl Debug for Secret {
-    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
-        f.write_str("<hidden>")
     }
 }

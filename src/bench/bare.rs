@@ -1,8 +1,8 @@
-//! What the same bytes cost without any server: a loop of non-blocking writes, which is the floor
+//! The cost of the same bytes without any server: a loop of non-blocking writes, which is the floor
 //! under every delivery.
 //!
 //! The readers are tasks like those of the load, so that a write wakes as much as a delivery does.
-//! Only the writing thread's CPU is counted. Every message is a write of its own, in bursts too.
+//! Only the CPU of the writing thread is counted. Every message is one write, in bursts too.
 
 use std::{
     future::poll_fn,
@@ -23,34 +23,34 @@ use tokio::{
 
 use super::process::thread_cpu;
 
-/// How the writes are spread over sockets and time.
+/// The spread of the writes over sockets and time.
 #[derive(Debug, Clone)]
 pub(super) struct Shape {
     pub(super) sockets: usize,
-    /// Sockets that one message is written to.
+    /// Sockets to which one message is written.
     pub(super) receivers: usize,
     /// Messages to each tick.
     pub(super) burst: u64,
     pub(super) ticks: u32,
     pub(super) period: Duration,
-    /// One message, with its WebSocket header.
+    /// One message with its WebSocket header.
     pub(super) frame: Vec<u8>,
 }
 
-/// What the loop cost.
+/// The cost of the loop.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Bare {
     pub(super) writes: u64,
-    /// Writes that the kernel did not take whole, and that were not repeated.
+    /// Writes that the kernel took in part or not at all; they were not repeated.
     pub(super) blocked: u64,
     /// CPU time of the writing thread.
     pub(super) cpu: Duration,
 }
 
-/// Connects the sockets over loopback, writes, and tells the cost.
+/// Connects the sockets over loopback, writes, and returns the cost.
 ///
 /// # Errors
-/// The kernel refuses a socket, or keeps no account of a thread's CPU time.
+/// The kernel refused a socket, or keeps no account of a thread's CPU time.
 pub(super) async fn measure(shape: Shape) -> io::Result<Bare> {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
     let address = listener.local_addr()?;
@@ -60,7 +60,7 @@ pub(super) async fn measure(shape: Shape) -> io::Result<Bare> {
         let (far, (near, _address)) =
             tokio::try_join!(TcpStream::connect(address), listener.accept())?;
         near.set_nodelay(true)?;
-        // No longer known to the runtime: its non-blocking writes are all that happens here.
+        // Taken from the runtime: the thread below writes without waiting.
         sockets.push(near.into_std()?);
         readers.spawn(read_away(far));
     }
@@ -90,7 +90,7 @@ fn write_all(sockets: &[StdTcpStream], shape: &Shape) -> io::Result<Bare> {
     Ok(Bare { writes, blocked, cpu: thread_cpu()?.saturating_sub(cpu_before) })
 }
 
-/// Reads until the other side closes, as a viewer does, and looks at nothing.
+/// Reads until the other side closes, as a viewer does, and discards everything.
 async fn read_away(mut stream: TcpStream) {
     poll_fn(|cx| {
         loop {

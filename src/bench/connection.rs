@@ -1,8 +1,8 @@
-//! One WebSocket of the load: opens, joins, beats, and counts what arrives.
+//! One WebSocket of the load: opens, joins, sends heartbeats, and counts what arrives.
 //!
-//! Ten thousand of these share two cores with the server that they measure: a connection is a
-//! stream, a timer and two empty vectors. It reads through a buffer on the stack, one system call
-//! a wake, and hands frames on where they lie.
+//! Ten thousand connections share two cores with the server that they measure: each is a stream, a
+//! timer and two empty vectors. A connection reads into a buffer on the stack, with one system call
+//! for each wake, and parses frames in place.
 
 use std::{
     future::poll_fn,
@@ -16,31 +16,30 @@ use std::{
 };
 
 use tokio::{
-    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf},
+    io::{AsyncRead, AsyncWriteExt, ReadBuf},
     net::{TcpSocket, TcpStream},
     time::{Instant, Interval, interval_at, timeout},
 };
-use tokio_tungstenite::tungstenite::handshake::{client::generate_key, derive_accept_key};
 
-use super::{Load, tally::Failure};
+use super::load::Load;
 use crate::wire_client::{
+    failure::Failure,
     frame::{Frame, FrameReader, push_pong},
     message::{Event, Join, merged_count},
+    upgrade::upgrade,
 };
 
-/// As realtime-js since 2.11.8.
+/// The interval of realtime-js since 2.11.8.
 const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(25);
-/// Most bytes of the head of a handshake's answer.
-const HEAD_BYTES_MAX: usize = 16 << 10;
-/// Bytes taken by one read, on the stack: some twenty broadcasts.
+/// Most bytes of one read, on the stack: some twenty broadcasts.
 const READ_BYTES: usize = 8 << 10;
-/// Sockets from one loopback address; the kernel has some 28,000 ports for each.
+/// Sockets that share one loopback address; the kernel has some 28,000 ports for each address.
 const SOCKETS_PER_ADDRESS: usize = 20_000;
 
-/// What a connection is for.
+/// The purpose of a connection.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Role {
-    /// Joins as many topics as the load says, the first being its own number modulo topics.
+    /// Joins as many topics as the load says, beginning with its own number modulo topics.
     Viewer { number: usize },
     /// Joins one topic, with `ack`.
     Publisher { topic: usize },
@@ -51,7 +50,7 @@ pub(super) enum Role {
 pub(super) struct Connection {
     stream: TcpStream,
     reader: FrameReader,
-    /// Masked pongs that are to be written.
+    /// Masked pongs that have not been written.
     owed: Vec<u8>,
     beat: Interval,
     load: Arc<Load>,
@@ -67,16 +66,16 @@ pub(super) struct Connection {
 enum Wake {
     Beat,
     Owed,
-    /// The last join was answered.
+    /// The last join has been answered.
     Answered,
     Tick(Instant),
 }
 
 impl Connection {
-    /// Connects, and upgrades to a WebSocket.
+    /// Connects and upgrades to a WebSocket.
     ///
     /// # Errors
-    /// The [`Failure`] of this socket; nothing of it is left.
+    /// The [`Failure`] of this socket, which is closed.
     pub(super) async fn open(load: Arc<Load>, role: Role) -> Result<Self, Failure> {
         let begun = load.tally.now();
         let handshake = timeout(load.deadline, handshake(&load, role)).await;
@@ -96,16 +95,16 @@ impl Connection {
         })
     }
 
-    /// Joins all its topics at once and waits for every answer. Refusals are counted, and so is
-    /// a missing answer; the connection then goes on with the channels that it has.
+    /// Joins all topics of the connection at once and waits for every answer. Refusals and missing
+    /// answers are counted; the connection goes on with the channels that were joined.
     ///
     /// # Errors
     /// The [`Failure`] that ended the connection.
     pub(super) async fn join(&mut self) -> Result<(), Failure> {
         let load = Arc::clone(&self.load);
         let (ack, access_token) = match self.role {
-            Role::Viewer { .. } => (false, &load.viewer_key),
-            Role::Publisher { .. } => (true, &load.publisher_key),
+            Role::Viewer { .. } => (false, load.viewer_key.expose()),
+            Role::Publisher { .. } => (true, load.publisher_key.expose()),
         };
         let mut joins = Vec::new();
         for channel in 0..self.channel_count() {
@@ -130,12 +129,12 @@ impl Connection {
         answered
     }
 
-    /// Whether every channel was joined.
+    /// Returns whether every channel was joined.
     pub(super) const fn is_joined(&self) -> bool {
         self.joins_awaited == 0 && self.joins_refused == 0
     }
 
-    /// Receives until the connection ends, and counts that as a failure.
+    /// Receives until the connection ends, and counts its end as a failure.
     pub(super) async fn view(mut self) {
         loop {
             let wake = poll_fn(|cx| self.poll_wake(cx)).await;
@@ -150,14 +149,15 @@ impl Connection {
         }
     }
 
-    /// Receives until the next of `ticks`, and gives the time at which it was due.
+    /// Receives until the next of `ticks`, and returns the time at which that was due.
     ///
     /// # Errors
     /// The [`Failure`] that ended the connection.
     pub(super) async fn next_tick(&mut self, ticks: &mut Interval) -> Result<Instant, Failure> {
         loop {
             let wake = poll_fn(|cx| match self.poll_wake(cx) {
-                // Frames first: who never reads its acknowledgements is a slow consumer.
+                // Frames first: a client that does not read its acknowledgements is a slow
+                // consumer.
                 Poll::Pending => ticks.poll_tick(cx).map(|due| Ok(Wake::Tick(due))),
                 ready @ Poll::Ready(_) => ready,
             });
@@ -168,7 +168,7 @@ impl Connection {
         }
     }
 
-    /// A ref that this connection has not used.
+    /// Returns a ref that this connection has not used.
     pub(super) const fn next_ref(&mut self) -> u64 {
         self.last_ref += 1;
         self.last_ref
@@ -177,12 +177,12 @@ impl Connection {
     /// Writes masked frames.
     ///
     /// # Errors
-    /// [`Failure::Lost`], and [`Failure::WriteDeadline`] when the server does not read.
+    /// [`Failure::Lost`], or [`Failure::WriteDeadline`] if the server does not read.
     pub(super) async fn write(&mut self, bytes: &[u8]) -> Result<(), Failure> {
         timeout(self.load.deadline, self.stream.write_all(bytes))
             .await
             .map_err(|_elapsed| Failure::WriteDeadline)?
-            .map_err(lost)
+            .map_err(Failure::lost)
     }
 
     async fn serve(&mut self, wake: Wake) -> Result<(), Failure> {
@@ -201,20 +201,20 @@ impl Connection {
         }
     }
 
-    /// Receives whatever is there; ready when something must be done besides.
+    /// Receives everything that has arrived; ready when the connection must act besides.
     fn poll_wake(&mut self, cx: &mut Context<'_>) -> Poll<Result<Wake, Failure>> {
         loop {
             let mut space = [const { MaybeUninit::uninit() }; READ_BYTES];
             let mut buffer = ReadBuf::uninit(&mut space);
             let read = Pin::new(&mut self.stream).poll_read(cx, &mut buffer);
             if read.is_pending() {
-                // Timers are asked once a wake, when there is nothing left to read.
+                // The timer is polled once for each wake, when there is nothing left to read.
                 ready!(self.beat.poll_tick(cx));
                 return Poll::Ready(Ok(Wake::Beat));
             }
             let joining = self.joins_awaited > 0;
             match read {
-                Poll::Ready(Err(error)) => return Poll::Ready(Err(lost(error))),
+                Poll::Ready(Err(error)) => return Poll::Ready(Err(Failure::lost(error))),
                 Poll::Ready(Ok(())) if buffer.filled().is_empty() => {
                     return Poll::Ready(Err(Failure::Closed));
                 }
@@ -290,7 +290,8 @@ impl Connection {
         }
     }
 
-    /// The channel whose join had this ref: the first refs of a connection are its joins'.
+    /// Returns the channel whose join had this ref: the first refs of a connection are those of its
+    /// joins.
     fn joined_by(&self, reference: u64) -> Option<usize> {
         let channel = usize::try_from(reference).ok()?.checked_sub(1)?;
         (channel < self.channel_count()).then_some(channel)
@@ -303,7 +304,7 @@ impl Connection {
         }
     }
 
-    /// The index of a channel's topic.
+    /// Returns the index of a channel's topic.
     fn topic_of(&self, channel: usize) -> usize {
         match self.role {
             Role::Viewer { number } => {
@@ -314,7 +315,7 @@ impl Connection {
     }
 }
 
-/// Connects and upgrades; gives the stream and what followed the answer's head.
+/// Connects and upgrades; returns the stream and the bytes that followed the answer's head.
 async fn handshake(load: &Load, role: Role) -> Result<(TcpStream, Vec<u8>), Failure> {
     let connected = connect(load.target.address, role).await;
     let mut stream = connected.map_err(|error| Failure::Connect(error.kind()))?;
@@ -325,60 +326,6 @@ async fn handshake(load: &Load, role: Role) -> Result<(TcpStream, Vec<u8>), Fail
     let answer = upgrade(&mut stream, &load.target.host, path, "tidegate-bench").await?;
     answer.check()?;
     Ok((stream, answer.rest))
-}
-
-/// What a server has said to an upgrade.
-#[derive(Debug)]
-pub(crate) struct Answer {
-    /// Its head, with the empty line.
-    pub(crate) head: Vec<u8>,
-    /// What followed it.
-    pub(crate) rest: Vec<u8>,
-    /// What `Sec-WebSocket-Accept` must be.
-    accept: String,
-}
-
-/// Asks for a WebSocket over a stream.
-///
-/// # Errors
-/// The [`Failure`] of the stream, or of an answer that has no end.
-pub(crate) async fn upgrade(
-    stream: &mut (impl AsyncRead + AsyncWrite + Unpin),
-    host: &str,
-    path: &str,
-    user_agent: &str,
-) -> Result<Answer, Failure> {
-    let key = generate_key();
-    let request = format!(
-        "GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
-         Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {key}\r\nUser-Agent: {user_agent}\r\n\r\n"
-    );
-    stream.write_all(request.as_bytes()).await.map_err(lost)?;
-    stream.flush().await.map_err(lost)?;
-    let mut head = Vec::with_capacity(512);
-    let head_length = loop {
-        if let Some(at) = head.windows(4).position(|window| window == b"\r\n\r\n") {
-            break at + 4;
-        }
-        if head.len() > HEAD_BYTES_MAX {
-            return Err(Failure::Handshake);
-        }
-        if stream.read_buf(&mut head).await.map_err(lost)? == 0 {
-            return Err(Failure::Closed);
-        }
-    };
-    let rest = head.split_off(head_length);
-    Ok(Answer { head, rest, accept: derive_accept_key(key.as_bytes()) })
-}
-
-impl Answer {
-    /// Whether it is a WebSocket.
-    ///
-    /// # Errors
-    /// The [`Failure`] that says what it is instead.
-    pub(crate) fn check(&self) -> Result<(), Failure> {
-        check_answer(&self.head, &self.accept)
-    }
 }
 
 async fn connect(address: SocketAddr, role: Role) -> io::Result<TcpStream> {
@@ -395,46 +342,4 @@ async fn connect(address: SocketAddr, role: Role) -> io::Result<TcpStream> {
     let stream = socket.connect(address).await?;
     stream.set_nodelay(true)?;
     Ok(stream)
-}
-
-/// Checks the head of a handshake's answer: `HTTP/1.1 101 …` and the right `Sec-WebSocket-Accept`.
-fn check_answer(head: &[u8], accept: &str) -> Result<(), Failure> {
-    let head = str::from_utf8(head).map_err(|_not_text| Failure::Handshake)?;
-    let mut lines = head.lines();
-    let status = lines.next().and_then(|line| line.split(' ').nth(1)?.parse().ok());
-    match status {
-        None => return Err(Failure::Handshake),
-        Some(101) => {}
-        Some(status) => return Err(Failure::Refused(status)),
-    }
-    let accepted = lines.filter_map(|line| line.split_once(':')).any(|(name, value)| {
-        name.eq_ignore_ascii_case("sec-websocket-accept") && value.trim() == accept
-    });
-    if accepted { Ok(()) } else { Err(Failure::Handshake) }
-}
-
-#[expect(clippy::needless_pass_by_value, reason = "it is passed to map_err")]
-fn lost(error: io::Error) -> Failure {
-    Failure::Lost(error.kind())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_answer_must_be_101_and_name_the_key() {
-        let check = |head: &str| check_answer(head.as_bytes(), "abc=").map_err(|e| e.to_string());
-        assert_eq!(check("HTTP/1.1 101 Switching\r\nsec-websocket-accept: abc=\r\n\r\n"), Ok(()));
-        let text = |text: &str| Err(text.to_owned());
-        assert_eq!(
-            check("HTTP/1.1 101 Switching\r\nSec-WebSocket-Accept: abd=\r\n\r\n"),
-            text("handshake: not a WebSocket's answer")
-        );
-        assert_eq!(
-            check("HTTP/1.1 429 Too Many Requests\r\n\r\n"),
-            text("handshake: answered 429")
-        );
-        assert_eq!(check("SSH-2.0-x\r\n\r\n"), text("handshake: not a WebSocket's answer"));
-    }
 }

@@ -1,31 +1,33 @@
-//! How long things took: a histogram of fixed size that many tasks fill at once.
+//! How long things took: a histogram of fixed size for the durations of many tasks.
 //!
-//! Buckets grow with their values: 128 to each doubling, so that a percentile is at most 0.4 %
-//! from the true value. Nothing is sampled, and nothing allocates after the start.
+//! A percentile is at most 0.05 % from the true value, and the maximum is exact: the histogram
+//! keeps three significant digits, in 1,024 buckets or more to each doubling of the value. Nothing
+//! is sampled, and nothing allocates after the start.
 
-use std::{
-    sync::atomic::{AtomicU64, Ordering::Relaxed},
-    time::Duration,
-};
+use std::time::Duration;
 
+use hdrhistogram::Histogram;
+use parking_lot::Mutex;
 use serde::Serialize;
 
-/// Buckets to each doubling of the value, a power of two.
-const BUCKETS_PER_DOUBLING: u64 = 128;
-/// `BUCKETS_PER_DOUBLING` is two to this power.
-const BUCKET_BITS: u32 = BUCKETS_PER_DOUBLING.ilog2();
 /// The largest value that has a bucket of its own: 18 minutes in nanoseconds.
 const NANOSECONDS_MAX: u64 = (1 << 40) - 1;
-const BUCKET_COUNT: usize = bucket_of(NANOSECONDS_MAX) + 1;
+/// Decimal digits that a percentile keeps.
+const DIGITS: u8 = 3;
 
 /// A histogram of durations.
 #[derive(Debug)]
-pub(super) struct Latencies {
-    buckets: Vec<AtomicU64>,
-    max: AtomicU64,
+pub(super) struct Latencies(Mutex<Recorded>);
+
+/// The lock is never contended: the bench has one thread.
+#[derive(Debug)]
+struct Recorded {
+    nanoseconds: Histogram<u64>,
+    /// The largest value to the nanosecond, also one that has no bucket of its own.
+    max: u64,
 }
 
-/// What is told of a histogram, in microseconds with one decimal.
+/// What a report shows of a histogram, in microseconds with one decimal.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub(super) struct Percentiles {
     pub(super) p50: f64,
@@ -36,70 +38,46 @@ pub(super) struct Percentiles {
 
 impl Default for Latencies {
     fn default() -> Self {
-        Self { buckets: (0..BUCKET_COUNT).map(|_| AtomicU64::new(0)).collect(), max: 0.into() }
+        #[expect(clippy::expect_used, reason = "bounds and digits are constants")]
+        let nanoseconds =
+            Histogram::new_with_max(NANOSECONDS_MAX, DIGITS).expect("1 < max, 3 <= 5");
+        Self(Mutex::new(Recorded { nanoseconds, max: 0 }))
     }
 }
 
 impl Latencies {
-    /// Counts one duration.
+    /// Records one duration.
     pub(super) fn record(&self, duration: Duration) {
         let nanoseconds = u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX);
-        let bucket = bucket_of(nanoseconds.min(NANOSECONDS_MAX));
-        if let Some(bucket) = self.buckets.get(bucket) {
-            bucket.fetch_add(1, Relaxed);
-        }
-        self.max.fetch_max(nanoseconds, Relaxed);
+        let mut recorded = self.0.lock();
+        recorded.nanoseconds.saturating_record(nanoseconds);
+        recorded.max = recorded.max.max(nanoseconds);
     }
 
-    /// Percentiles of all that was recorded; `None` when nothing was.
+    /// Returns percentiles of everything that was recorded; `None` if nothing was.
     pub(super) fn percentiles(&self) -> Option<Percentiles> {
-        let count: u64 = self.buckets.iter().map(|bucket| bucket.load(Relaxed)).sum();
-        if count == 0 {
+        let recorded = self.0.lock();
+        if recorded.nanoseconds.is_empty() {
             return None;
         }
-        let max = self.max.load(Relaxed);
-        let of = |percent| microseconds(self.percentile(percent, count).min(max));
-        Some(Percentiles { p50: of(50), p95: of(95), p99: of(99), max: microseconds(max) })
+        let of = |quantile| microseconds(recorded.quantile(quantile));
+        let max = microseconds(recorded.max);
+        Some(Percentiles { p50: of(0.5), p95: of(0.95), p99: of(0.99), max })
     }
+}
 
-    /// The middle of the bucket that holds the smallest value with `percent` of `count` values
+impl Recorded {
+    /// Returns the middle of the bucket that holds the smallest value with this part of all values
     /// at or below it.
-    fn percentile(&self, percent: u64, count: u64) -> u64 {
-        let rank = (count * percent).div_ceil(100);
-        let mut seen = 0;
-        for (index, bucket) in (0..).zip(&self.buckets) {
-            seen += bucket.load(Relaxed);
-            if seen >= rank {
-                return middle_of(index);
-            }
-        }
-        NANOSECONDS_MAX
+    fn quantile(&self, quantile: f64) -> u64 {
+        let end_of_bucket = self.nanoseconds.value_at_quantile(quantile);
+        self.nanoseconds.median_equivalent(end_of_bucket).min(self.max)
     }
 }
 
 /// Nanoseconds as microseconds with one decimal.
 fn microseconds(nanoseconds: u64) -> f64 {
     ((nanoseconds + 50) / 100) as f64 / 10.0
-}
-
-/// The bucket of a value: its leading eight bits and how far they are shifted.
-#[expect(clippy::cast_possible_truncation, reason = "the largest value is in bucket 4,351")]
-const fn bucket_of(value: u64) -> usize {
-    if value < BUCKETS_PER_DOUBLING {
-        return value as usize;
-    }
-    let shift = value.ilog2() - BUCKET_BITS;
-    (shift as u64 * BUCKETS_PER_DOUBLING + (value >> shift)) as usize
-}
-
-/// The value in the middle of a bucket.
-const fn middle_of(bucket: u64) -> u64 {
-    if bucket < 2 * BUCKETS_PER_DOUBLING {
-        return bucket;
-    }
-    let shift = bucket / BUCKETS_PER_DOUBLING - 1;
-    let low = (bucket - shift * BUCKETS_PER_DOUBLING) << shift;
-    low + (1 << shift) / 2
 }
 
 #[cfg(test)]
@@ -110,23 +88,35 @@ mod tests {
         (found - expected).abs() <= expected * 0.01 + 0.05
     }
 
+    /// As what this value is told where it is not the largest.
+    fn told_as(histogram: &Histogram<u64>, value: u64) -> u64 {
+        histogram.median_equivalent(value)
+    }
+
+    fn empty() -> Histogram<u64> {
+        Latencies::default().0.into_inner().nanoseconds
+    }
+
     #[test]
     fn buckets_are_in_order_without_a_gap() {
+        let histogram = empty();
         let mut last = 0;
         for value in (0..5_000).chain((5_000..NANOSECONDS_MAX).step_by(777_777_777)) {
-            let bucket = bucket_of(value);
-            assert!(bucket >= last, "{value} is in {bucket}, after {last}");
-            assert!(value > 5_000 || bucket - last <= 1, "a gap before {value}");
-            last = bucket;
+            let told = told_as(&histogram, value);
+            assert!(told >= last, "{value} is told as {told}, after {last}");
+            let width = histogram.equivalent_range(value);
+            assert!(value > 5_000 || told - last <= width, "a gap before {value}");
+            last = told;
         }
-        assert_eq!(BUCKET_COUNT, 4_352);
+        assert_eq!(histogram.high(), NANOSECONDS_MAX);
     }
 
     #[test]
     fn the_middle_of_a_bucket_is_within_half_a_percent() {
+        let histogram = empty();
         for value in (1..100_000).chain((1..NANOSECONDS_MAX).step_by(333_333_333)) {
-            let middle = middle_of(bucket_of(value) as u64);
-            assert!(middle.abs_diff(value) * 200 <= value, "{value} is told as {middle}");
+            let told = told_as(&histogram, value);
+            assert!(told.abs_diff(value) * 2_000 <= value, "{value} is told as {told}");
         }
     }
 

@@ -1,132 +1,85 @@
 //! `tidegate bench`: puts a load of viewers on any server of this protocol and measures it.
 //!
-//! Opens sockets, joins, publishes, and tells how many deliveries of the expected ones arrived, how
-//! late, and what the server used for them. Invariants: the load speaks the protocol by its own
-//! code and never the server's; a number that was not measured is not printed; whatever goes
-//! wrong is counted by its name and makes the run fail, after its report; nothing that is counted
-//! allocates, so that the tool does not measure itself.
+//! A run opens sockets, joins, publishes, and reports how many of the expected deliveries arrived,
+//! how late, and what the server used for them. Invariants: the load speaks the protocol by
+//! [`crate::wire_client`] and never by the server's code; a number that was not measured is not
+//! printed; every failure is counted by its name and makes the run fail, after its report; counting
+//! allocates nothing, so that the tool does not measure itself.
 //!
-//! Read `connection` first (one socket), then `publish`, then `run` below.
+//! Read `connection` first (one socket), then `publish`, then [`run`].
 
-use std::{
-    io::{self, Write},
-    net::SocketAddr,
-    sync::Arc,
-    time::Duration,
-};
+mod arguments;
+mod bare;
+mod connection;
+mod error;
+mod latency;
+mod load;
+mod meter;
+#[cfg(target_os = "linux")]
+mod process;
+#[cfg(not(target_os = "linux"))]
+#[path = "process_elsewhere.rs"]
+mod process;
+mod publish;
+mod report;
+mod tally;
 
-use hyper::Uri;
-use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use std::{io::Write, sync::Arc, time::Duration};
+
 use sqlx::{Connection as _, PgConnection};
 use tokio::{
-    net::lookup_host,
     task::JoinSet,
     time::{Instant, sleep},
 };
 
 use self::{
-    arguments::{Publish, Secret},
+    arguments::{FILES_BESIDES, Publish},
     bare::Shape,
     connection::{Connection, Role},
     latency::Latencies,
-    process::{Cpu, Memory, Process},
-    report::{BareLoop, Opening, Publishing, Report, Server},
-    tally::{Failure, Tally},
+    load::{Load, Target},
+    meter::Meter,
+    process::Process,
+    report::{BareLoop, Opening, Publishing, Report, Server, microseconds_each},
 };
-use crate::wire_client::message::Vsn;
+use crate::wire_client::failure::Failure;
 
-pub use self::arguments::BenchArgs;
+pub use self::{arguments::BenchArgs, error::BenchError};
 
-mod arguments;
-mod bare;
-pub(crate) mod connection;
-mod latency;
-mod process;
-mod publish;
-mod report;
-pub(crate) mod tally;
+/// How long the server may settle after the last join, and before bare writes.
+const SETTLE: Duration = Duration::from_secs(2);
+/// Bare writes are measured for no longer than this: their cost hardly varies.
+const BARE_SECONDS_MAX: u32 = 5;
 
-/// Why a bench failed.
-#[derive(Debug, thiserror::Error)]
-pub enum BenchError {
-    /// An argument contradicts another, or cannot be used.
-    #[error("{0}")]
-    Arguments(&'static str),
-    /// The server's name has no address.
-    #[error("cannot resolve {host}")]
-    Resolve {
-        /// Host and port of `--url`.
-        host: String,
-        /// What the resolver said; none when it knew no address.
-        #[source]
-        source: Option<io::Error>,
-    },
-    /// The process may not open as many files; `ulimit -Hn` tells the limit.
-    #[error("{needed} open files are needed, the limit is {limit}")]
-    FileLimit {
-        /// Files that this run opens at most.
-        needed: u64,
-        /// The hard limit.
-        limit: u64,
-    },
-    /// The server's process cannot be read in `/proc`.
-    #[error("cannot measure the server's process")]
-    Process(#[source] io::Error),
-    /// The database refused the connection or a notification.
-    #[error("cannot publish by the database")]
-    Database(#[from] sqlx::Error),
-    /// The loop of bare writes failed.
-    #[error("cannot measure bare writes")]
-    Bare(#[source] io::Error),
-    /// The report could not be written.
-    #[error("cannot write the report")]
-    Output(#[source] io::Error),
-    /// The report is written; something in it went wrong.
-    #[error("{failures} failures, {missing} deliveries missing")]
-    Incomplete {
-        /// How often something failed, as listed in the report.
-        failures: u64,
-        /// Deliveries that did not come.
-        missing: u64,
-    },
-}
-
-impl BenchError {
-    /// The exit code: 64 for arguments that cannot be used, else 1.
-    #[must_use]
-    pub const fn exit_code(&self) -> u8 {
-        match self {
-            Self::Arguments(_) => 64,
-            Self::Resolve { .. }
-            | Self::FileLimit { .. }
-            | Self::Process(_)
-            | Self::Database(_)
-            | Self::Bare(_)
-            | Self::Output(_)
-            | Self::Incomplete { .. } => 1,
-        }
-    }
-}
-
-/// Puts the load on the server and writes the report to `out`.
+/// Puts the load on the server and writes the report to `out`. The process may have
+/// `open_files_max` files open.
 ///
 /// # Errors
 /// [`BenchError`]; with [`BenchError::Incomplete`] the report has been written all the same.
-pub async fn run(args: BenchArgs, out: &mut impl Write) -> Result<(), BenchError> {
-    args.check()?;
+pub async fn run(
+    args: BenchArgs,
+    open_files_max: u64,
+    out: &mut impl Write,
+) -> Result<(), BenchError> {
+    args.check().map_err(BenchError::Arguments)?;
     let target = Target::resolve(&args).await?;
-    raise_file_limit(args.files_needed())?;
+    let needed = args.files_needed() as u64;
+    if open_files_max < needed {
+        return Err(BenchError::FileLimit { needed, limit: open_files_max });
+    }
     let load = Arc::new(Load::new(&args, target));
     let server = match args.pid {
         Some(pid) => Some(Meter::start(pid).await.map_err(BenchError::Process)?),
         None => None,
     };
 
-    // Dropped at the end: a viewer's task ends by being aborted.
+    // Aborts the viewers' tasks when it is shut down or dropped.
     let mut viewers = JoinSet::new();
     let opening = open_viewers(&args, &load, &mut viewers).await;
     let mut server = match server {
-        Some(meter) => Some(meter.finish_opening(&opening).await.map_err(BenchError::Process)?),
+        Some(meter) => {
+            Some(meter.finish_opening(&opening, SETTLE).await.map_err(BenchError::Process)?)
+        }
         None => None,
     };
     let publishing = if load.ticks > 0 && opening.channels_joined > 0 {
@@ -138,7 +91,7 @@ pub async fn run(args: BenchArgs, out: &mut impl Write) -> Result<(), BenchError
     let bare = match load.tally.sample() {
         Some(frame) if args.baseline => {
             sleep(SETTLE).await;
-            Some(measure_bare(&args, frame.to_vec(), server.as_ref()).await?)
+            Some(measure_bare(&args, open_files_max, frame.to_vec(), server.as_ref()).await?)
         }
         Some(_) | None => None,
     };
@@ -167,137 +120,7 @@ pub async fn run(args: BenchArgs, out: &mut impl Write) -> Result<(), BenchError
     }
 }
 
-/// What every topic begins with on the wire.
-const TOPIC_PREFIX: &str = "realtime:";
-/// After the last join, and before bare writes: what the server still does for them is done.
-const SETTLE: Duration = Duration::from_secs(2);
-/// Files besides sockets: the runtime's own, the database, `/proc`.
-const FILES_BESIDES: usize = 64;
-/// Bare writes are measured for no longer than this: their cost hardly varies.
-const BARE_SECONDS_MAX: u32 = 5;
-
-/// The run's load: what every socket and publisher needs to know.
-#[derive(Debug)]
-struct Load {
-    target: Target,
-    vsn: Vsn,
-    viewer_key: String,
-    publisher_key: String,
-    /// With their prefix, as on the wire.
-    topics: Vec<String>,
-    /// Channels of each viewer.
-    channels: usize,
-    ticks: u64,
-    /// Between two ticks.
-    period: Duration,
-    /// Messages to each tick.
-    burst: u64,
-    payload_bytes: usize,
-    deadline: Duration,
-    tally: Tally,
-}
-
-/// Where the sockets connect.
-#[derive(Debug)]
-struct Target {
-    address: SocketAddr,
-    /// The `Host` header.
-    host: String,
-    /// Path and query for each role's key.
-    viewer_path: String,
-    publisher_path: String,
-}
-
-impl Load {
-    fn new(args: &BenchArgs, target: Target) -> Self {
-        let publisher_key = args.publisher_apikey.as_ref().unwrap_or(&args.apikey);
-        Self {
-            target,
-            vsn: args.vsn,
-            viewer_key: args.apikey.0.clone(),
-            publisher_key: publisher_key.0.clone(),
-            topics: (0..args.topics).map(|index| args.topic_name(index)).collect(),
-            channels: args.channels,
-            ticks: u64::from(args.rate) * u64::from(args.seconds),
-            period: Duration::from_secs(1) / args.rate,
-            burst: args.burst,
-            payload_bytes: args.payload_bytes,
-            deadline: Duration::from_secs(args.deadline),
-            tally: Tally::new(args.topics),
-        }
-    }
-}
-
-impl Target {
-    async fn resolve(args: &BenchArgs) -> Result<Self, BenchError> {
-        let bad_url = "--url must be like ws://127.0.0.1:4000/realtime/v1, without TLS";
-        let bad_url = || BenchError::Arguments(bad_url);
-        let url: Uri = args.url.parse().map_err(|_not_a_url| bad_url())?;
-        let (Some("ws" | "http"), Some(authority)) = (url.scheme_str(), url.authority()) else {
-            return Err(bad_url());
-        };
-        let host = authority.to_string();
-        let path = url.path().trim_end_matches('/').trim_end_matches("/websocket");
-        let path_with = |key: &Secret| {
-            let mut query = form_urlencoded::Serializer::new(String::new());
-            query.append_pair("apikey", &key.0).append_pair("vsn", args.vsn.as_str());
-            format!("{path}/websocket?{}", query.finish())
-        };
-        let publisher_key = args.publisher_apikey.as_ref().unwrap_or(&args.apikey);
-        let (viewer_path, publisher_path) = (path_with(&args.apikey), path_with(publisher_key));
-
-        let name = authority.host().trim_start_matches('[').trim_end_matches(']');
-        let addresses = lookup_host((name, authority.port_u16().unwrap_or(80))).await;
-        let address = match addresses {
-            // A server that listens on all addresses of one family may not listen on the other's.
-            Ok(addresses) => addresses.min_by_key(SocketAddr::is_ipv6),
-            Err(error) => return Err(BenchError::Resolve { host, source: Some(error) }),
-        };
-        let Some(address) = address else {
-            return Err(BenchError::Resolve { host, source: None });
-        };
-        Ok(Self { address, host, viewer_path, publisher_path })
-    }
-}
-
-/// The server's use of its machine since the run began.
-#[derive(Debug)]
-struct Meter {
-    pid: u32,
-    process: Process,
-    cpu: Cpu,
-    memory: Memory,
-}
-
-impl Meter {
-    async fn start(pid: u32) -> io::Result<Self> {
-        let process = Process::of(pid);
-        let (cpu, memory) = (process.cpu().await?, process.memory()?);
-        Ok(Self { pid, process, cpu, memory })
-    }
-
-    /// Tells what the joins cost, and the memory of sockets once the server has settled.
-    async fn finish_opening(self, opening: &Opening) -> io::Result<Server> {
-        let cpu = self.process.cpu().await?.since(&self.cpu);
-        sleep(SETTLE).await;
-        let (before, joined) = (self.memory, self.process.memory()?);
-        let sockets = opening.sockets_joined as u64;
-        // Negative where the server gave back more of an earlier load than it took for this one.
-        let kib = |joined: u64, before: u64| ratio(joined as f64 - before as f64, sockets);
-        Ok(Server {
-            pid: self.pid,
-            cpu_us_per_join: microseconds_each(cpu, opening.channels_joined),
-            cpu_us_per_delivery: None,
-            rss_before_kib: before.rss_kib,
-            rss_joined_kib: joined.rss_kib,
-            rss_published_kib: None,
-            rss_kib_per_socket: kib(joined.rss_kib, before.rss_kib),
-            rss_anon_kib_per_socket: kib(joined.anon_kib, before.anon_kib),
-        })
-    }
-}
-
-/// Opens and joins all viewers, who then view in `viewers`.
+/// Opens and joins all viewers; their tasks go on in `viewers`.
 async fn open_viewers(args: &BenchArgs, load: &Arc<Load>, viewers: &mut JoinSet<()>) -> Opening {
     let begun = Instant::now();
     let mut sockets_joined = 0;
@@ -323,8 +146,8 @@ async fn open_viewers(args: &BenchArgs, load: &Arc<Load>, viewers: &mut JoinSet<
     }
 }
 
-/// Opens and joins `count` connections, at most `in_flight` at a time; `ready` gets each with its
-/// number. Those that fail are counted.
+/// Opens and joins `count` connections, at most `in_flight` at a time, and passes each with its
+/// number to `ready`. A connection that fails is counted.
 async fn open_all(
     load: &Arc<Load>,
     count: usize,
@@ -346,7 +169,7 @@ async fn open_all(
         match opening.join_next().await {
             Some(Ok(Ok((number, connection)))) => ready(number, connection),
             Some(Ok(Err(failure))) => load.tally.fail(&failure),
-            // A task that panicked has told so itself; its socket is missing from those joined.
+            // The panic has been printed; the socket is missing from those joined.
             Some(Err(_panicked)) => {}
             None => return,
         }
@@ -363,7 +186,7 @@ async fn publish(
     let tally = &load.tally;
     let mut publishers = Vec::new();
     let mut database = match (args.publish, &args.database_url) {
-        (Publish::Sql, Some(url)) => Some(PgConnection::connect(&url.0).await?),
+        (Publish::Sql, Some(url)) => Some(PgConnection::connect(url.expose()).await?),
         (Publish::Sql, None) | (Publish::Socket, _) => {
             let role = |topic| Role::Publisher { topic };
             open_all(load, args.topics, args.in_flight, role, |topic, connection| {
@@ -399,10 +222,7 @@ async fn publish(
     let deliveries = tally.delivered_count();
     let own_cpu = Process::own().cpu().await.map_err(BenchError::Process)?.since(&own_cpu);
     if let (Some(server), Some(meter)) = (server, meter) {
-        let cpu = meter.process.cpu().await.map_err(BenchError::Process)?.since(&meter.cpu);
-        let memory = meter.process.memory().map_err(BenchError::Process)?;
-        server.cpu_us_per_delivery = microseconds_each(cpu, deliveries);
-        server.rss_published_kib = Some(memory.rss_kib);
+        meter.finish_publishing(deliveries, server).await.map_err(BenchError::Process)?;
     }
     let seconds = tally.last_delivery().saturating_sub(begun).as_secs_f64();
     Ok(Publishing {
@@ -425,14 +245,14 @@ async fn publish(
     })
 }
 
-/// Writes the same frames without a server. The viewers' files must be closed.
+/// Measures writes of the same frames without a server. The viewers' files must be closed.
 async fn measure_bare(
     args: &BenchArgs,
+    open_files_max: u64,
     frame: Vec<u8>,
     server: Option<&Server>,
 ) -> Result<BareLoop, BenchError> {
-    let (files_max, _hard) = getrlimit(Resource::RLIMIT_NOFILE).map_err(bare_error)?;
-    let files_max = usize::try_from(files_max).unwrap_or(usize::MAX);
+    let files_max = usize::try_from(open_files_max).unwrap_or(usize::MAX);
     // Each socket here has both of its ends in this process.
     let sockets = args.sockets.min(files_max.saturating_sub(FILES_BESIDES) / 2);
     let receivers = (args.sockets * args.channels / args.topics).clamp(1, sockets);
@@ -458,286 +278,9 @@ async fn measure_bare(
     })
 }
 
-/// Raises the soft limit of open files to the hard one.
-fn raise_file_limit(needed: usize) -> Result<(), BenchError> {
-    let needed = needed as u64;
-    let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else { return Ok(()) };
-    let raised = setrlimit(Resource::RLIMIT_NOFILE, hard, hard).is_ok();
-    let limit = if raised { hard } else { soft };
-    if limit < needed { Err(BenchError::FileLimit { needed, limit }) } else { Ok(()) }
-}
-
 fn json(report: &Report) -> Result<String, BenchError> {
     serde_json::to_string(report).map_err(|error| BenchError::Output(error.into()))
 }
 
-fn bare_error(error: nix::Error) -> BenchError {
-    BenchError::Bare(error.into())
-}
-
-/// Microseconds for each of `count`; `None` for none.
-fn microseconds_each(used: Duration, count: u64) -> Option<f64> {
-    ratio(used.as_secs_f64() * 1e6, count)
-}
-
-fn ratio(amount: f64, count: u64) -> Option<f64> {
-    (count > 0).then(|| amount / count as f64)
-}
-
 #[cfg(test)]
-mod tests {
-    use clap::Parser;
-    use futures_util::{SinkExt, StreamExt};
-    use serde_json::{Value, json};
-    use tokio::{
-        net::{TcpListener, TcpStream},
-        sync::broadcast,
-    };
-    use tokio_tungstenite::{accept_async, tungstenite::Message};
-
-    use super::*;
-
-    #[derive(Debug, Parser)]
-    struct Cli {
-        #[command(flatten)]
-        args: BenchArgs,
-    }
-
-    /// A broadcast on its way to all connections: topic and frame.
-    type Sent = (String, Message);
-
-    /// A server that does only what a load needs: answers joins and relays broadcasts, but refuses
-    /// topics with `refused` in their names, and loses what is sent to those with `lossy`.
-    struct MiniServer {
-        url: String,
-        /// Ends with the server.
-        _tasks: JoinSet<()>,
-    }
-
-    impl MiniServer {
-        async fn start() -> Self {
-            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-            let url = format!("ws://{}/socket", listener.local_addr().unwrap());
-            let mut tasks = JoinSet::new();
-            tasks.spawn(async move {
-                let (hub, _) = broadcast::channel(1_024);
-                let mut connections = JoinSet::new();
-                loop {
-                    let (stream, _address) = listener.accept().await.unwrap();
-                    connections.spawn(serve(stream, hub.clone()));
-                }
-            });
-            Self { url, _tasks: tasks }
-        }
-    }
-
-    async fn serve(stream: TcpStream, hub: broadcast::Sender<Sent>) {
-        let mut socket = accept_async(stream).await.unwrap();
-        let (mut sent, mut joined) = (hub.subscribe(), Vec::new());
-        socket.send(Message::Ping("are you there".into())).await.unwrap();
-        loop {
-            let frame = tokio::select! {
-                frame = socket.next() => frame,
-                sent = sent.recv() => {
-                    let (topic, frame) = sent.unwrap();
-                    if joined.contains(&topic) && !topic.contains("lossy") {
-                        socket.send(frame).await.unwrap();
-                    }
-                    continue;
-                }
-            };
-            let reply = match frame {
-                Some(Ok(Message::Text(text))) => match serde_json::from_str(&text).unwrap() {
-                    Value::Object(message) => answer_object(message, &hub, &mut joined),
-                    Value::Array(message) => answer_array(&message, &mut joined),
-                    other => panic!("{other} is no message"),
-                },
-                Some(Ok(Message::Binary(push))) => answer_push(&push, &hub),
-                Some(Ok(Message::Pong(pong))) => {
-                    assert_eq!(pong, "are you there".as_bytes());
-                    continue;
-                }
-                Some(Ok(other)) => panic!("{other:?} was not expected"),
-                Some(Err(_)) | None => return,
-            };
-            socket.send(Message::text(reply.to_string())).await.unwrap();
-        }
-    }
-
-    fn answer_object(
-        mut message: serde_json::Map<String, Value>,
-        hub: &broadcast::Sender<Sent>,
-        joined: &mut Vec<String>,
-    ) -> Value {
-        let topic = message["topic"].as_str().unwrap().to_owned();
-        let payload = if message["event"] == "phx_join" {
-            join(topic.clone(), &message["payload"], joined)
-        } else {
-            assert_eq!(message["event"], "broadcast");
-            let mut relayed = message.clone();
-            relayed.insert("ref".into(), Value::Null);
-            relayed.remove("join_ref");
-            hub.send((topic, Message::text(Value::from(relayed).to_string()))).unwrap();
-            json!({ "status": "ok", "response": {} })
-        };
-        message.insert("event".into(), "phx_reply".into());
-        message.insert("payload".into(), payload);
-        Value::from(message)
-    }
-
-    fn answer_array(message: &[Value], joined: &mut Vec<String>) -> Value {
-        let [join_ref, reference, topic, event, payload] = message else { panic!("{message:?}") };
-        assert_eq!(event, "phx_join");
-        let reply = join(topic.as_str().unwrap().to_owned(), payload, joined);
-        json!([join_ref, reference, topic, "phx_reply", reply])
-    }
-
-    /// Kind 3 in, kind 4 out, text reply back.
-    fn answer_push(push: &[u8], hub: &broadcast::Sender<Sent>) -> Value {
-        let [3, join_ref, reference, topic, event, 0, 1, rest @ ..] = push else {
-            panic!("{push:?}")
-        };
-        let (join_ref, rest) = rest.split_at((*join_ref).into());
-        let (reference, rest) = rest.split_at((*reference).into());
-        let frame = [&[4, *topic, *event, 0, 1], rest].concat();
-        let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).unwrap();
-        let topic = text(&rest[..(*topic).into()]);
-        hub.send((topic.clone(), Message::binary(frame))).unwrap();
-        let reply = json!({ "status": "ok", "response": {} });
-        json!([text(join_ref), text(reference), topic, "phx_reply", reply])
-    }
-
-    fn join(topic: String, payload: &Value, joined: &mut Vec<String>) -> Value {
-        assert_eq!(payload["access_token"], "key");
-        if topic.contains("refused") {
-            return json!({ "status": "error", "response": { "reason": "Unauthorized: no" } });
-        }
-        // A publisher's own channel gets nothing.
-        if payload["config"]["broadcast"]["ack"] == false {
-            joined.push(topic);
-        }
-        json!({ "status": "ok", "response": { "postgres_changes": [] } })
-    }
-
-    /// Runs a bench with `options` and gives its result and its JSON.
-    async fn bench(url: &str, options: &str) -> (Result<(), BenchError>, Value) {
-        let fixed = ["bench", "--apikey", "key", "--json", "--url", url];
-        let cli = Cli::parse_from(fixed.into_iter().chain(options.split_whitespace()));
-        let mut out = Vec::new();
-        let result = Box::pin(run(cli.args, &mut out)).await;
-        (result, serde_json::from_slice(&out).unwrap_or_default())
-    }
-
-    #[tokio::test]
-    async fn every_message_reaches_every_viewer_in_both_versions() {
-        let server = MiniServer::start().await;
-        for vsn in ["1.0.0", "2.0.0"] {
-            let options = "--sockets 12 --channels 2 --topics 3 --rate 30 --seconds 1 --burst 2";
-            let (result, report) = bench(&server.url, &format!("{options} --vsn {vsn}")).await;
-            assert!(result.is_ok(), "{result:?} {report}");
-            assert_eq!(report["opening"]["sockets_joined"], 12);
-            assert_eq!(report["opening"]["channels_joined"], 24);
-            let publishing = &report["publishing"];
-            assert_eq!(publishing["messages"], 60);
-            assert_eq!(publishing["messages_acknowledged"], 60);
-            // Each of three topics has eight of the channels.
-            assert_eq!(publishing["deliveries_expected"], 60 * 8);
-            assert_eq!(publishing["deliveries"], 60 * 8);
-            assert_eq!(publishing["deliveries_merged"], 0);
-            let latency = publishing["latency_us"]["p50"].as_f64().unwrap();
-            assert!(latency > 0.0 && latency < 1e6, "{report}");
-            assert!(report.get("server").is_none() && report.get("bare").is_none());
-        }
-    }
-
-    #[tokio::test]
-    async fn the_servers_process_and_bare_writes_are_measured() {
-        let server = MiniServer::start().await;
-        let pid = std::process::id();
-        let options = format!("--sockets 4 --rate 50 --seconds 1 --baseline --pid {pid}");
-        let (result, report) = bench(&server.url, &options).await;
-        assert!(result.is_ok(), "{result:?} {report}");
-        assert_eq!(report["bare"]["sockets"], 4);
-        assert_eq!(report["bare"]["writes"], 200);
-        for path in [
-            "/server/cpu_us_per_join",
-            "/server/cpu_us_per_delivery",
-            "/bare/cpu_us_per_write",
-            "/bare/server_to_bare_ratio",
-        ] {
-            assert!(report.pointer(path).unwrap().as_f64().unwrap() > 0.0, "{path} in {report}");
-        }
-    }
-
-    #[tokio::test]
-    async fn a_lost_message_fails_the_run() {
-        let server = MiniServer::start().await;
-        let options = "--sockets 2 --rate 5 --seconds 1 --topic lossy-{n}";
-        let (result, report) = bench(&server.url, options).await;
-        let Err(BenchError::Incomplete { failures: 0, missing: 10 }) = result else {
-            panic!("{result:?} {report}");
-        };
-        assert_eq!(report["publishing"]["deliveries"], 0);
-        assert!(report["publishing"].get("latency_us").is_none(), "nothing was measured");
-    }
-
-    #[tokio::test]
-    async fn a_refused_join_is_told_with_its_reason() {
-        let server = MiniServer::start().await;
-        let (result, report) = bench(&server.url, "--sockets 3 --topic refused").await;
-        let Err(BenchError::Incomplete { failures: 3, missing: 0 }) = result else {
-            panic!("{result:?} {report}");
-        };
-        assert_eq!(report["failures"], json!({ "join: Unauthorized: no": 3 }));
-        assert!(report.get("publishing").is_none(), "nobody would receive");
-    }
-
-    #[tokio::test]
-    async fn a_server_that_is_not_there_is_a_failure_of_each_socket() {
-        let url = {
-            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-            format!("ws://{}/socket", listener.local_addr().unwrap())
-        };
-        let (result, report) = bench(&url, "--sockets 3").await;
-        assert!(matches!(result, Err(BenchError::Incomplete { failures: 3, .. })), "{result:?}");
-        assert_eq!(report["failures"], json!({ "connect: connection refused": 3 }));
-    }
-
-    #[tokio::test]
-    async fn arguments_that_contradict_each_other_are_refused() {
-        for options in [
-            "--channels 2",
-            "--topics 2 --topic same",
-            "--publish sql",
-            "--baseline --seconds 0",
-            "--url wss://example.com/realtime/v1",
-            "--url nowhere",
-        ] {
-            let mut cli = vec!["bench", "--apikey", "key"];
-            cli.extend(options.split_whitespace());
-            let args = Cli::parse_from(cli).args;
-            let error = Box::pin(run(args, &mut Vec::new())).await.unwrap_err();
-            assert_eq!(error.exit_code(), 64, "{options}: {error}");
-        }
-    }
-
-    #[tokio::test]
-    async fn a_url_may_name_the_websocket_or_not() {
-        for url in
-            ["ws://[::1]:4/socket", "http://[::1]:4/socket/", "ws://[::1]:4/socket/websocket"]
-        {
-            let cli = Cli::parse_from(["bench", "--apikey", "a+b", "--url", url]);
-            let target = Target::resolve(&cli.args).await.unwrap();
-            assert_eq!(target.viewer_path, "/socket/websocket?apikey=a%2Bb&vsn=1.0.0");
-            assert_eq!(target.host, "[::1]:4");
-            assert_eq!(target.address, "[::1]:4".parse().unwrap());
-        }
-    }
-
-    #[test]
-    fn keys_are_never_shown() {
-        let cli =
-            Cli::parse_from(["bench", "--apikey", "topsecret", "--database-url", "topsecret"]);
-        assert!(!format!("{cli:?}").contains("topsecret"));
-    }
-}
+mod tests;

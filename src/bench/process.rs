@@ -4,13 +4,19 @@
 //! are too coarse for a microsecond per delivery. A thread that ends between two readings takes
 //! what it used since the first with it.
 
-use std::{collections::BTreeMap, fs, io, path::PathBuf, time::Duration};
+use std::{collections::BTreeMap, io, path::PathBuf, time::Duration};
+
+use nix::{errno::Errno, unistd::gettid};
+use procfs::{
+    ProcError,
+    process::{Process as Directory, Status, Task},
+};
 
 /// The kernel brings a thread's account up to date when the thread stops running, or every few
 /// milliseconds: what has just become idle is read after this long.
 const ACCOUNT_DELAY: Duration = Duration::from_millis(2);
 
-/// A running process, by its id.
+/// A process, by its directory of `/proc`.
 #[derive(Debug)]
 pub(super) struct Process {
     directory: PathBuf,
@@ -18,7 +24,7 @@ pub(super) struct Process {
 
 /// Nanoseconds on CPU of each thread, by thread id.
 #[derive(Debug, Default)]
-pub(super) struct Cpu(BTreeMap<u32, u64>);
+pub(super) struct Cpu(BTreeMap<i32, u64>);
 
 /// Resident memory in KiB.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,29 +36,32 @@ pub(super) struct Memory {
 }
 
 impl Process {
+    /// The process with this id, whether there is one or not.
     pub(super) fn of(pid: u32) -> Self {
         Self { directory: format!("/proc/{pid}").into() }
     }
 
+    /// This process.
     pub(super) fn own() -> Self {
         Self { directory: "/proc/self".into() }
     }
 
+    /// Reads the CPU time of every thread.
+    ///
     /// # Errors
     /// There is no such process, it may not be read, or the kernel keeps no `schedstat`.
     pub(super) async fn cpu(&self) -> io::Result<Cpu> {
         tokio::time::sleep(ACCOUNT_DELAY).await;
         let mut threads = BTreeMap::new();
-        for entry in fs::read_dir(self.directory.join("task"))? {
-            let path = entry?.path();
-            let thread = path.file_name().and_then(|name| name.to_str()?.parse().ok());
-            match fs::read_to_string(path.join("schedstat")) {
-                Ok(schedstat) => {
-                    threads.insert(thread.ok_or_else(malformed)?, on_cpu(&schedstat)?);
+        for thread in self.open()?.tasks().map_err(system_error)? {
+            let read = thread.and_then(|thread| Ok((thread.tid, on_cpu(&thread)?)));
+            match read {
+                Ok((thread, nanoseconds)) => {
+                    threads.insert(thread, nanoseconds);
                 }
                 // The thread has ended since the directory was read.
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                Err(error) => return Err(error),
+                Err(ProcError::NotFound(_)) => {}
+                Err(error) => return Err(system_error(error)),
             }
         }
         if threads.is_empty() {
@@ -61,16 +70,30 @@ impl Process {
         Ok(Cpu(threads))
     }
 
+    /// Reads the resident memory.
+    ///
     /// # Errors
     /// There is no such process, or it may not be read.
     pub(super) fn memory(&self) -> io::Result<Memory> {
-        let status = fs::read_to_string(self.directory.join("status"))?;
-        Ok(Memory { rss_kib: kib(&status, "VmRSS:")?, anon_kib: kib(&status, "RssAnon:")? })
+        Memory::of(&self.open()?.status().map_err(system_error)?)
+    }
+
+    fn open(&self) -> io::Result<Directory> {
+        Directory::new_with_root(self.directory.clone()).map_err(system_error)
+    }
+}
+
+impl Memory {
+    fn of(status: &Status) -> io::Result<Self> {
+        // The kernel's own threads have none.
+        let none = || io::Error::from(io::ErrorKind::InvalidData);
+        let rss_kib = status.vmrss.ok_or_else(none)?;
+        Ok(Self { rss_kib, anon_kib: status.rssanon.ok_or_else(none)? })
     }
 }
 
 impl Cpu {
-    /// CPU time used since `earlier` by the threads that still run.
+    /// Returns the CPU time used since `earlier` by the threads that still run.
     pub(super) fn since(&self, earlier: &Self) -> Duration {
         let used = self.0.iter().map(|(thread, now)| {
             now.saturating_sub(earlier.0.get(thread).copied().unwrap_or_default())
@@ -79,48 +102,55 @@ impl Cpu {
     }
 }
 
-/// CPU time that the calling thread has used.
+/// Returns the CPU time that the calling thread has used.
 ///
 /// # Errors
 /// The kernel keeps no `schedstat`.
 pub(super) fn thread_cpu() -> io::Result<Duration> {
     std::thread::sleep(ACCOUNT_DELAY);
-    Ok(Duration::from_nanos(on_cpu(&fs::read_to_string("/proc/thread-self/schedstat")?)?))
+    let thread = Directory::myself().and_then(|own| own.task_from_tid(gettid().as_raw()));
+    thread.and_then(|thread| on_cpu(&thread)).map(Duration::from_nanos).map_err(system_error)
 }
 
-/// The first field of `schedstat`.
-fn on_cpu(schedstat: &str) -> io::Result<u64> {
-    schedstat
-        .split_ascii_whitespace()
-        .next()
-        .and_then(|field| field.parse().ok())
-        .ok_or_else(malformed)
+/// Reads the nanoseconds that a thread has spent on CPU.
+fn on_cpu(thread: &Task) -> Result<u64, ProcError> {
+    Ok(thread.schedstat()?.sum_exec_runtime)
 }
 
-/// A line of `status` such as `VmRSS: 12345 kB`.
-fn kib(status: &str, name: &str) -> io::Result<u64> {
-    status
-        .lines()
-        .find_map(|line| line.strip_prefix(name)?.trim().strip_suffix(" kB")?.parse().ok())
-        .ok_or_else(malformed)
-}
-
-fn malformed() -> io::Error {
-    io::Error::from(io::ErrorKind::InvalidData)
+/// Returns the error as the system words it; one of the content of a file has no number.
+fn system_error(error: ProcError) -> io::Error {
+    match error {
+        ProcError::PermissionDenied(_) => Errno::EACCES.into(),
+        ProcError::NotFound(_) => Errno::ENOENT.into(),
+        ProcError::Io(error, _) => error,
+        ProcError::Incomplete(_) | ProcError::Other(_) | ProcError::InternalError(_) => {
+            io::ErrorKind::InvalidData.into()
+        }
+    }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::{hint::black_box, time::Instant};
+    use std::{fs, hint::black_box, time::Instant};
+
+    use procfs::{FromBufRead, FromRead, process::Schedstat};
 
     use super::*;
 
     #[test]
     fn lines_of_proc_are_read() {
-        let status = "Name:\tx\nVmRSS:\t   12345 kB\nRssAnon:\t      67 kB\nVmSwap:\t 0 kB\n";
-        assert_eq!(kib(status, "VmRSS:").unwrap(), 12_345);
-        assert_eq!(kib(status, "RssAnon:").unwrap(), 67);
-        assert!(kib(status, "RssFile:").is_err());
+        let status = |rss_anon: &str| {
+            let own = fs::read_to_string("/proc/self/status").unwrap();
+            let others = own.lines().filter(|line| !line.starts_with("VmRSS:"));
+            let others = others.filter(|line| !line.starts_with("RssAnon:"));
+            let lines: Vec<_> = others.chain(["VmRSS:\t   12345 kB", rss_anon]).collect();
+            Status::from_buf_read(lines.join("\n").as_bytes()).unwrap()
+        };
+        let memory = Memory::of(&status("RssAnon:\t      67 kB")).unwrap();
+        assert_eq!((memory.rss_kib, memory.anon_kib), (12_345, 67));
+        assert!(Memory::of(&status("")).is_err());
+        let on_cpu =
+            |line: &str| Schedstat::from_read(line.as_bytes()).map(|read| read.sum_exec_runtime);
         assert_eq!(on_cpu("233145 261818 2\n").unwrap(), 233_145);
         assert!(on_cpu("").is_err());
     }

@@ -1,7 +1,7 @@
-//! Sends the load's messages on time: over one WebSocket to each topic, or by `NOTIFY`.
+//! Publishes the load's messages on time: over one WebSocket for each topic, or by `NOTIFY`.
 //!
-//! Ticks keep to their schedule whatever the server does; one that is late is sent late, and how
-//! late is counted, because a load that waits for its server measures nothing.
+//! Invariant: ticks keep to their schedule whatever the server does, because a load that waits for
+//! its server measures nothing. A late tick is sent late, and its lateness is recorded.
 
 use std::{
     sync::Arc,
@@ -14,10 +14,11 @@ use tokio::{
     time::{Instant, Interval, interval_at},
 };
 
-use super::{Load, connection::Connection, latency::Latencies, tally::Failure};
+use super::{arguments::TOPIC_PREFIX, connection::Connection, latency::Latencies, load::Load};
+use crate::wire_client::failure::Failure;
 
-/// Publishes every tick from `publishers`, each in a task, and lets them read on in `readers`.
-/// Gives the number of messages sent, by topic.
+/// Publishes every tick from `publishers`, each in a task; afterwards they go on reading in
+/// `readers`. Returns the number of messages sent, by topic.
 pub(super) async fn by_sockets(
     load: &Arc<Load>,
     publishers: Vec<(usize, Connection)>,
@@ -40,7 +41,7 @@ pub(super) async fn by_sockets(
     }
     let mut messages = vec![0; load.topics.len()];
     while let Some(ended) = tasks.join_next().await {
-        // A task that panicked has told so itself; its messages are missing from the deliveries.
+        // The panic has been printed; the messages are missing from the deliveries.
         let Ok((topic, sent, connection)) = ended else { continue };
         messages[topic] = sent;
         if let Some(connection) = connection {
@@ -50,7 +51,7 @@ pub(super) async fn by_sockets(
     messages
 }
 
-/// Publishes the ticks of one topic: its own number, and every `topics`-th after it.
+/// Publishes the ticks of one topic: the tick of its own number, and every `topics`-th after it.
 async fn publish_topic(
     load: &Load,
     connection: &mut Connection,
@@ -73,8 +74,8 @@ async fn publish_topic(
     Ok(())
 }
 
-/// Notifies every tick on one database connection, each burst in one transaction. Gives the
-/// number of messages sent, by topic; `statements` gets the time that each statement took.
+/// Notifies every tick on one database connection, each burst in one transaction, and records the
+/// time of each statement in `statements`. Returns the number of messages sent, by topic.
 ///
 /// # Errors
 /// The database refused a statement or is gone.
@@ -88,7 +89,7 @@ pub(super) async fn by_sql(
     for (_, topic) in (0..load.ticks).zip((0..load.topics.len()).cycle()) {
         let due = ticks.tick().await;
         load.tally.lateness.record(due.elapsed());
-        let channel = load.topics[topic].trim_start_matches(super::TOPIC_PREFIX);
+        let channel = load.topics[topic].trim_start_matches(TOPIC_PREFIX);
         let payloads: Vec<String> = (0..load.burst).map(|_| payload(load, topic)).collect();
         let begun = Instant::now();
         sqlx::query("SELECT pg_notify($1, payload) FROM unnest($2::text[]) AS payload")
@@ -102,13 +103,13 @@ pub(super) async fn by_sql(
     Ok(messages)
 }
 
-/// Every `step`-th tick of the load, from the one with the number `first` on.
+/// Returns every `step`-th tick of the load, from number `first` on.
 fn ticks(load: &Load, start: Instant, first: usize, step: usize) -> Interval {
     let times = |count: usize| load.period * u32::try_from(count).unwrap_or(u32::MAX);
     interval_at(start + times(first), times(step))
 }
 
-/// A message's payload, stamped with the present.
+/// Creates a message's payload, stamped with the present.
 fn payload(load: &Load, topic: usize) -> String {
     let unix = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let eid = load.topics[topic].rsplit(['_', ':']).next().unwrap_or_default();

@@ -1,17 +1,18 @@
-//! What a run tells: one JSON object, or a table for people.
+//! The report of a run: one JSON object, or a table for people.
 //!
-//! A number that was not measured is absent, never zero.
+//! Invariant: a number that was not measured is absent, never zero.
 
 use std::{
     collections::BTreeMap,
     fmt::{self, Display, Formatter},
+    time::Duration,
 };
 
 use serde::Serialize;
 
 use super::latency::Percentiles;
 
-/// All that was measured.
+/// All numbers of a run.
 #[derive(Debug, Serialize)]
 pub(super) struct Report {
     pub(super) url: String,
@@ -24,11 +25,11 @@ pub(super) struct Report {
     pub(super) server: Option<Server>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) bare: Option<BareLoop>,
-    /// How often each thing went wrong.
+    /// The count of each failure, by its text.
     pub(super) failures: BTreeMap<String, u64>,
 }
 
-/// From the first connect to the last join's answer.
+/// Numbers from the first connect to the last join's answer.
 #[derive(Debug, Serialize)]
 pub(super) struct Opening {
     pub(super) sockets: usize,
@@ -45,7 +46,7 @@ pub(super) struct Opening {
     pub(super) join_reply_us: Option<Percentiles>,
 }
 
-/// From the first message to the last delivery.
+/// Numbers from the first message to the last delivery.
 #[derive(Debug, Serialize)]
 pub(super) struct Publishing {
     pub(super) publish: &'static str,
@@ -60,7 +61,7 @@ pub(super) struct Publishing {
     pub(super) messages_acknowledged: Option<u64>,
     pub(super) deliveries_expected: u64,
     pub(super) deliveries: u64,
-    /// Messages that the server merged into others on the way.
+    /// Messages that the server merged into others.
     pub(super) deliveries_merged: u64,
     pub(super) seconds: f64,
     pub(super) deliveries_per_second: f64,
@@ -74,11 +75,11 @@ pub(super) struct Publishing {
     pub(super) bench_cpu_us_per_delivery: Option<f64>,
 }
 
-/// What the server used.
+/// The server's use of its machine.
 #[derive(Debug, Serialize)]
 pub(super) struct Server {
     pub(super) pid: u32,
-    /// With the join's share of the handshake.
+    /// CPU time of the joins and of the handshakes.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) cpu_us_per_join: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -93,7 +94,7 @@ pub(super) struct Server {
     pub(super) rss_anon_kib_per_socket: Option<f64>,
 }
 
-/// The same bytes written without a server.
+/// The cost of the same bytes, written without a server.
 #[derive(Debug, Serialize)]
 pub(super) struct BareLoop {
     pub(super) sockets: usize,
@@ -101,7 +102,7 @@ pub(super) struct BareLoop {
     pub(super) writes_blocked: u64,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) cpu_us_per_write: Option<f64>,
-    /// The server's CPU time per delivery over that of a bare write.
+    /// The server's CPU time for each delivery divided by that of a bare write.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) server_to_bare_ratio: Option<f64>,
 }
@@ -195,6 +196,16 @@ impl Display for BareLoop {
         number(f, "CPU µs/write", self.cpu_us_per_write)?;
         number(f, "server ÷ bare", self.server_to_bare_ratio)
     }
+}
+
+/// Returns microseconds for each of `count`; `None` if there are none.
+pub(super) fn microseconds_each(used: Duration, count: u64) -> Option<f64> {
+    ratio(used.as_secs_f64() * 1e6, count)
+}
+
+/// Returns `amount` for each of `count`; `None` if there are none.
+pub(super) fn ratio(amount: f64, count: u64) -> Option<f64> {
+    (count > 0).then(|| amount / count as f64)
 }
 
 fn line(f: &mut Formatter<'_>, label: &str, value: fmt::Arguments<'_>) -> fmt::Result {

@@ -1,11 +1,11 @@
-//! What all sockets of a run have seen together.
+//! The counts of one run, which all its sockets share.
 //!
-//! Counting takes no lock and allocates nothing; failures do, and are rare. The number of distinct
-//! failures is bounded, since servers word their reasons freely.
+//! Invariants: counting allocates nothing, and no lock is contended, since one thread counts; only
+//! failures allocate, and they are rare. The number of distinct failures is bounded, since servers
+//! word their reasons freely.
 
 use std::{
     collections::BTreeMap,
-    io,
     sync::{
         OnceLock,
         atomic::{AtomicU64, Ordering::Relaxed, Ordering::SeqCst},
@@ -20,11 +20,11 @@ use tokio::{
 };
 
 use super::latency::Latencies;
-use crate::wire_client::{frame::FrameError, message::Stamps};
+use crate::wire_client::{failure::Failure, message::Stamps};
 
-/// Most kinds of failure that are told apart; the rest is `other`.
+/// Most distinct failures; further ones are counted as `other`.
 const FAILURE_KINDS_MAX: usize = 64;
-/// Deliveries are waited for as long as this has not passed without one.
+/// Longest wait for the next arrival.
 const QUIET: Duration = Duration::from_secs(2);
 
 /// The counts of one run.
@@ -34,9 +34,9 @@ pub(super) struct Tally {
     pub(super) stamps: Stamps,
     pub(super) handshake: Latencies,
     pub(super) join_reply: Latencies,
-    /// From the stamp in a message to its receipt, by each receiver.
+    /// Times from the stamp in a message to its receipt, by each receiver.
     pub(super) delivery: Latencies,
-    /// How late ticks were sent: the tool's own fault.
+    /// Lateness of ticks, which is the tool's own fault.
     pub(super) lateness: Latencies,
     /// Joined channels of viewers, by topic.
     receivers: Vec<AtomicU64>,
@@ -46,55 +46,18 @@ pub(super) struct Tally {
     acknowledged: AtomicU64,
     /// Deliveries, messages merged into them, and acknowledgements.
     arrivals: AtomicU64,
-    /// The number of arrivals to wait for, once it is known.
+    /// The number of arrivals to wait for; `u64::MAX` until it is known.
     arrivals_expected: AtomicU64,
     arrived: Notify,
-    /// Nanoseconds from the beginning to the last delivery.
+    /// Nanoseconds from the beginning of the run to the last delivery.
     last_delivery: AtomicU64,
-    /// The first delivery's frame, as it came over the wire.
+    /// The frame of the first delivery, as it came over the wire.
     sample: OnceLock<Vec<u8>>,
     failures: Mutex<BTreeMap<String, u64>>,
 }
 
-/// What can go wrong with one socket, or one of its channels.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum Failure {
-    #[error("connect: {0}")]
-    Connect(io::ErrorKind),
-    #[error("handshake: deadline")]
-    HandshakeDeadline,
-    #[error("handshake: answered {0}")]
-    Refused(u16),
-    #[error("handshake: not a WebSocket's answer")]
-    Handshake,
-    #[error("join: deadline")]
-    JoinDeadline,
-    #[error("join: {0}")]
-    JoinRefused(String),
-    #[error("publish: {0}")]
-    PublishRefused(String),
-    #[error("publish: never acknowledged")]
-    Unacknowledged,
-    #[error("channel: {0}")]
-    ChannelEnded(String),
-    #[error("system: {0}")]
-    System(String),
-    #[error("frame: not understood")]
-    NotUnderstood,
-    #[error("frame: {0}")]
-    Frame(#[from] FrameError),
-    #[error("closed without a close frame")]
-    Closed,
-    #[error("closed with {0}")]
-    ClosedWith(u16),
-    #[error("lost: {0}")]
-    Lost(io::ErrorKind),
-    #[error("write: deadline")]
-    WriteDeadline,
-}
-
 impl Tally {
-    /// An empty tally of `topics` topics, whose time begins now.
+    /// Creates an empty tally of `topics` topics; the run begins now.
     pub(super) fn new(topics: usize) -> Self {
         Self {
             begun: Instant::now(),
@@ -116,7 +79,7 @@ impl Tally {
         }
     }
 
-    /// Time since the run began.
+    /// Returns the time since the run began.
     pub(super) fn now(&self) -> Duration {
         self.begun.elapsed()
     }
@@ -128,8 +91,8 @@ impl Tally {
         }
     }
 
-    /// Counts a message that was `sent` and is received `now`, and stands for `merged_count`.
-    /// `frame` gives the bytes of the first of all.
+    /// Counts a message that was `sent` and is received `now`, and that stands for `merged_count`
+    /// messages. `frame` returns the message's bytes; it is called for the first delivery alone.
     pub(super) fn delivered(
         &self,
         sent: Duration,
@@ -153,7 +116,7 @@ impl Tally {
         self.arrive(1);
     }
 
-    /// Counts a failure under its own words.
+    /// Counts a failure by its text.
     pub(super) fn fail(&self, failure: &Failure) {
         let mut failures = self.failures.lock();
         let mut kind = failure.to_string();
@@ -163,7 +126,7 @@ impl Tally {
         *failures.entry(kind).or_default() += 1;
     }
 
-    /// Waits until there were `expected` arrivals in all, or none came for [`QUIET`].
+    /// Waits until there are `expected` arrivals in all, or none has come for [`QUIET`].
     pub(super) async fn wait_for(&self, expected: u64) {
         self.arrivals_expected.store(expected, SeqCst);
         loop {
@@ -179,7 +142,7 @@ impl Tally {
         }
     }
 
-    /// Joined channels of viewers, by topic.
+    /// Returns the joined channels of viewers, by topic.
     pub(super) fn receivers(&self) -> Vec<u64> {
         self.receivers.iter().map(|receivers| receivers.load(Relaxed)).collect()
     }
@@ -196,7 +159,7 @@ impl Tally {
         self.acknowledged.load(Relaxed)
     }
 
-    /// From the beginning of the run to the last delivery.
+    /// Returns the time from the beginning of the run to the last delivery.
     pub(super) fn last_delivery(&self) -> Duration {
         Duration::from_nanos(self.last_delivery.load(Relaxed))
     }
@@ -217,7 +180,7 @@ impl Tally {
     }
 }
 
-/// A duration in nanoseconds; one of more than 500 years is cut.
+/// Returns a duration in nanoseconds; one of more than 500 years is cut.
 fn nanoseconds(duration: Duration) -> u64 {
     u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }

@@ -1,13 +1,8 @@
 //! `tidegate config --explain`: what a token may do with a topic, and what makes it so.
 
 use crate::{
-    access::{
-        decision::{Action, Asked, Because},
-        rule::TopicRules,
-    },
-    auth::{authenticator::Verifier, jwks::JwksError, jwt::TokenError},
-    clock::unix_now,
-    metrics::Metrics,
+    access::{AccessRequest, Action, Reason, Rules},
+    auth::{Authenticator, TokenError, jwks::JwksError},
     protocol::topic::{Privacy, TOPIC_PREFIX},
     server::settings::Config,
 };
@@ -23,30 +18,30 @@ use crate::{
 ///
 /// # Errors
 /// [`JwksError`] if there is a key set's file and it cannot be used; that of a URL is not asked.
-pub fn explain(
+pub(super) fn explain(
     config: &Config,
     sub_topic: &str,
     token: Option<&str>,
     privacy: Privacy,
 ) -> Result<String, JwksError> {
     let sub_topic = sub_topic.strip_prefix(TOPIC_PREFIX).unwrap_or(sub_topic);
-    let rules = TopicRules::new(config.topic.clone(), config.topics);
-    let verifier = Verifier::new(config, &Metrics::new())?;
+    let rules = Rules::new(config.topic.clone(), config.topics);
+    let authenticator = Authenticator::standalone(&config.trust())?;
     let verified = match token {
         None => Err(TokenError::Missing),
-        Some(text) => verifier.verify(text, unix_now()),
+        Some(text) => authenticator.verify(text),
     };
     let mut lines = match &verified {
         Ok(token) => format!("token: verified, role {}\n", token.claims.role),
         Err(error) => format!("token: {error}\n"),
     };
     for (action, name) in [(Action::Read, "read"), (Action::Write, "write")] {
-        let decision = rules.decide(&Asked {
+        let decision = rules.decide(&AccessRequest {
             action,
             sub_topic,
             privacy,
             token: verified.as_ref().map(|token| &token.claims),
-            fallback: Some(&verifier.anonymous().claims),
+            fallback: Some(&authenticator.anonymous().claims),
         });
         if action == Action::Read {
             lines.push_str(&match &decision.rule {
@@ -60,9 +55,9 @@ pub fn explain(
                 None => format!("topic: {sub_topic} (no rule)\n"),
             });
         }
-        let grant = match (&decision.because, &decision.rule, action) {
-            (Because::Grant(number), Some((rule, _)), Action::Read) => rule.read.get(number - 1),
-            (Because::Grant(number), Some((rule, _)), Action::Write) => rule.write.get(number - 1),
+        let grant = match (&decision.reason, &decision.rule, action) {
+            (Reason::Grant(number), Some((rule, _)), Action::Read) => rule.read.get(number - 1),
+            (Reason::Grant(number), Some((rule, _)), Action::Write) => rule.write.get(number - 1),
             (_, _, _) => None,
         };
         let grant = grant.map(|grant| format!(" {grant}")).unwrap_or_default();

@@ -1,13 +1,13 @@
-//! What the database has of ours, and what it counts: statements that only read.
+//! Statements that read the catalogs, the statistics, and what triggers have recorded.
 //!
-//! Invariant: the gateway's own role may run them all, and of the application's tables they read
-//! what catalogs and statistics say.
+//! Invariants: the gateway's own role may run all of them; none writes; none reads a row of the
+//! application's tables.
 
 use std::time::Duration;
 
 use sqlx::{PgConnection, PgPool, Postgres, Row, Transaction, postgres::types::Oid};
 
-/// A transaction that reads, each of whose statements may take `limit` and wait for no lock longer.
+/// Begins a read-only transaction. Each of its statements may run, or wait for a lock, for `limit`.
 pub(crate) async fn begin_reading(
     pool: &PgPool,
     limit: Duration,
@@ -23,17 +23,18 @@ pub(crate) async fn begin_reading(
     Ok(transaction)
 }
 
-/// The server as it runs.
+/// Identity and state of the running server.
 #[derive(Debug)]
-pub(crate) struct Server {
-    /// Tells this run of this database from any other, and the statistics from those after a reset.
+pub(crate) struct ServerState {
+    /// Changes with the database, with each start of the server, and with each reset of the
+    /// statistics.
     pub(crate) run: String,
-    /// How full the queue of notifications is, from 0 to 1.
+    /// Usage of the notification queue, from 0 to 1.
     pub(crate) notify_queue: f64,
 }
 
-/// Which server this is, and how it fares.
-pub(crate) async fn server(session: &mut PgConnection) -> Result<Server, sqlx::Error> {
+/// Returns the identity and state of the server.
+pub(crate) async fn server_state(session: &mut PgConnection) -> Result<ServerState, sqlx::Error> {
     let row = sqlx::query(
         "SELECT concat_ws(' ', d.oid, pg_postmaster_start_time(), pg_stat_get_db_stat_reset_time(d.oid)),
             pg_notification_queue_usage()
@@ -41,24 +42,25 @@ pub(crate) async fn server(session: &mut PgConnection) -> Result<Server, sqlx::E
     )
     .fetch_one(session)
     .await?;
-    Ok(Server { run: row.try_get(0)?, notify_queue: row.try_get(1)? })
+    Ok(ServerState { run: row.try_get(0)?, notify_queue: row.try_get(1)? })
 }
 
-/// What triggers have written down.
+/// Rows that triggers have recorded.
 #[derive(Debug)]
 pub(crate) struct Recorded {
-    /// What this has counted, as `pg_snapshot` writes it.
+    /// Snapshot in which the rows were counted, in the text form of `pg_snapshot`.
     pub(crate) seen: String,
-    /// New rows of the history, by the table that caused them.
+    /// Number of new rows in the history, by the table whose trigger wrote them.
     pub(crate) history: Vec<(Option<String>, u64)>,
-    /// New failures.
+    /// Number of new failures.
     pub(crate) failures: u64,
-    /// When the oldest row of the history was written, seconds since 1970.
+    /// Time of the oldest row in the history, seconds since 1970.
     pub(crate) oldest: Option<f64>,
 }
 
-/// What triggers have written down that `since` had not seen, as `pg_snapshot` writes it: each row
-/// once, whatever the order of ids and commits; nothing if there is no `since`.
+/// Counts the rows that triggers have recorded and that are not visible in the snapshot `since`,
+/// given in the text form of `pg_snapshot`. Successive calls count each row once, also when ids are
+/// committed out of order. Without `since` all counts are zero.
 pub(crate) async fn recorded(
     session: &mut PgConnection,
     since: Option<&str>,
@@ -92,21 +94,26 @@ pub(crate) async fn recorded(
     })
 }
 
-/// A table, what triggers of ours tell of it, and what has been written to it.
+/// A table, the operations that the gateway's triggers cover, and the writes that Postgres counts.
 #[derive(Debug)]
 pub(crate) struct FoundTable {
     pub(crate) name: String,
-    /// Itself and its partitions.
+    /// The table and its partitions.
     pub(crate) relations: Vec<Oid>,
-    /// The operations that it and each of its partitions have a trigger for, as bits of `tgtype`.
-    pub(crate) told: i32,
+    /// Operations for which the table and each of its partitions have a trigger, as bits of
+    /// `tgtype`.
+    pub(crate) covered: i32,
+    /// Rows inserted.
     pub(crate) inserted: i64,
+    /// Rows updated.
     pub(crate) updated: i64,
+    /// Rows deleted.
     pub(crate) deleted: i64,
 }
 
-/// Those of the tables in schema `public` that exist. A partition's rows are written and told of by
-/// itself, so all must have the triggers, and their counts are summed.
+/// Returns those of the named tables that exist in schema `public`. Postgres counts writes and
+/// fires triggers per partition: an operation is covered if every partition has a trigger for it,
+/// and the counts of all partitions are added.
 pub(crate) async fn tables(
     session: &mut PgConnection,
     names: &[&str],
@@ -146,7 +153,7 @@ pub(crate) async fn tables(
             Ok(FoundTable {
                 name: row.try_get(0)?,
                 relations: row.try_get(1)?,
-                told: row.try_get(2)?,
+                covered: row.try_get(2)?,
                 inserted: row.try_get(3)?,
                 updated: row.try_get(4)?,
                 deleted: row.try_get(5)?,
@@ -155,20 +162,22 @@ pub(crate) async fn tables(
         .collect()
 }
 
-/// A function as the catalog has it.
+/// A function of the database.
 #[derive(Debug)]
 pub(crate) struct FoundFunction {
-    /// With its schema.
+    /// Name with schema: `tidegate.publish`.
     pub(crate) name: String,
-    /// The types of its arguments.
+    /// Types of the arguments: `text, text, jsonb`.
     pub(crate) arguments: String,
+    /// Source text.
     pub(crate) body: String,
+    /// Whether the function is SECURITY DEFINER.
     pub(crate) is_definer: bool,
-    /// `name=value`.
+    /// Settings that hold while the function runs: `name=value`.
     pub(crate) settings: Vec<String>,
 }
 
-/// The functions of these names, with their schemas, whatever their arguments.
+/// Returns all functions with one of these names (`schema.name`), whatever their arguments.
 pub(crate) async fn functions(
     session: &mut PgConnection,
     names: &[&str],
@@ -195,7 +204,8 @@ pub(crate) async fn functions(
         .collect()
 }
 
-/// The migrations that have run, number and checksum; none if the role may not read them.
+/// Returns number and checksum of each migration that has run; `None` if the role may not read the
+/// table of migrations.
 pub(crate) async fn applied_migrations(
     session: &mut PgConnection,
 ) -> Result<Option<Vec<(i64, Vec<u8>)>>, sqlx::Error> {

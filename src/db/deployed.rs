@@ -1,18 +1,22 @@
-//! What this version's migrations make, and whether the database has it: a trigger for every
-//! operation on every table, the functions to the letter, the migrations.
+//! Compares the database with what this version's migrations create: triggers, functions and the
+//! migrations themselves.
 //!
-//! Invariants: the functions are read from the embedded SQL itself, so that there is no second list
-//! of them; a look reads catalogs, statistics and `tidegate.migrations`, for which the gateway's own
-//! role suffices, and waits for no lock on a table.
+//! Invariants: the expected functions are parsed from the embedded SQL, so that there is no second
+//! list of them; the comparison reads catalogs, statistics and `tidegate.migrations`, for which the
+//! gateway's own role suffices, and waits for no lock on a table.
 
 use std::fmt;
 
 use sqlx::{PgConnection, postgres::types::Oid};
 
-use crate::db;
+use super::{
+    catalog::{self, FoundFunction, FoundTable},
+    migrate::{self, SYSTEM_SQL},
+};
 
-/// What writes do to a row.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+/// An operation that writes rows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, strum::IntoStaticStr)]
+#[strum(serialize_all = "UPPERCASE")]
 pub enum Operation {
     /// INSERT.
     Insert,
@@ -23,17 +27,13 @@ pub enum Operation {
 }
 
 impl Operation {
-    /// The metric's label, and the word of SQL.
+    /// The metric's label, which is also the SQL keyword.
     #[must_use]
-    pub fn kind(self) -> &'static str {
-        match self {
-            Self::Insert => "INSERT",
-            Self::Update => "UPDATE",
-            Self::Delete => "DELETE",
-        }
+    pub fn label(self) -> &'static str {
+        self.into()
     }
 
-    /// Its bit in `pg_trigger.tgtype`.
+    /// The operation's bit in `pg_trigger.tgtype`.
     fn bit(self) -> i32 {
         match self {
             Self::Insert => 4,
@@ -43,14 +43,14 @@ impl Operation {
     }
 }
 
-/// A trigger that the system file makes if its table exists.
+/// A trigger that the system file creates if its table exists.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Trigger {
-    /// In schema `public`.
+    /// Name of the table in schema `public`.
     pub table: &'static str,
-    /// What it is called.
+    /// Name of the trigger.
     pub name: &'static str,
-    /// Which writes it tells of.
+    /// Operations that fire it.
     pub operations: &'static [Operation],
 }
 
@@ -58,7 +58,7 @@ const WRITTEN: &[Operation] = &[Operation::Insert, Operation::Update];
 const ALL: &[Operation] = &[Operation::Insert, Operation::Update, Operation::Delete];
 const UPDATED: &[Operation] = &[Operation::Update];
 
-/// Every trigger of the system file.
+/// Every trigger that the system file creates.
 pub const TRIGGERS: [Trigger; 9] = [
     trigger("art", "cache_invalidate_art_trigger", WRITTEN),
     trigger("votes", "cache_invalidate_votes_trigger", ALL),
@@ -79,37 +79,40 @@ const fn trigger(
     Trigger { table, name, operations }
 }
 
-/// A function as the migrations define it.
+/// A function that the migrations define.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Function {
-    /// With its schema: `tidegate.publish`.
+    /// Name with schema: `tidegate.publish`.
     pub name: &'static str,
-    /// The types of its arguments, as Postgres prints them: `text, text, jsonb`.
+    /// Types of the arguments, in the form in which Postgres prints them: `text, text, jsonb`.
     arguments: String,
-    /// As `pg_proc.prosrc` has it.
+    /// Source text, in the form of `pg_proc.prosrc`.
     body: &'static str,
+    /// Whether the function is SECURITY DEFINER.
     is_definer: bool,
-    /// As `pg_proc.proconfig` has it: `search_path=""`.
+    /// Settings that hold while it runs, in the form of `pg_proc.proconfig`: `search_path=""`.
     settings: Vec<String>,
 }
 
 impl Function {
-    /// Every function of the migrations and the system file; the last definition of one counts.
+    /// Returns every function of the migrations and of the system file. Where a function is defined
+    /// more than once, the last definition counts.
     #[must_use]
     pub fn all() -> Vec<Self> {
         let mut all: Vec<Self> = Vec::new();
-        for sql in db::schema_files().chain([db::SYSTEM_SQL]) {
-            // What stands within another statement is made for others, under conditions.
+        for sql in migrate::schema_files().chain([SYSTEM_SQL]) {
+            // An indented definition belongs to a DO block, which creates the function only under a
+            // condition and for other programs.
             for definition in sql.split("\ncreate or replace function ").skip(1) {
                 let Some(function) = Self::read(definition) else { continue };
-                all.retain(|it| it.name != function.name);
+                all.retain(|known| known.name != function.name);
                 all.push(function);
             }
         }
         all
     }
 
-    /// `name(arguments) returns … as $$body$$;`
+    /// Parses `name(arguments) returns … as $$body$$;`.
     fn read(definition: &'static str) -> Option<Self> {
         let (name, rest) = definition.split_once('(')?;
         let (arguments, rest) = rest.split_once(')')?;
@@ -122,7 +125,7 @@ impl Function {
         let settings = head.lines().filter_map(|line| {
             let (name, value) = line.strip_prefix("set ")?.split_once(" = ")?;
             let value = value.trim_matches('\'');
-            // A list of names, of which the empty one is quoted.
+            // Postgres stores search_path as a list of names and quotes an empty name.
             Some(format!("{name}={}", if value.is_empty() { "\"\"" } else { value }))
         });
         Some(Self {
@@ -134,11 +137,12 @@ impl Function {
         })
     }
 
-    /// In what the database's function differs, of the functions of this name.
-    fn drift(&self, found: &[db::FoundFunction]) -> Option<Drift> {
-        let same = found.iter().find(|it| it.name == self.name && it.arguments == self.arguments);
-        let Some(found) = same else { return Some(Drift::Missing) };
-        // A file may have been run from where lines end otherwise.
+    /// Returns how the function in `found` with the same name and arguments differs from this one.
+    fn drift(&self, found: &[FoundFunction]) -> Option<Drift> {
+        let is_same =
+            |found: &&FoundFunction| found.name == self.name && found.arguments == self.arguments;
+        let Some(found) = found.iter().find(is_same) else { return Some(Drift::Missing) };
+        // A migration that was run from a checkout with CRLF line ends is the same text.
         if found.body.replace('\r', "") != self.body {
             Some(Drift::Body)
         } else if found.is_definer != self.is_definer {
@@ -151,16 +155,16 @@ impl Function {
     }
 }
 
-/// In what a function is not this version's.
+/// How a function of the database differs from this version's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Drift {
-    /// There is none of the name and the arguments.
+    /// No function has the name and the arguments.
     Missing,
-    /// Its text.
+    /// The source text differs.
     Body,
-    /// Whether it runs as its owner: SECURITY DEFINER.
+    /// One of the two is SECURITY DEFINER and the other is not.
     Security,
-    /// Its settings: a pinned `search_path`, a `lock_timeout`.
+    /// The settings differ: a pinned `search_path`, a `lock_timeout`.
     Settings,
 }
 
@@ -175,39 +179,40 @@ impl fmt::Display for Drift {
     }
 }
 
-/// A table of [`TRIGGERS`] that exists.
+/// A table of [`TRIGGERS`] that exists in the database.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Table {
-    /// In schema `public`.
+    /// Name of the table in schema `public`.
     pub name: &'static str,
-    /// The operations that no trigger tells of, on the table or on one of its partitions. A trigger
-    /// that is disabled, or for replicas alone, or for some columns or rows alone, or calls another
-    /// function, tells of nothing.
+    /// Operations for which the table or one of its partitions lacks a trigger. A trigger does not
+    /// count if it is disabled, fires on replicas only, is restricted to some columns or rows, or
+    /// calls another function.
     pub missing: Vec<Operation>,
-    /// Rows written by the operations that a trigger should tell of, as Postgres' statistics count
-    /// them; also by transactions that were rolled back.
+    /// Rows written by the operations that a trigger should cover, as counted by Postgres'
+    /// statistics, which include transactions that were rolled back.
     pub(crate) writes: u64,
-    /// Itself and its partitions, whose rows these are.
+    /// The table and its partitions, whose rows `writes` counts.
     pub(crate) relations: Vec<Oid>,
 }
 
-/// What the database has of the migrations of schema `tidegate`.
+/// State of the migrations of schema `tidegate` in the database.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Migrations {
-    /// They can be read.
+    /// The role may read the table of migrations.
     Known {
-        /// The numbers of this version's that are not there, or are there with another text.
+        /// Numbers of this version's migrations that have not run, or have run with another text.
         pending: Vec<i64>,
-        /// Whether there are later ones: the gateway is older than its database.
+        /// Whether the database has later migrations: the gateway is older than its database.
         is_newer: bool,
     },
-    /// The role may not read them: before migration 6, or where the role was made later.
+    /// The role may not read the table: migration 6, which grants the right, has not run, or the
+    /// role was created after it.
     Unreadable,
 }
 
 impl Migrations {
-    /// How many are pending; one at least where that cannot be read, because running `tidegate
-    /// migrate` is the remedy then, too.
+    /// Returns the number of pending migrations. Counts [`Self::Unreadable`] as one, because running
+    /// `tidegate migrate` is the remedy for that, too.
     #[must_use]
     pub fn pending_count(&self) -> usize {
         match self {
@@ -217,73 +222,78 @@ impl Migrations {
     }
 }
 
-/// What the database has of what this version's migrations make.
+/// State of everything in the database that this version's migrations create.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Deployed {
-    /// In the order of [`TRIGGERS`].
+    /// The tables that exist, in the order of [`TRIGGERS`].
     pub tables: Vec<Table>,
-    /// Every function, and in what it is not this version's.
+    /// Every function of this version; `None` where the database has the same function.
     pub functions: Vec<(&'static str, Option<Drift>)>,
-    /// The gateway's own schema.
+    /// Migrations of the gateway's own schema.
     pub migrations: Migrations,
 }
 
 impl Deployed {
-    /// Looks.
+    /// Reads the state of the database.
     ///
     /// # Errors
-    /// The session is lost, or a statement was cut off.
-    pub async fn look(session: &mut PgConnection) -> Result<Self, sqlx::Error> {
-        let names = TRIGGERS.map(|it| it.table);
-        let found = db::tables(session, &names).await?;
+    /// The session is lost, or a statement was cancelled.
+    pub async fn read(session: &mut PgConnection) -> Result<Self, sqlx::Error> {
+        let names = TRIGGERS.map(|trigger| trigger.table);
+        let found = catalog::tables(session, &names).await?;
         let tables = TRIGGERS.iter().filter_map(|trigger| {
-            let table = found.iter().find(|it| it.name == trigger.table)?;
-            let is_missing = |it: &&Operation| table.told & it.bit() == 0;
+            let table = found.iter().find(|table| table.name == trigger.table)?;
+            let is_missing = |operation: &&Operation| table.covered & operation.bit() == 0;
             Some(Table {
                 name: trigger.table,
                 missing: trigger.operations.iter().filter(is_missing).copied().collect(),
-                writes: trigger.operations.iter().map(|it| table.written(*it)).sum(),
+                writes: trigger.operations.iter().map(|operation| table.written(*operation)).sum(),
                 relations: table.relations.clone(),
             })
         });
         let tables = tables.collect();
         let expected = Function::all();
-        let names: Vec<_> = expected.iter().map(|it| it.name).collect();
-        let found = db::functions(session, &names).await?;
-        let functions = expected.iter().map(|it| (it.name, it.drift(&found))).collect();
+        let names: Vec<_> = expected.iter().map(|function| function.name).collect();
+        let found = catalog::functions(session, &names).await?;
+        let functions =
+            expected.iter().map(|function| (function.name, function.drift(&found))).collect();
         Ok(Self { tables, functions, migrations: migrations(session).await? })
     }
 
-    /// The operations that no trigger tells of: table and operation.
+    /// Returns table and operation of each missing trigger.
     pub fn missing_triggers(&self) -> impl Iterator<Item = (&'static str, Operation)> {
-        self.tables.iter().flat_map(|it| it.missing.iter().map(|operation| (it.name, *operation)))
+        self.tables
+            .iter()
+            .flat_map(|table| table.missing.iter().map(|operation| (table.name, *operation)))
     }
 
-    /// The functions that are not this version's.
+    /// Returns the functions that differ from this version's.
     pub fn drifted(&self) -> impl Iterator<Item = (&'static str, Drift)> {
         self.functions.iter().filter_map(|(name, drift)| Some((*name, (*drift)?)))
     }
 }
 
+/// Compares the migrations that have run with this version's.
 async fn migrations(session: &mut PgConnection) -> Result<Migrations, sqlx::Error> {
-    let Some(applied) = db::applied_migrations(session).await? else {
+    let Some(applied) = catalog::applied_migrations(session).await? else {
         return Ok(Migrations::Unreadable);
     };
-    let expected = db::migrations();
-    let is_pending = |it: &&sqlx::migrate::Migration| {
-        let is_it = |(version, checksum): &(i64, Vec<u8>)| {
-            *version == it.version && **checksum == *it.checksum
+    let expected = migrate::migrations();
+    let is_pending = |migration: &&sqlx::migrate::Migration| {
+        let is_same = |(version, checksum): &(i64, Vec<u8>)| {
+            *version == migration.version && **checksum == *migration.checksum
         };
-        !applied.iter().any(is_it)
+        !applied.iter().any(is_same)
     };
-    let newest = expected.iter().map(|it| it.version).max();
+    let newest = expected.iter().map(|migration| migration.version).max();
     Ok(Migrations::Known {
-        pending: expected.iter().filter(is_pending).map(|it| it.version).collect(),
+        pending: expected.iter().filter(is_pending).map(|migration| migration.version).collect(),
         is_newer: applied.iter().map(|(version, _)| *version).max() > newest,
     })
 }
 
-impl db::FoundTable {
+impl FoundTable {
+    /// Returns the number of rows that the operation has written.
     fn written(&self, operation: Operation) -> u64 {
         let count = match operation {
             Operation::Insert => self.inserted,
@@ -300,19 +310,20 @@ mod tests {
 
     #[test]
     fn the_triggers_are_those_that_the_system_file_makes() {
-        let made: Vec<_> = db::SYSTEM_SQL
+        let made: Vec<_> = SYSTEM_SQL
             .lines()
             .filter(|line| line.contains("_trigger', '"))
             .map(|line| line.trim().trim_end_matches(','))
             .collect();
         let expected: Vec<_> = TRIGGERS
             .iter()
-            .map(|it| {
-                // In the order in which Postgres prints them.
-                let mut operations = it.operations.to_vec();
-                operations.sort_by_key(|it| it.bit());
-                let operations: Vec<_> = operations.iter().map(|it| it.kind()).collect();
-                format!("('{}', '{}', '{}')", it.table, it.name, operations.join(" OR "))
+            .map(|trigger| {
+                // Postgres prints the operations of a trigger in this order.
+                let mut operations = trigger.operations.to_vec();
+                operations.sort_by_key(|operation| operation.bit());
+                let operations: Vec<_> =
+                    operations.iter().map(|operation| operation.label()).collect();
+                format!("('{}', '{}', '{}')", trigger.table, trigger.name, operations.join(" OR "))
             })
             .collect();
         assert_eq!(made, expected);
@@ -321,8 +332,8 @@ mod tests {
     #[test]
     fn every_function_of_the_files_is_read() {
         let all = Function::all();
-        let definitions: usize = db::schema_files()
-            .chain([db::SYSTEM_SQL])
+        let definitions: usize = migrate::schema_files()
+            .chain([SYSTEM_SQL])
             .map(|sql| sql.matches("\ncreate or replace function ").count())
             .sum();
         assert_eq!(all.len(), definitions, "a function is defined twice, or not read");
@@ -332,7 +343,7 @@ mod tests {
             assert!(function.body.starts_with('\n') && function.body.ends_with('\n'));
             assert_eq!(function.settings[0], "search_path=\"\"", "{}", function.name);
         }
-        let named = |name| all.iter().find(|it| it.name == name).unwrap();
+        let named = |name| all.iter().find(|function| function.name == name).unwrap();
         let trigger = named("tidegate.cache_invalidation");
         assert!(trigger.is_definer && trigger.arguments.is_empty());
         assert_eq!(trigger.settings, ["search_path=\"\"", "lock_timeout=50ms"]);

@@ -1,5 +1,7 @@
-//! The statements of `tidegate doctor`. None leaves anything behind but an invalidation of its own
-//! event, which is deleted from the history as far as the role may.
+//! Statements of `tidegate doctor`.
+//!
+//! Invariant: none leaves a row behind, except an invalidation of the doctor's own event, which is
+//! deleted from the history if the role has the right.
 
 use std::time::Duration;
 
@@ -8,25 +10,29 @@ use sqlx::{Executor, PgConnection, Row};
 
 use super::deployed::TRIGGERS;
 
-/// Tries a change of each table; the transaction around it rolls back.
+/// Tries to change each table. The caller's transaction rolls the changes back.
 const DRY_RUN: &str = include_str!("dry_run.sql");
 
-/// What a server says of itself.
+/// Version, role and state of a server.
 #[derive(Debug)]
 pub(crate) struct Server {
-    /// `150004`
+    /// `150004`.
     pub(crate) version_number: i32,
-    /// `15.4 (Debian …)`
+    /// `15.4 (Debian …)`.
     pub(crate) version: String,
+    /// Whether the server is a standby.
     pub(crate) is_in_recovery: bool,
+    /// `replica`, `logical` or `minimal`.
     pub(crate) wal_level: String,
-    /// How full the queue of notifications is, from 0 to 1.
+    /// Usage of the notification queue, from 0 to 1.
     pub(crate) queue: f64,
+    /// The session's role.
     pub(crate) role: String,
+    /// The session's database.
     pub(crate) database: String,
 }
 
-/// What the server says of itself.
+/// Returns version, role and state of the server.
 pub(crate) async fn server(session: &mut PgConnection) -> Result<Server, sqlx::Error> {
     let row = session
         .fetch_one(
@@ -46,12 +52,13 @@ pub(crate) async fn server(session: &mut PgConnection) -> Result<Server, sqlx::E
     })
 }
 
-/// The server's clock, in seconds since 1970.
+/// Returns the server's clock, seconds since 1970.
 pub(crate) async fn clock(session: &mut PgConnection) -> Result<f64, sqlx::Error> {
     session.fetch_one("SELECT extract(epoch FROM clock_timestamp())::float8").await?.try_get(0)
 }
 
-/// Bounds what each statement of the session may take, and how long it may wait for others.
+/// Limits the time that each statement of the session may run to `limit`, and the time that it may
+/// wait for a lock to 500 ms.
 pub(crate) async fn limit(session: &mut PgConnection, limit: Duration) -> Result<(), sqlx::Error> {
     let limit = limit.as_millis().to_string();
     sqlx::query(
@@ -63,18 +70,19 @@ pub(crate) async fn limit(session: &mut PgConnection, limit: Duration) -> Result
     .map(drop)
 }
 
-/// Something that the gateway needs.
+/// A database object that the gateway needs and the role cannot use.
 #[derive(Debug)]
 pub(crate) struct Need {
     /// `tidegate.gateways`
     pub(crate) object: String,
-    /// As GRANT takes it: `SELECT, DELETE ON tidegate.broadcast_history`.
+    /// The missing rights, in the form that GRANT takes: `SELECT, DELETE ON
+    /// tidegate.broadcast_history`.
     pub(crate) grant: String,
-    /// Whether there is no such thing, rather than no right to it.
+    /// Whether the object does not exist. If it exists, the role lacks rights.
     pub(crate) is_absent: bool,
 }
 
-/// What of ours the role lacks, as far as it exists.
+/// Returns the gateway's objects that do not exist or to which the role lacks rights.
 pub(crate) async fn needs(session: &mut PgConnection) -> Result<Vec<Need>, sqlx::Error> {
     let rows = session
         .fetch_all(
@@ -135,7 +143,8 @@ pub(crate) async fn needs(session: &mut PgConnection) -> Result<Vec<Need>, sqlx:
         .collect()
 }
 
-/// What the role may that a gateway needs not: a sentence's end each. Of a superuser only that.
+/// Returns the rights of the role that a gateway does not need, each as the end of a sentence that
+/// begins with the role's name. For a superuser that is the only one.
 pub(crate) async fn powers(session: &mut PgConnection) -> Result<Vec<String>, sqlx::Error> {
     sqlx::query_scalar(
         "WITH me AS (SELECT * FROM pg_roles WHERE rolname = current_user),
@@ -175,12 +184,13 @@ pub(crate) async fn powers(session: &mut PgConnection) -> Result<Vec<String>, sq
                 AND pg_has_role(r.oid, 'USAGE')
             HAVING count(*) > 0",
     )
-    .bind(TRIGGERS.map(|it| it.table))
+    .bind(TRIGGERS.map(|trigger| trigger.table))
     .fetch_all(session)
     .await
 }
 
-/// What of ours is open to browsers: `anon may EXECUTE tidegate.forget_history(…)`. At most 20.
+/// Returns the rights that roles of browsers have to the gateway's objects, at most 20: `anon may
+/// call tidegate.forget_history`.
 pub(crate) async fn browser_rights(session: &mut PgConnection) -> Result<Vec<String>, sqlx::Error> {
     sqlx::query_scalar(
         "WITH browsers (name) AS (
@@ -208,8 +218,8 @@ pub(crate) async fn browser_rights(session: &mut PgConnection) -> Result<Vec<Str
     .await
 }
 
-/// The functions of other triggers on the same tables that run with their owner's rights and
-/// somebody else's search path. At most 20.
+/// Returns the functions of other programs' triggers on the same tables that are SECURITY DEFINER and
+/// do not pin their `search_path`, at most 20.
 pub(crate) async fn unpinned_neighbours(
     session: &mut PgConnection,
 ) -> Result<Vec<String>, sqlx::Error> {
@@ -225,13 +235,13 @@ pub(crate) async fn unpinned_neighbours(
             AND NOT EXISTS (SELECT FROM unnest(p.proconfig) s WHERE s LIKE 'search_path=%')
         LIMIT 20",
     )
-    .bind(TRIGGERS.map(|it| it.table))
+    .bind(TRIGGERS.map(|trigger| trigger.table))
     .fetch_all(session)
     .await
 }
 
-/// Other triggers of the same tables that seem to notify what ours do: `public.f on votes`. At most
-/// 20.
+/// Returns other programs' triggers on the same tables that seem to send the same notifications, at
+/// most 20: `public.f on votes`.
 pub(crate) async fn doubles(session: &mut PgConnection) -> Result<Vec<String>, sqlx::Error> {
     sqlx::query_scalar(
         "SELECT DISTINCT n.nspname || '.' || p.proname || ' on ' || c.relname
@@ -245,12 +255,13 @@ pub(crate) async fn doubles(session: &mut PgConnection) -> Result<Vec<String>, s
             AND p.prosrc LIKE '%pg_notify%' AND p.prosrc LIKE '%cache_invalidate%'
         LIMIT 20",
     )
-    .bind(TRIGGERS.map(|it| it.table))
+    .bind(TRIGGERS.map(|trigger| trigger.table))
     .fetch_all(session)
     .await
 }
 
-/// What triggers could not do within a day: how often, and the last of them.
+/// Returns the number of failures that triggers have recorded within 24 hours and a description of
+/// the last one; `None` if there is none.
 pub(crate) async fn recent_failures(
     session: &mut PgConnection,
 ) -> Result<Option<(i64, String)>, sqlx::Error> {
@@ -268,22 +279,22 @@ pub(crate) async fn recent_failures(
     row.map(|row| Ok((row.try_get(0)?, row.try_get(1)?))).transpose()
 }
 
-/// What the history holds.
+/// Contents of the history.
 #[derive(Debug)]
 pub(crate) struct Kept {
-    /// Age of the oldest message, in seconds; none without any.
+    /// Age of the oldest message, in seconds; `None` if the history is empty.
     pub(crate) oldest: Option<f64>,
-    /// Of the newest that is not the doctor's own.
+    /// Age of the newest message that is not the doctor's own, in seconds.
     pub(crate) newest: Option<f64>,
-    /// Messages of the last hour.
+    /// Number of messages within the last hour.
     pub(crate) in_an_hour: i64,
-    /// The event with the most messages within a minute of the last hour, and how many.
+    /// The event with the most messages within one minute of the last hour, and their number.
     pub(crate) busiest: Option<(String, i64)>,
-    /// A message that names an endpoint of another event.
+    /// Event and endpoint of a message that names an endpoint of another event.
     pub(crate) foreign: Option<(String, String)>,
 }
 
-/// What the history holds; `canary` is the doctor's own event.
+/// Returns the contents of the history; `canary` is the doctor's own event.
 pub(crate) async fn kept(session: &mut PgConnection, canary: &str) -> Result<Kept, sqlx::Error> {
     let row = sqlx::query(
         "WITH latest AS MATERIALIZED (
@@ -321,42 +332,56 @@ pub(crate) async fn kept(session: &mut PgConnection, canary: &str) -> Result<Kep
     })
 }
 
-/// What came of a change that was tried.
+/// Outcome of a change that was tried on one table.
 #[derive(Debug, Deserialize)]
 pub(crate) struct Tried {
+    /// The table in schema `public`.
     pub(crate) table: String,
+    /// Result of the attempt.
     pub(crate) outcome: Outcome,
+    /// `INSERT` or `UPDATE`; `None` if nothing was tried.
     pub(crate) operation: Option<String>,
-    /// What viewers would have been told.
+    /// Messages that the triggers would have sent.
     pub(crate) told: Vec<Told>,
-    /// What a trigger recorded, Postgres refused, or the trigger that may do more is called.
+    /// The failure that a trigger has recorded, the error of Postgres, or the name of the trigger
+    /// because of which nothing was tried.
     pub(crate) message: Option<String>,
 }
 
-/// What viewers would have been told.
+/// A message that a trigger would have sent.
 #[derive(Debug, Deserialize)]
 pub(crate) struct Told {
+    /// The event.
     pub(crate) eid: String,
+    /// The message's type.
     #[serde(rename = "type")]
     pub(crate) kind: Option<String>,
+    /// The endpoints to fetch again.
     pub(crate) endpoints: Vec<String>,
 }
 
-/// See `dry_run.sql`.
+/// Result of an attempt, in the words of `dry_run.sql`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Outcome {
+    /// A trigger would have sent a message.
     Told,
+    /// The change would have sent no message.
     Silent,
+    /// Postgres refused every attempt.
     Refused,
+    /// The table has no row to update.
     Empty,
+    /// The table does not exist.
     Absent,
+    /// The role lacks rights to the table.
     Closed,
+    /// Nothing was tried: another trigger may have effects that no rollback undoes.
     Outside,
 }
 
-/// Tries a change of each table in a transaction that is rolled back. A session that is dropped
-/// meanwhile rolls back, too.
+/// Tries a change of each table in a transaction that is rolled back. If the session is dropped
+/// before its end, the server rolls back.
 pub(crate) async fn dry_run(session: &mut PgConnection) -> Result<Vec<Tried>, sqlx::Error> {
     session.execute("BEGIN").await?;
     let tried = async {
@@ -368,7 +393,7 @@ pub(crate) async fn dry_run(session: &mut PgConnection) -> Result<Vec<Tried>, sq
     serde_json::from_str(&tried?).map_err(|error| sqlx::Error::Decode(error.into()))
 }
 
-/// Notifies.
+/// Sends a notification.
 pub(crate) async fn notify(
     session: &mut PgConnection,
     channel: &str,
@@ -382,7 +407,7 @@ pub(crate) async fn notify(
         .map(drop)
 }
 
-/// Deletes what the history holds of the doctor's own event, and gives how many rows.
+/// Deletes the messages of the doctor's own event from the history. Returns their number.
 pub(crate) async fn forget_event(
     session: &mut PgConnection,
     eid: &str,

@@ -1,7 +1,7 @@
 //! The activity: votes, bids, photos and changes of artworks, as an audience would make them.
 //!
 //! Invariants: the same seed gives the same actions in the same order, whatever the database
-//! answers; an action is one transaction; one that fails is logged and the next one comes.
+//! answers; an action is one transaction; an action that fails is logged, and the next one follows.
 
 use std::{error::Error, time::Duration};
 
@@ -12,14 +12,14 @@ use uuid::Uuid;
 
 use super::example::{Artwork, Example, id};
 
-/// Most artworks of an event that cannot be bid on at a time.
+/// Most artworks of an event whose bidding is closed at the same time.
 const CLOSED_MAX: usize = 2;
-/// Most photos of an artwork; the oldest goes.
+/// Most photos of an artwork; beyond, the oldest is deleted.
 const PHOTOS_MAX: i64 = 5;
-/// How much of the activity is on the first event, in percent.
+/// The part of the activity that is on the first event, in percent.
 const ON_FIRST_EVENT: u32 = 80;
 
-/// The audience: what it may do next depends on what it has done.
+/// The audience, whose next actions depend on its earlier ones.
 #[derive(Debug)]
 pub(super) struct Crowd {
     rng: Rng,
@@ -43,7 +43,7 @@ enum Status {
     Sold,
 }
 
-/// One thing that somebody does.
+/// One action of one guest.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) enum Action {
     /// Votes for an artwork, instead of an earlier vote in the round if there is one.
@@ -59,7 +59,7 @@ pub(super) enum Action {
 }
 
 impl Crowd {
-    /// An audience of the example's guests.
+    /// Creates an audience of the example's guests.
     pub(super) fn new(example: Example) -> Self {
         let Example { rng, artworks, guests, .. } = example;
         let place = |artwork| {
@@ -69,7 +69,7 @@ impl Crowd {
         Self { rng, guests, places: artworks.into_iter().map(place).collect() }
     }
 
-    /// What somebody does next.
+    /// Draws the next action.
     pub(super) fn next_action(&mut self) -> Action {
         let event = usize::from(self.rng.u32(0..100) >= ON_FIRST_EVENT);
         let index = self.pick(event, |_| true);
@@ -90,7 +90,8 @@ impl Crowd {
         }
     }
 
-    /// Open, closed, sold if there is a bid, and open again when the buyer thinks better of it.
+    /// Draws a change of status: open, closed, sold if there is a bid, and open again when the
+    /// buyer withdraws.
     fn next_status(&mut self, event: usize) -> Action {
         let closed = |place: &Place| place.status != Status::Active;
         let closed_count = self
@@ -109,7 +110,7 @@ impl Crowd {
         Action::Status { art: place.artwork.id, status }
     }
 
-    /// At most one artwork of an event is off its easel.
+    /// Draws a change of easel; at most one artwork of an event is off its easel.
     fn next_easel(&mut self, event: usize) -> Action {
         let is_missing = |place: &Place| place.artwork.event == event && !place.on_easel;
         let missing = self.places.iter().position(is_missing);
@@ -120,7 +121,7 @@ impl Crowd {
         Action::Easel { art: place.artwork.id, easel }
     }
 
-    /// The index of a random artwork of the event that is `wanted`, else of any.
+    /// Returns the index of a random artwork of the event that is `wanted`, else of any artwork.
     fn pick(&mut self, event: usize, wanted: impl Fn(&Place) -> bool) -> usize {
         let wanted = |place: &Place| place.artwork.event == event && wanted(place);
         let indexes: Vec<usize> =
@@ -129,7 +130,7 @@ impl Crowd {
         self.rng.choice(indexes).unwrap_or_else(|| self.rng.usize(..all))
     }
 
-    /// How long nobody does anything: mostly short, sometimes long, as with people.
+    /// Draws the wait until the next action: mostly short, sometimes long, as with people.
     fn pause(&mut self, rate: f64) -> Duration {
         let mean_count = -(1.0 - self.rng.f64()).ln();
         Duration::from_secs_f64(mean_count.min(5.0) / rate)
@@ -137,10 +138,10 @@ impl Crowd {
 }
 
 impl Action {
-    /// Does it, in one transaction.
+    /// Performs the action in one transaction.
     ///
     /// # Errors
-    /// The database's; nothing has changed then.
+    /// The database's error; nothing has changed then.
     pub(super) async fn perform(&self, pool: &PgPool) -> Result<(), sqlx::Error> {
         let mut transaction = pool.begin().await?;
         match self {
@@ -153,7 +154,7 @@ impl Action {
         transaction.commit().await
     }
 
-    /// For the log.
+    /// Returns the action's name for the log.
     fn kind(&self) -> &'static str {
         match self {
             Self::Vote { .. } => "vote",
@@ -165,7 +166,7 @@ impl Action {
     }
 }
 
-/// Acts `rate` times a second on average, for good.
+/// Performs `rate` actions a second on average, without end.
 ///
 /// # Cancel safety
 /// An action under way is rolled back.

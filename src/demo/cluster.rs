@@ -1,180 +1,30 @@
 //! A throw-away Postgres cluster from the machine's own binaries, for the demo and for the tests.
 //!
-//! Invariants: nothing stays behind, however this process ends. Postgres is the child of a small
-//! `sh` supervisor whose standard input is a pipe that only this process holds; when the pipe
-//! closes, which the kernel does even after SIGKILL, the supervisor stops Postgres and removes the
-//! directory. Postgres never runs as root. A [`Cluster`] is bound to no runtime, so that tests with
-//! a runtime each can share one.
+//! Invariants: nothing stays behind, however this process ends: a supervisor owns Postgres and its
+//! files. A [`Cluster`] is bound to no runtime, so that tests with a runtime each can share one.
 //!
 //! Absent on purpose: syncing to disk. A commit outlives Postgres, not the machine.
 
 use std::{
-    fs,
-    io::{self, Write as _},
+    fs, io,
     net::{Ipv4Addr, TcpListener},
-    os::{fd::AsFd as _, unix::process::CommandExt as _},
     path::{Path, PathBuf},
-    process::{Child, ChildStdin, ChildStdout, Command, Stdio},
-    time::Duration,
+    process::{Command, Stdio},
 };
 
-use nix::unistd::{User, geteuid};
 use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
-use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _},
-    sync::Mutex,
-    time::{Instant, timeout_at},
-};
+use tokio::{io::AsyncWriteExt as _, sync::Mutex};
 
-/// How long initdb, a start with recovery, or a stop may take on a slow and busy machine.
-const PATIENCE: Duration = Duration::from_secs(60);
+use super::supervisor::{Supervisor, without_foreign_variables};
 
-/// How often the log is read while Postgres starts, which takes about 50 ms.
-const LOG_INTERVAL: Duration = Duration::from_millis(5);
+pub use super::supervisor::ClusterError;
 
-/// Where ports are chosen: below the range from which kernels take the ports of outgoing
-/// connections, so that none of those takes the port of a stopped cluster before it restarts.
+/// The range of ports: below the range from which kernels take the ports of outgoing connections,
+/// so that no connection takes the port of a stopped cluster before it restarts.
 const PORTS: std::ops::Range<u16> = 20_000..30_000;
 
-/// How many ports are tried: another process may take one between our look and Postgres' bind.
+/// Most ports that are tried: another process may take one between our attempt and Postgres' bind.
 const PORT_ATTEMPTS: usize = 20;
-
-/// The line that Postgres logs when clients can connect.
-const READY: &str = "database system is ready to accept connections";
-
-/// The line that Postgres logs when it ends, also when it could not start.
-const ENDED: &str = "database system is shut down";
-
-/// Settings of the server: nothing synced, everything that the gateway can use, little memory.
-/// `synchronous_commit` stays on: without it a commit is in no file for up to 0.6 s, and an
-/// immediate stop loses what a client was told is there.
-const SERVER_SETTINGS: [&str; 14] = [
-    "-c",
-    "listen_addresses=127.0.0.1",
-    "-c",
-    "fsync=off",
-    "-c",
-    "full_page_writes=off",
-    "-c",
-    "wal_level=logical",
-    "-c",
-    "max_connections=100",
-    "-c",
-    "shared_buffers=16MB",
-    "-c",
-    "log_destination=stderr",
-];
-
-/// Variables that would lead initdb, Postgres or psql elsewhere than to this cluster.
-const FOREIGN_VARIABLES: [&str; 20] = [
-    "PGAPPNAME",
-    "PGCHANNELBINDING",
-    "PGCLIENTENCODING",
-    "PGDATA",
-    "PGDATABASE",
-    "PGDATESTYLE",
-    "PGGSSENCMODE",
-    "PGHOST",
-    "PGHOSTADDR",
-    "PGOPTIONS",
-    "PGPASSFILE",
-    "PGPASSWORD",
-    "PGPORT",
-    "PGREQUIREAUTH",
-    "PGSERVICE",
-    "PGSERVICEFILE",
-    "PGSSLMODE",
-    "PGTARGETSESSIONATTRS",
-    "PGTZ",
-    "PGUSER",
-];
-
-/// The supervisor. Its first answer is the directory; then each request line (`start PORT` or
-/// `stop`) gets one line back, `ok …` or `error …`; the end of its input ends everything.
-///
-/// Terminal signals and a broken pipe must not end it before it has cleaned up. SIGQUIT is
-/// Postgres' immediate stop, which no slow client can delay. The directory is removed twice because
-/// a killed postmaster's children may still be writing for a moment.
-const SUPERVISOR: &str = r#"
-trap '' HUP INT PIPE TERM
-umask 077
-bin=$1 temp=$2
-shift 2
-dir=$(mktemp -d "$temp/tidegate.XXXXXX" 2>/dev/null) || dir=$(mktemp -d /tmp/tidegate.XXXXXX) || {
-    echo "error no temporary directory can be written: $temp, /tmp"
-    exit 1
-}
-pid=
-stop() {
-    [ -z "$pid" ] || { kill -QUIT "$pid"; wait "$pid"; pid=; }
-}
-cd "$dir"
-if "$bin/initdb" -D "$dir/data" -U postgres --no-sync --auth=trust -E UTF8 --locale=C \
-    >"$dir/initdb.log" 2>&1 </dev/null
-then echo "ok $dir"
-else echo "error initdb: $(tail -n 1 "$dir/initdb.log")"
-fi
-while read -r request port; do
-    case $request in
-    start)
-        "$bin/postgres" -D "$dir/data" -p "$port" -k "$dir" "$@" >>"$dir/log" 2>&1 </dev/null &
-        pid=$!
-        echo ok
-        ;;
-    stop)
-        stop
-        echo ok
-        ;;
-    esac
-done
-stop
-cd /
-rm -rf "$dir" || { sleep 1; rm -rf "$dir"; }
-"#;
-
-/// Why there is no cluster, or why it did not do what was asked.
-#[derive(Debug, thiserror::Error)]
-pub enum ClusterError {
-    /// Neither the usual directories nor `PATH` hold initdb, postgres and psql together.
-    #[error("PostgreSQL server binaries not found: apt-get install postgresql")]
-    NotInstalled,
-    /// Postgres refuses to run as root, and there is nobody else to run it as.
-    #[error("PostgreSQL does not run as root: add a user named postgres")]
-    NoUnprivilegedUser,
-    /// The operating system refused what this module needs of it.
-    #[error("could not {action}")]
-    System {
-        /// What was attempted, as an infinitive.
-        action: &'static str,
-        /// The operating system's reason.
-        #[source]
-        source: io::Error,
-    },
-    /// The supervisor could not make the directory or initialise the cluster.
-    #[error("could not make a database cluster: {reason}")]
-    Supervisor {
-        /// One line, by the supervisor or by initdb.
-        reason: String,
-    },
-    /// Postgres ended instead of accepting connections, or did neither in time.
-    #[error("PostgreSQL did not start: {reason}")]
-    NotStarted {
-        /// The line of its log that says why, or the last one.
-        reason: String,
-    },
-    /// Something did not end within its time.
-    #[error("{what} took longer than {} s", PATIENCE.as_secs())]
-    TimedOut {
-        /// What did not end.
-        what: &'static str,
-    },
-    /// psql ended with an error: the SQL is wrong, or the server is not there.
-    #[error("psql: {message}")]
-    Psql {
-        /// All of its standard error.
-        message: String,
-    },
-}
 
 /// A running Postgres cluster of its own, with the superuser `postgres` and no password. Dropping
 /// it stops Postgres and removes every file, and waits until that is done (about 0.1 s).
@@ -187,7 +37,7 @@ pub struct Cluster {
 }
 
 impl Cluster {
-    /// Makes a cluster and starts it, in about 0.8 s; it accepts connections when this returns.
+    /// Creates a cluster and starts it, in about 0.8 s; it accepts connections when this returns.
     ///
     /// # Errors
     /// Any [`ClusterError`]; nothing is left behind.
@@ -208,14 +58,14 @@ impl Cluster {
         Ok(Self { binaries, dir, port, supervisor: Mutex::new(supervisor) })
     }
 
-    /// The TCP address of a database: `postgres://postgres@127.0.0.1:PORT/DATABASE`.
+    /// Returns the TCP address of a database: `postgres://postgres@127.0.0.1:PORT/DATABASE`.
     #[must_use]
     pub fn url(&self, database: &str) -> String {
         let database = utf8_percent_encode(database, NON_ALPHANUMERIC);
         format!("postgres://postgres@127.0.0.1:{}/{database}", self.port)
     }
 
-    /// The address of a database through the Unix socket, which lies in the cluster's directory.
+    /// Returns the address of a database by the Unix socket, which lies in the cluster's directory.
     #[must_use]
     pub fn socket_url(&self, database: &str) -> String {
         let database = utf8_percent_encode(database, NON_ALPHANUMERIC);
@@ -224,19 +74,19 @@ impl Cluster {
         format!("postgres://postgres@{dir}:{}/{database}", self.port)
     }
 
-    /// The TCP port on 127.0.0.1; the same for the cluster's whole life.
+    /// Returns the TCP port on 127.0.0.1; the same for the cluster's whole life.
     #[must_use]
     pub fn port(&self) -> u16 {
         self.port
     }
 
-    /// The data directory, as initdb made it.
+    /// Returns the data directory, as initdb made it.
     #[must_use]
     pub fn data_dir(&self) -> PathBuf {
         self.dir.join("data")
     }
 
-    /// Makes an empty database.
+    /// Creates an empty database.
     ///
     /// # Errors
     /// [`ClusterError::Psql`] when it exists already or the server is stopped.
@@ -245,7 +95,7 @@ impl Cluster {
         self.psql("postgres", &format!("create database \"{name}\"")).await.map(drop)
     }
 
-    /// Runs SQL, which may hold several statements and psql's own commands, and gives the rows:
+    /// Runs SQL, which may hold several statements and psql's own commands, and returns the rows:
     /// one per line, columns divided by `|`, without a final line break.
     ///
     /// # Errors
@@ -266,7 +116,7 @@ impl Cluster {
         rows_of(&output.map_err(failed)?)
     }
 
-    /// Runs a file of SQL as `psql -f`, with the rows as [`Cluster::psql`] gives them.
+    /// Runs a file of SQL as `psql -f`, and returns the rows as [`Cluster::psql`] does.
     ///
     /// # Errors
     /// [`ClusterError::Psql`] at the first statement that fails or when the file is missing.
@@ -275,8 +125,9 @@ impl Cluster {
         rows_of(&output.map_err(|source| ClusterError::System { action: "run psql", source })?)
     }
 
-    /// psql for a database of this cluster: no start-up file, stops at the first error, prints rows
-    /// only (`-X -q -At -v ON_ERROR_STOP=1`); its input is empty and its output is piped.
+    /// Returns psql for a database of this cluster: no start-up file, stops at the first error,
+    /// prints rows only (`-X -q -At -v ON_ERROR_STOP=1`); its input is empty and its output is
+    /// piped.
     #[must_use]
     pub fn psql_command(&self, database: &str) -> tokio::process::Command {
         let mut command = Command::new(self.binaries.join("psql"));
@@ -302,7 +153,7 @@ impl Cluster {
     /// Starts Postgres again, on the same port and data, after stopping it if it runs.
     ///
     /// # Errors
-    /// [`ClusterError::NotStarted`], for one when another process has taken the port.
+    /// [`ClusterError::NotStarted`], for example when another process has taken the port.
     ///
     /// # Cancel safety
     /// Not cancel-safe: the supervisor's answer would be taken for the next request's.
@@ -313,111 +164,7 @@ impl Cluster {
     }
 }
 
-/// The `sh` process that owns Postgres and the directory, and the two pipes to it.
-#[derive(Debug)]
-struct Supervisor {
-    process: Child,
-    /// `None` only while it is being dropped.
-    requests: Option<ChildStdin>,
-    answers: ChildStdout,
-}
-
-impl Supervisor {
-    fn spawn(binaries: &Path) -> Result<Self, ClusterError> {
-        let temp = std::env::temp_dir();
-        let mut command = Command::new("/bin/sh");
-        without_foreign_variables(&mut command);
-        command.args(["-c", SUPERVISOR, "tidegate-cluster"]).arg(binaries).arg(short(&temp));
-        command.args(SERVER_SETTINGS).current_dir("/");
-        // A group of its own, so that a terminal's Ctrl-C or a test runner's kill passes it by.
-        command.process_group(0);
-        // No handle of ours is inherited: a test runner waits for those to be closed.
-        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
-        if geteuid().is_root() {
-            let user = unprivileged_user().ok_or(ClusterError::NoUnprivilegedUser)?;
-            command.uid(user.uid.as_raw()).gid(user.gid.as_raw());
-        }
-        let action = "run /bin/sh";
-        let mut process =
-            command.spawn().map_err(|source| ClusterError::System { action, source })?;
-        match (process.stdin.take(), process.stdout.take()) {
-            (requests @ Some(_), Some(answers)) => Ok(Self { process, requests, answers }),
-            _ => Err(ClusterError::System { action, source: io::ErrorKind::BrokenPipe.into() }),
-        }
-    }
-
-    async fn start_postgres(&mut self, port: u16, dir: &Path) -> Result<(), ClusterError> {
-        let log = dir.join("log");
-        // Earlier starts have logged to the same file.
-        let seen = fs::metadata(&log).map_or(0, |metadata| metadata.len());
-        let seen = usize::try_from(seen).unwrap_or(usize::MAX);
-        let deadline = Instant::now() + PATIENCE;
-        self.request(&format!("start {port}\n"), "a start of PostgreSQL").await?;
-        let result = loop {
-            let text = fs::read(&log).unwrap_or_default();
-            let text = String::from_utf8_lossy(text.get(seen..).unwrap_or_default());
-            if text.contains(READY) {
-                return Ok(());
-            }
-            if text.contains(ENDED) || Instant::now() >= deadline {
-                break Err(ClusterError::NotStarted { reason: reason_in(&text) });
-            }
-            tokio::time::sleep(LOG_INTERVAL).await;
-        };
-        // The supervisor must forget this process before it is asked for another.
-        self.stop_postgres().await?;
-        result
-    }
-
-    async fn stop_postgres(&mut self) -> Result<(), ClusterError> {
-        self.request("stop\n", "a stop of PostgreSQL").await
-    }
-
-    async fn request(&mut self, line: &str, what: &'static str) -> Result<(), ClusterError> {
-        // A request is far smaller than a pipe's buffer, so that this write never waits.
-        let written = match &mut self.requests {
-            Some(pipe) => pipe.write_all(line.as_bytes()),
-            None => Err(io::ErrorKind::BrokenPipe.into()),
-        };
-        let action = "talk to the database's supervisor";
-        written.map_err(|source| ClusterError::System { action, source })?;
-        self.answer(what).await.map(drop)
-    }
-
-    /// Reads one answer and gives what follows its `ok`.
-    async fn answer(&mut self, what: &'static str) -> Result<String, ClusterError> {
-        let failed = |source| {
-            let action = "talk to the database's supervisor";
-            ClusterError::System { action, source }
-        };
-        // A copy of the handle for each answer, because a runtime keeps what it has polled.
-        let pipe = self.answers.as_fd().try_clone_to_owned().map_err(failed)?;
-        let pipe = tokio::process::ChildStdout::from_std(ChildStdout::from(pipe));
-        let mut pipe = pipe.map_err(failed)?;
-        let mut line = Vec::new();
-        let deadline = Instant::now() + PATIENCE;
-        while line.last() != Some(&b'\n') {
-            let read = timeout_at(deadline, pipe.read_u8()).await;
-            line.push(read.or(Err(ClusterError::TimedOut { what }))?.map_err(failed)?);
-        }
-        let line = String::from_utf8_lossy(&line);
-        match line.trim_end().split_once(' ') {
-            Some(("error", reason)) => Err(ClusterError::Supervisor { reason: reason.to_owned() }),
-            Some(("ok", value)) => Ok(value.to_owned()),
-            _ => Ok(String::new()),
-        }
-    }
-}
-
-impl Drop for Supervisor {
-    fn drop(&mut self) {
-        drop(self.requests.take());
-        // Without our pipe it can only end; a failure to wait leaves nothing to do.
-        drop(self.process.wait());
-    }
-}
-
-/// The directory that holds initdb, postgres and psql: what `PATH` offers, then the newest of the
+/// Finds the directory that holds initdb, postgres and psql: that of `PATH`, else the newest of the
 /// usual places of Debian, RHEL and Homebrew.
 fn find_binaries() -> Option<PathBuf> {
     let in_path = Command::new("/bin/sh").args(["-c", "command -v postgres"]).output().ok();
@@ -445,16 +192,7 @@ fn find_binaries() -> Option<PathBuf> {
     })
 }
 
-fn unprivileged_user() -> Option<User> {
-    ["postgres", "nobody"].iter().find_map(|name| User::from_name(name).ok().flatten())
-}
-
-/// A directory whose Unix socket has an address short enough for the kernel (107 bytes).
-fn short(temp: &Path) -> &Path {
-    if temp.as_os_str().len() > 70 { Path::new("/tmp") } else { temp }
-}
-
-/// A port of 127.0.0.1 that nobody has at this moment.
+/// Returns a port of 127.0.0.1 that is free at this moment.
 pub(super) fn free_port() -> Result<u16, ClusterError> {
     let mut last = io::ErrorKind::AddrInUse.into();
     for _ in 0..PORT_ATTEMPTS {
@@ -467,21 +205,6 @@ pub(super) fn free_port() -> Result<u16, ClusterError> {
     Err(ClusterError::System { action: "find a free port", source: last })
 }
 
-/// Makes a command independent of the caller's environment, in English so that the log can be read.
-fn without_foreign_variables(command: &mut Command) {
-    for name in FOREIGN_VARIABLES {
-        command.env_remove(name);
-    }
-    command.env("LC_ALL", "C");
-}
-
-/// The line of Postgres' log that says why it did not start, without its time.
-fn reason_in(log: &str) -> String {
-    let says_why = |line: &&str| line.contains("could not bind") || line.contains("FATAL");
-    let line = log.lines().find(says_why).or(log.lines().last()).unwrap_or("it has logged nothing");
-    line.split_once("] ").map_or(line, |(_, message)| message).to_owned()
-}
-
 fn rows_of(output: &std::process::Output) -> Result<String, ClusterError> {
     if output.status.success() {
         return Ok(String::from_utf8_lossy(&output.stdout).trim_end_matches('\n').to_owned());
@@ -491,135 +214,4 @@ fn rows_of(output: &std::process::Output) -> Result<String, ClusterError> {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::{future::Future, sync::Arc};
-
-    use super::*;
-
-    /// Waits for something that leaves no event behind, such as a directory's end.
-    async fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
-        let deadline = Instant::now() + PATIENCE;
-        while !holds() {
-            assert!(Instant::now() < deadline, "{what} did not happen in time");
-            tokio::time::sleep(LOG_INTERVAL).await;
-        }
-    }
-
-    fn on_a_runtime_of_its_own<T>(future: impl Future<Output = T>) -> T {
-        let mut runtime = tokio::runtime::Builder::new_current_thread();
-        runtime.enable_all().build().unwrap().block_on(future)
-    }
-
-    #[tokio::test]
-    async fn a_cluster_is_reached_by_tcp_socket_and_psql_and_leaves_nothing() {
-        let cluster = Cluster::start().await.unwrap();
-        let name = r#"a name/with "quotes"#;
-        cluster.create_database(name).await.unwrap();
-        let rows = "create table t (a int, b text); insert into t values (1, 'x'), (2, null);
-            select * from t order by a";
-        assert_eq!(cluster.psql(name, rows).await.unwrap(), "1|x\n2|");
-        for url in [cluster.url(name), cluster.socket_url(name)] {
-            use sqlx::Connection as _;
-            let mut connection = sqlx::PgConnection::connect(&url).await.unwrap();
-            let count = sqlx::query_scalar("select count(*) from t");
-            let count: i64 = count.fetch_one(&mut connection).await.unwrap();
-            assert_eq!(count, 2, "{url}");
-        }
-        let wrong = cluster.psql(name, "select 1; selec 2; drop table t").await.unwrap_err();
-        assert!(wrong.to_string().contains("syntax error"), "{wrong}");
-        let missing = cluster.psql_file(name, Path::new("/no/such/file")).await.unwrap_err();
-        assert!(missing.to_string().contains("No such file"), "{missing}");
-        assert!(cluster.create_database(name).await.is_err());
-
-        let directory = cluster.dir.clone();
-        let port = cluster.port();
-        assert!(cluster.data_dir().join("PG_VERSION").exists());
-        drop(cluster);
-        assert!(!directory.exists());
-        assert!(TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok());
-    }
-
-    #[test]
-    fn a_commit_outlives_an_immediate_stop_and_any_runtime() {
-        let cluster = Arc::new(on_a_runtime_of_its_own(Cluster::start()).unwrap());
-        let port = cluster.port();
-        on_a_runtime_of_its_own(async {
-            cluster
-                .psql("postgres", "create table t (a int); insert into t values (7)")
-                .await
-                .unwrap();
-            cluster.stop_immediate().await.unwrap();
-            cluster.psql("postgres", "select 1").await.unwrap_err();
-            // Stopped already, so that there is nothing to do.
-            cluster.stop_immediate().await.unwrap();
-        });
-        on_a_runtime_of_its_own(async {
-            cluster.restart().await.unwrap();
-            assert_eq!(cluster.psql("postgres", "select a from t").await.unwrap(), "7");
-            // Running, so that it is stopped first.
-            cluster.restart().await.unwrap();
-            assert_eq!(cluster.psql("postgres", "select a from t").await.unwrap(), "7");
-        });
-        assert_eq!(cluster.port(), port);
-    }
-
-    #[tokio::test]
-    async fn a_port_that_was_taken_is_named_and_may_become_free_again() {
-        let cluster = Cluster::start().await.unwrap();
-        cluster.stop_immediate().await.unwrap();
-        let taken = TcpListener::bind((Ipv4Addr::LOCALHOST, cluster.port())).unwrap();
-        let error = cluster.restart().await.unwrap_err().to_string();
-        assert!(error.contains("could not bind"), "{error}");
-        drop(taken);
-        cluster.restart().await.unwrap();
-        assert_eq!(cluster.psql("postgres", "select 1").await.unwrap(), "1");
-    }
-
-    /// The name under which the next test runs itself as the process to be killed.
-    const VICTIM: &str = "TIDEGATE_TEST_CLUSTER_VICTIM";
-
-    #[expect(clippy::disallowed_methods, reason = "how the test tells its own copy what to do")]
-    #[tokio::test]
-    async fn a_killed_process_leaves_neither_postgres_nor_files() {
-        if let Some(told) = std::env::var_os(VICTIM) {
-            let cluster = Cluster::start().await.unwrap();
-            let pid = fs::read_to_string(cluster.data_dir().join("postmaster.pid")).unwrap();
-            let pid = pid.lines().next().unwrap();
-            fs::write(&told, format!("{pid}\n{}\n", cluster.dir.display())).unwrap();
-            std::future::pending::<()>().await;
-        }
-        let told = tempfile_path();
-        let name = concat!(module_path!(), "::a_killed_process_leaves_neither_postgres_nor_files");
-        let name = name.split_once("::").map_or(name, |(_, name)| name);
-        let mut victim = Command::new(std::env::current_exe().unwrap());
-        victim.args(["--exact", name]).env(VICTIM, &told).stdout(Stdio::null());
-        let mut victim = victim.stderr(Stdio::null()).spawn().unwrap();
-        let complete = || fs::read_to_string(&told).is_ok_and(|text| text.ends_with('\n'));
-        eventually("the victim's start", complete).await;
-        let text = fs::read_to_string(&told).unwrap();
-        fs::remove_file(&told).unwrap();
-        let (pid, directory) = text.trim_end().split_once('\n').unwrap();
-        let pid = nix::unistd::Pid::from_raw(pid.parse().unwrap());
-        assert!(nix::sys::signal::kill(pid, None).is_ok());
-
-        victim.kill().unwrap();
-        victim.wait().unwrap();
-        eventually("the directory's end", || !Path::new(directory).exists()).await;
-        assert!(nix::sys::signal::kill(pid, None).is_err());
-    }
-
-    fn tempfile_path() -> PathBuf {
-        std::env::temp_dir().join(format!("tidegate-victim-{}", fastrand::u64(..)))
-    }
-
-    #[test]
-    fn the_reason_of_a_failed_start_is_the_line_that_says_why() {
-        let log = "2026-01-01 00:00:00.000 UTC [7] LOG:  starting\n\
-            2026-01-01 00:00:00.001 UTC [7] LOG:  could not bind IPv4 address\n\
-            2026-01-01 00:00:00.002 UTC [7] FATAL:  could not create any TCP/IP sockets\n\
-            2026-01-01 00:00:00.003 UTC [7] LOG:  database system is shut down\n";
-        assert_eq!(reason_in(log), "LOG:  could not bind IPv4 address");
-        assert_eq!(reason_in("postgres: no such option\n"), "postgres: no such option");
-        assert_eq!(reason_in(""), "it has logged nothing");
-    }
-}
+mod tests;

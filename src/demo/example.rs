@@ -6,14 +6,14 @@ use fastrand::Rng;
 use sqlx::PgPool;
 use uuid::{Builder, Uuid};
 
-/// The tables, in the shape that production has.
+/// The tables of production.
 const TABLES: &str = include_str!("../../migrations/examples/production_tables.sql");
 
-/// How many artworks an event has in each of its two rounds.
+/// Artworks of an event in each of its two rounds.
 const EASELS: i32 = 6;
 const ROUNDS: i32 = 2;
 
-/// What an event is called.
+/// The names of an event.
 pub(super) struct EventName {
     pub(super) eid: &'static str,
     pub(super) name: &'static str,
@@ -26,7 +26,7 @@ pub(super) const EVENTS: [EventName; 2] = [
     EventName { eid: "AB3029", name: "Live painting in the old mill", venue: "Mill Street Stage" },
 ];
 
-/// One for each artwork.
+/// The artists, one for each artwork.
 const ARTISTS: [&str; 24] = [
     "Ines Marlow",
     "Tomas Okafor",
@@ -54,7 +54,7 @@ const ARTISTS: [&str; 24] = [
     "Aiko Tanaka",
 ];
 
-/// Each with each [`BIRDS`] makes a guest's nickname.
+/// Each adjective with each of [`BIRDS`] is a guest's nickname.
 const ADJECTIVES: [&str; 10] =
     ["Amber", "Bold", "Calm", "Early", "Gentle", "Keen", "Lucky", "Merry", "Quiet", "Swift"];
 const BIRDS: [&str; 12] = [
@@ -72,11 +72,11 @@ const BIRDS: [&str; 12] = [
     "Wigeon",
 ];
 
-/// An artwork as it begins.
+/// An artwork before the first action.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Artwork {
     pub(super) id: Uuid,
-    /// Index in [`EVENTS`].
+    /// The event's index in [`EVENTS`].
     pub(super) event: usize,
     pub(super) round: i32,
     pub(super) easel: i32,
@@ -85,7 +85,7 @@ pub(super) struct Artwork {
     starting_bid: i32,
 }
 
-/// All rows of the example, and the generator that goes on where they end.
+/// All rows of the example, and the random generator after they were drawn.
 #[derive(Debug)]
 pub(super) struct Example {
     pub(super) rng: Rng,
@@ -97,7 +97,7 @@ pub(super) struct Example {
 }
 
 impl Example {
-    /// Plans the example; nothing is in the database yet.
+    /// Draws the rows of the example; the database is not touched.
     pub(super) fn new(seed: u64) -> Self {
         let mut rng = Rng::with_seed(seed);
         let mut ids = |count: usize| -> Vec<Uuid> { (0..count).map(|_| id(&mut rng)).collect() };
@@ -121,10 +121,10 @@ impl Example {
         Self { rng, artworks, guests, events, artists }
     }
 
-    /// Makes the tables and inserts everything.
+    /// Creates the tables and inserts all rows.
     ///
     /// # Errors
-    /// The database's; the tables may exist then, without rows.
+    /// The database's error; the tables may exist then, without rows.
     pub(super) async fn insert(&self, pool: &PgPool) -> Result<(), sqlx::Error> {
         sqlx::raw_sql(TABLES).execute(pool).await?;
         let mut transaction = pool.begin().await?;
@@ -179,7 +179,7 @@ impl Example {
     }
 }
 
-/// A random id that the seed decides.
+/// Draws a random id, which the seed decides.
 pub(super) fn id(rng: &mut Rng) -> Uuid {
     Builder::from_random_bytes(rng.u128(..).to_be_bytes()).into_uuid()
 }

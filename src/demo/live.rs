@@ -1,7 +1,8 @@
 //! The `/live` endpoints that the page fetches and that notifications name, as JSON.
 //!
-//! Invariants: each endpoint is one statement, which gives the whole answer, or no row where there
-//! is nothing; amounts are JSON numbers; only a path that can be right reaches the database.
+//! Invariants: each endpoint is one statement, which returns the whole answer, or no row if there
+//! is no such event or artwork; amounts are JSON numbers; only a well-formed path reaches the
+//! database.
 
 use std::str::FromStr;
 
@@ -12,20 +13,20 @@ const EID_BYTES_MAX: usize = 50;
 /// Longest name of an easel, in bytes: numbers, and letters in older data.
 const EASEL_BYTES_MAX: usize = 10;
 
-/// What a path names.
+/// An endpoint that a path names.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) enum Endpoint {
     /// `/live/event/{eid}`: the event and its artworks.
     Event { eid: String },
     /// `/live/event/{eid}/media`: the photos.
     Media { eid: String },
-    /// `/live/event/{eid}/artists`: who paints.
+    /// `/live/event/{eid}/artists`: the artists.
     Artists { eid: String },
     /// `/live/event/{eid}-{round}-{easel}/bids`: the bids on an artwork, the highest first.
     Bids { eid: String, round: i32, easel: String },
 }
 
-/// The path names no endpoint.
+/// The error of a path that names no endpoint.
 #[derive(Debug, PartialEq)]
 pub(super) struct NotAnEndpoint;
 
@@ -64,10 +65,10 @@ impl FromStr for Endpoint {
 }
 
 impl Endpoint {
-    /// The endpoint's JSON, or nothing if there is no such event or artwork.
+    /// Reads the endpoint's JSON; `None` if there is no such event or artwork.
     ///
     /// # Errors
-    /// The database's.
+    /// The database's error.
     pub(super) async fn read(&self, pool: &PgPool) -> Result<Option<String>, sqlx::Error> {
         let query = match self {
             Self::Event { eid } => sqlx::query_scalar(EVENT).bind(eid),

@@ -1,13 +1,13 @@
 //! The demo: a throw-away database, a gateway, simulated activity and a page, in one process.
 //!
 //! Invariants: nothing is configured by hand, and nothing stays behind: whatever ends [`run`], also
-//! a failed start, stops Postgres and Prometheus and removes their directories. Nothing here runs
-//! in a task of its own: what [`run`] does ends with it. The gateway connects as the role that its
-//! migrations made, not as a superuser.
+//! a failed start, stops Postgres and Prometheus and removes their directories. The demo spawns no
+//! task: everything ends with [`run`]. The gateway connects as the role that its migrations made,
+//! not as a superuser.
 
 use std::{
     io::{self, Write as _},
-    net::{IpAddr, Ipv4Addr, SocketAddr},
+    net::SocketAddr,
     path::PathBuf,
     pin::pin,
     sync::Arc,
@@ -19,26 +19,28 @@ use tokio::time::{sleep, timeout};
 use uuid::Uuid;
 
 use crate::{
+    admin::client::reachable,
     auth::sign::{SignError, sign_role},
     db::{self, MigrateError},
     secret::Secret,
-    server::{Server, StartError, raise_file_limit, settings::Config},
+    server::{Server, StartError, settings::Config},
 };
 
 use self::{
     activity::Crowd,
+    alerts::Prometheus,
     cluster::{Cluster, ClusterError},
     example::{EVENTS, Example},
     pages::{Pages, PagesError, Site},
-    prometheus::Prometheus,
 };
 
 mod activity;
+mod alerts;
 pub mod cluster;
 mod example;
 mod live;
 mod pages;
-mod prometheus;
+mod supervisor;
 
 /// The database's name.
 const DATABASE: &str = "demo";
@@ -46,11 +48,11 @@ const DATABASE: &str = "demo";
 const SESSIONS_MAX: u32 = 8;
 /// A statement that gets no session in this time fails.
 const SESSION_WAIT: Duration = Duration::from_secs(3);
-/// How often the gateway's sessions are looked for at the end.
+/// Interval at which the end of the gateway's sessions is awaited.
 const GOODBYE_INTERVAL: Duration = Duration::from_millis(5);
-/// How long the page's key holds; no demo runs longer.
+/// How long the page's key is valid; no demo runs longer.
 const KEY_TTL: Duration = Duration::from_secs(365 * 24 * 60 * 60);
-/// What happened before anybody looked: actions that are in the database when the page opens.
+/// Actions that are in the database when the page opens.
 const ACTIONS_BEFORE: usize = 150;
 
 /// Arguments of `tidegate demo`.
@@ -76,25 +78,25 @@ pub struct DemoArgs {
 /// Why there is no demo.
 #[derive(Debug, thiserror::Error)]
 pub enum DemoError {
-    /// The page is not there.
+    /// The page cannot be read.
     #[error(transparent)]
     Pages(#[from] PagesError),
-    /// No throw-away Postgres.
+    /// There is no throw-away Postgres.
     #[error(transparent)]
     Cluster(#[from] ClusterError),
-    /// The example's tables or rows.
+    /// The example's tables or rows cannot be made.
     #[error("cannot make the example data")]
     Example(#[source] sqlx::Error),
-    /// The gateway's own objects.
+    /// The gateway's own database objects cannot be made.
     #[error(transparent)]
     Migrate(#[from] MigrateError),
-    /// No key for the page.
+    /// The page's key cannot be signed.
     #[error("cannot sign the page's key")]
     Key(#[from] SignError),
-    /// The gateway, above all a taken address.
+    /// The gateway cannot start; above all, an address is taken.
     #[error(transparent)]
     Start(#[from] StartError),
-    /// The gateway listens nowhere.
+    /// The system does not tell where the gateway listens.
     #[error("cannot tell where the gateway listens")]
     Addresses(#[source] io::Error),
 }
@@ -108,7 +110,7 @@ pub async fn run(args: DemoArgs, shutdown: impl Future<Output = ()>) -> Result<(
     let pages = Pages::load(&args.pages)?;
     tracing::info!("starting a throw-away Postgres");
     let cluster = tokio::select! {
-        // A cluster that is half made goes with its future.
+        // A cluster that is half made is removed when its future is dropped.
         () = &mut shutdown => return Ok(()),
         cluster = Box::pin(Cluster::start()) => cluster?,
     };
@@ -133,14 +135,14 @@ pub async fn run(args: DemoArgs, shutdown: impl Future<Output = ()>) -> Result<(
         Ok(None) => Ok(()),
         Err(error) => Err(error),
     };
-    // Whatever still says goodbye to Postgres after this is cut off, and logged.
+    // A session that ends later is cut off, which is logged.
     let _ = timeout(SESSION_WAIT, close(&pool)).await;
     // Waits until Postgres has ended and its directory is gone.
     drop(cluster);
     ended
 }
 
-/// Fills the database and listens; says so when the page can be opened.
+/// Fills the database, listens, and prints the banner when the page can be opened.
 async fn prepare(
     args: &DemoArgs,
     pages: Pages,
@@ -172,13 +174,11 @@ async fn prepare(
     let prometheus = Prometheus::start(admin).await;
     let prometheus_url = prometheus.as_ref().map(Prometheus::url);
     let site = Site::new(pages, &anon_key, prometheus_url.as_deref(), pool.clone());
-    // Many viewers need many sockets; with fewer the demo works all the same.
-    let _ = raise_file_limit();
     say(&banner(public, admin, prometheus_url.as_deref(), &owner_url));
     Ok((server.with_fallback(Arc::new(site)), crowd, prometheus))
 }
 
-/// Ends the sessions with Postgres: waits for the gateway's, which end after it has, then for ours.
+/// Waits for the end of the gateway's sessions with Postgres, which outlive it, then ends ours.
 async fn close(pool: &PgPool) {
     let gateway_is_connected =
         "select exists (select from pg_stat_activity where application_name = 'tidegate')";
@@ -188,18 +188,14 @@ async fn close(pool: &PgPool) {
     pool.close().await;
 }
 
-/// What a terminal shows once the demo can be used; the first line is for programs.
+/// Returns the text for the terminal once the demo can be used; the first line is for programs.
 fn banner(
     public: SocketAddr,
     admin: SocketAddr,
     prometheus: Option<&str>,
     owner_url: &str,
 ) -> String {
-    let host = if public.ip().is_unspecified() {
-        SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), public.port())
-    } else {
-        public
-    };
+    let host = reachable(public);
     let events: String =
         EVENTS.iter().map(|event| format!("           {}  {}\n", event.eid, event.name)).collect();
     let events = events.trim();
@@ -222,7 +218,7 @@ fn banner(
     )
 }
 
-/// Prints a line. Nobody has to read along, so that a closed terminal or pipe changes nothing.
+/// Prints a line, if the terminal or pipe is still open.
 fn say(text: &str) {
     let mut out = io::stdout();
     let _ = writeln!(out, "{text}").and_then(|()| out.flush());

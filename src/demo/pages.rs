@@ -1,7 +1,8 @@
-//! What the demo serves on the gateway's public port: the page, its key, the `/live` endpoints.
+//! The demo's routes on the gateway's public port: the page, its key, the `/live` endpoints.
 //!
-//! Invariants: the page's files are read once, at start, and no request names a file; everything
-//! the page needs comes from here, so that it works offline, and its policy forbids the rest.
+//! Invariants: the page's files are read once, at start, and no request names a file; the page
+//! needs nothing from elsewhere, so that it works offline, and its content security policy forbids
+//! anything else.
 
 use std::{
     error::Error,
@@ -18,7 +19,7 @@ use hyper::{
 use serde_json::json;
 use sqlx::PgPool;
 
-use crate::http::{Answer, Answering, Ask, content, empty, object};
+use crate::http::{Answering, Request, Response, content, empty, object};
 
 use super::{example::EVENTS, live::Endpoint};
 
@@ -33,7 +34,7 @@ const SCRIPT: &str = "text/javascript; charset=utf-8";
 /// The published client, as npm installs it.
 const BUNDLE: &str = "node_modules/@supabase/supabase-js/dist/umd/supabase.js";
 
-/// Only what comes from here, and nothing inline.
+/// Content security policy: only what this port serves, and nothing inline.
 const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; \
     img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 
@@ -45,7 +46,7 @@ pub enum PagesError {
     NoBundle {
         /// The file.
         file: PathBuf,
-        /// Where its `package.json` lies.
+        /// The directory of its `package.json`.
         dir: PathBuf,
     },
     /// One of the page's own files cannot be read.
@@ -53,7 +54,7 @@ pub enum PagesError {
     NoPage {
         /// The file.
         file: PathBuf,
-        /// What the system said.
+        /// The system's error.
         #[source]
         source: io::Error,
     },
@@ -84,7 +85,7 @@ impl Pages {
     }
 }
 
-/// Everything that the demo answers.
+/// Everything that the demo serves.
 #[derive(Debug)]
 pub(super) struct Site {
     pages: Pages,
@@ -108,22 +109,22 @@ impl Site {
         Self { pages, config: config.to_string(), pool }
     }
 
-    /// Answers what memory holds; `Err` names an endpoint for the database.
-    fn route(&self, ask: &Ask) -> Result<Answer, Endpoint> {
-        if !matches!(*ask.method(), Method::GET | Method::HEAD) {
+    /// Answers requests from memory; `Err` is an endpoint that the database answers.
+    fn route(&self, request: &Request) -> Result<Response, Endpoint> {
+        if !matches!(*request.method(), Method::GET | Method::HEAD) {
             let mut answer =
                 object(StatusCode::METHOD_NOT_ALLOWED, &json!({ "message": "method not allowed" }));
             answer.headers_mut().insert(header::ALLOW, HeaderValue::from_static("GET, HEAD"));
             return Ok(answer);
         }
-        let path = ask.uri().path();
+        let path = request.uri().path();
         let page = FILES.iter().zip(&self.pages.0).find(|((route, ..), _)| *route == path);
         if let Some(((_, _, content_type), bytes)) = page {
             return Ok(content(StatusCode::OK, content_type, bytes.clone()));
         }
         match path {
             "/" | "/demo/" => {
-                let query = ask.uri().query().map(|query| format!("?{query}"));
+                let query = request.uri().query().map(|query| format!("?{query}"));
                 let target = format!("/demo{}", query.unwrap_or_default());
                 let mut answer = empty(StatusCode::TEMPORARY_REDIRECT);
                 if let Ok(target) = HeaderValue::try_from(target) {
@@ -141,8 +142,8 @@ impl Site {
 }
 
 impl Answering for Site {
-    fn answer(&self, ask: Ask) -> Pin<Box<dyn Future<Output = Answer> + Send>> {
-        let routed = self.route(&ask);
+    fn answer(&self, request: Request) -> Pin<Box<dyn Future<Output = Response> + Send>> {
+        let routed = self.route(&request);
         let pool = self.pool.clone();
         Box::pin(async move {
             let answer = match routed {
@@ -154,7 +155,7 @@ impl Answering for Site {
     }
 }
 
-async fn live(endpoint: &Endpoint, pool: &PgPool) -> Answer {
+async fn live(endpoint: &Endpoint, pool: &PgPool) -> Response {
     match endpoint.read(pool).await {
         Ok(Some(text)) => json_text(text),
         Ok(None) => not_found(),
@@ -166,15 +167,15 @@ async fn live(endpoint: &Endpoint, pool: &PgPool) -> Answer {
     }
 }
 
-fn json_text(text: String) -> Answer {
+fn json_text(text: String) -> Response {
     content(StatusCode::OK, "application/json; charset=utf-8", text)
 }
 
-fn not_found() -> Answer {
+fn not_found() -> Response {
     object(StatusCode::NOT_FOUND, &json!({ "message": "not found" }))
 }
 
-fn guarded(mut answer: Answer) -> Answer {
+fn guarded(mut answer: Response) -> Response {
     for (name, value) in [
         // The next demo on this port has another key and other data.
         (header::CACHE_CONTROL, "no-store"),

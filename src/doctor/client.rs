@@ -1,5 +1,5 @@
-//! From the gateway to a page: joins as a client does, through whatever is in front, and waits for
-//! the invalidation of an event that is the doctor's own.
+//! From the gateway to a page: joins as a client does, through the proxy in front if there is one,
+//! and waits for the invalidation of the doctor's own event.
 
 use std::{
     io,
@@ -14,38 +14,38 @@ use tokio::time::timeout;
 use uuid::Uuid;
 
 use super::{
-    CANARY_EID, Check, Patient, Report, Seen, Status,
-    database::{Database, Unasked},
-    gateway::{Gateway, topic},
-    report::said,
+    context::{CANARY_EID, Context, topic},
+    database::Database,
+    gateway::Gateway,
+    report::{Check, Report, Seen, Status, said},
+    session::StatementError,
     socket::{Socket, UNLISTED, VSN},
     target::{ReachError, Target},
 };
 use crate::{
-    admin::client,
-    bench::{
-        connection::{Answer, upgrade},
-        tally::Failure,
-    },
     db,
-    http::visits,
+    http::user_agent,
+    wire_client::{
+        failure::Failure,
+        upgrade::{Answer, upgrade},
+    },
 };
 
-/// For the answer to an upgrade: a refused one waits up to 1.5 s.
+/// Longest wait for the answer to an upgrade; a refusal is delayed by up to 1.5 s.
 const UPGRADE_TIMEOUT: Duration = Duration::from_secs(5);
-/// Production clients give a join up after this.
+/// A join that takes longer is late; production clients then give it up.
 const JOIN_LATE: Duration = Duration::from_secs(2);
-/// An invalidation that took longer was held back.
+/// An invalidation that took longer has waited in its event's window.
 const WAITED: Duration = Duration::from_secs(1);
-/// For an invalidation, beyond the window in which it may wait.
+/// Longest wait for an invalidation, beyond the window in which it may wait.
 const ARRIVAL_TIMEOUT: Duration = Duration::from_secs(3);
 
 const PROXY_FIX: &str = "have what is in front pass the upgrade on; nginx: proxy_http_version 1.1; \
                          proxy_set_header Upgrade $http_upgrade; proxy_set_header Connection \"upgrade\"";
 
-/// Looks at the way to a page.
+/// Examines the way to a page.
 pub(super) async fn examine(
-    patient: &Patient,
+    context: &Context,
     report: &mut Report<'_>,
     database: &mut Database,
     gateway: &Gateway,
@@ -57,7 +57,7 @@ pub(super) async fn examine(
         Check::UnlistedChannel,
         Check::IdleTimeout,
     ];
-    let (target, token) = match (&patient.target, &patient.token) {
+    let (target, token) = match (&context.target, &context.token) {
         (Some(target), Some(token)) => (target, token.expose()),
         (target, _) => {
             let why = if target.is_none() {
@@ -70,7 +70,7 @@ pub(super) async fn examine(
         }
     };
     let nonce = Uuid::new_v4();
-    let mut opened = match open(patient, target, token, nonce).await {
+    let mut opened = match open(context, target, token, nonce).await {
         Ok(opened) => opened,
         Err(seen) => {
             report.note(Check::WebsocketUpgrade, seen)?;
@@ -79,7 +79,7 @@ pub(super) async fn examine(
     };
     let saw = format!("101 at {}{}", target.place(), by(&opened.server));
     report.note(Check::WebsocketUpgrade, Seen::ok(saw))?;
-    let seen = address(patient, gateway, nonce, opened.own).await;
+    let seen = address(context, gateway, nonce, opened.own).await;
     report.note(Check::ClientAddress, seen)?;
     let socket = &mut opened.socket;
     let joined = socket.join(&topic(), token).await;
@@ -91,48 +91,48 @@ pub(super) async fn examine(
     }
     let unlisted = socket.join(UNLISTED, token).await;
     let is_linked = report.status(Check::GatewayLink) != Status::Failed;
-    let window = patient.config.topic.iter().filter_map(|rule| Some(rule.merge.as_ref()?.window));
-    // A gateway without a link sends nothing later, either.
+    let window = context.config.topic.iter().filter_map(|rule| Some(rule.merge.as_ref()?.window));
+    // A gateway without a link sends nothing after the window, either.
     let window = window.max().filter(|_| is_linked).unwrap_or_default();
     let patience = window + ARRIVAL_TIMEOUT;
     let (end_to_end, unlisted) =
-        end_to_end(patient, database, gateway, socket, unlisted, patience).await;
+        end_to_end(context, database, gateway, socket, unlisted, patience).await;
     report.note(Check::EndToEnd, end_to_end)?;
     report.note(Check::UnlistedChannel, unlisted)?;
-    let seen = idle(patient, socket, &opened.server).await;
+    let seen = idle(context, socket, &opened.server).await;
     report.note(Check::IdleTimeout, seen)
 }
 
-/// What is in front, if it says so: ` by nginx/1.22.1`.
+/// Names the proxy in front if its `Server` header does: ` by nginx/1.22.1`.
 fn by(server: &str) -> String {
     if server.is_empty() { String::new() } else { format!(" by {}", said(server)) }
 }
 
 struct Opened {
     socket: Socket,
-    /// As the `Server` header has it; the gateway sends none.
+    /// The `Server` header of the proxy in front; the gateway sends none.
     server: String,
-    /// The address of this end.
+    /// The local address of the connection.
     own: Option<SocketAddr>,
 }
 
 async fn open(
-    patient: &Patient,
+    context: &Context,
     target: &Target,
     token: &str,
     nonce: Uuid,
 ) -> Result<Opened, Seen> {
     let (mut stream, own) = target
-        .connect(patient.ca_file.as_deref())
+        .connect(context.ca_file.as_deref())
         .await
-        .map_err(|error| unreached(&error, patient.is_public))?;
+        .map_err(|error| unreached(&error, context.is_public))?;
     let query = Serializer::new(String::new())
         .append_pair("apikey", token)
         .append_pair("vsn", VSN.as_str())
         .finish();
     let path = format!("{}/websocket?{query}", target.path);
     let host = format!("{}:{}", target.host, target.port);
-    let user_agent = visits::user_agent(nonce);
+    let user_agent = user_agent(nonce);
     let asked = timeout(UPGRADE_TIMEOUT, upgrade(&mut stream, &host, &path, &user_agent)).await;
     let answer = match asked {
         Ok(Ok(answer)) => answer,
@@ -172,17 +172,17 @@ fn unreached(error: &ReachError, is_public: bool) -> Seen {
     Seen::failed(said(&error.to_string()), fix)
 }
 
-/// What an answer other than a WebSocket means.
+/// Explains an answer that opens no WebSocket.
 fn refused(answer: &Answer, failure: &Failure, target: &Target) -> Seen {
     let server = header(&answer.head, "server").unwrap_or_default();
     let words: Option<Value> = serde_json::from_slice(&answer.rest).ok();
-    let words = words.as_ref().and_then(|it| it["error"].as_str()).map(said);
+    let words = words.as_ref().and_then(|words| words["error"].as_str()).map(said);
     let saw = format!(
         "{}{} answers {}{}",
         target.place(),
         by(&server),
         failure.to_string().replace("handshake: answered ", ""),
-        words.as_deref().map(|it| format!(": {it}")).unwrap_or_default(),
+        words.as_deref().map(|words| format!(": {words}")).unwrap_or_default(),
     );
     let fix = match failure {
         Failure::Refused(401 | 403) => {
@@ -203,7 +203,7 @@ fn refused(answer: &Answer, failure: &Failure, target: &Target) -> Seen {
     Seen::failed(saw, fix)
 }
 
-/// The value of a header in the head of an answer.
+/// Returns the value of a header in the head of an answer.
 fn header(head: &[u8], wanted: &str) -> Option<String> {
     let head = String::from_utf8_lossy(head);
     let mut lines = head.lines().filter_map(|line| line.split_once(':'));
@@ -211,9 +211,9 @@ fn header(head: &[u8], wanted: &str) -> Option<String> {
     Some(value.trim().to_owned())
 }
 
-/// Which address the gateway has seen.
+/// Checks which address the gateway has seen.
 async fn address(
-    patient: &Patient,
+    context: &Context,
     gateway: &Gateway,
     nonce: Uuid,
     own: Option<SocketAddr>,
@@ -222,7 +222,7 @@ async fn address(
         return Seen::skipped("the operators' address does not answer: see gateway-admin");
     }
     let target = format!("/visits/{nonce}");
-    let visit = match client::get(&patient.config, &target, 4096).await {
+    let visit = match context.admin.get(&target, 4096).await {
         Ok(answer) => serde_json::from_slice::<Value>(answer.body()).unwrap_or_default(),
         Err(error) => return Seen::skipped(said(&error.to_string())),
     };
@@ -262,7 +262,7 @@ async fn address(
     }
 }
 
-/// What has become of the join, and whether it holds.
+/// Returns the result of the join, and whether the channel is joined.
 fn join(joined: Result<Result<Duration, String>, Failure>) -> (Seen, bool) {
     let topic = topic();
     match joined {
@@ -299,10 +299,10 @@ fn join(joined: Result<Result<Duration, String>, Failure>) -> (Seen, bool) {
     }
 }
 
-/// Invalidates the doctor's event, after a notification that nobody may hear, and waits for it so
-/// long.
+/// Notifies a channel that no rule names, invalidates the doctor's event, and waits as long as
+/// `patience` for the invalidation. Returns the results of `end-to-end` and `unlisted-channel`.
 async fn end_to_end(
-    patient: &Patient,
+    context: &Context,
     database: &mut Database,
     gateway: &Gateway,
     socket: &mut Socket,
@@ -313,26 +313,28 @@ async fn end_to_end(
     if database.session.is_none() {
         return skip("there is no session with the database");
     }
-    let notify = async |it: &mut PgConnection| {
-        db::doctor::notify(it, UNLISTED, r#"{"type":"tidegate-doctor"}"#).await
+    let notify = async |session: &mut PgConnection| {
+        db::doctor::notify(session, UNLISTED, r#"{"type":"tidegate-doctor"}"#).await
     };
-    let notified = database.ask(notify).await;
+    let notified = database.query(notify).await;
     let begun = Instant::now();
-    let invalidate = async |it: &mut PgConnection| db::invalidate(it, CANARY_EID, None).await;
-    let payload = match database.ask(invalidate).await {
+    let invalidate =
+        async |session: &mut PgConnection| db::history::invalidate(session, CANARY_EID, None).await;
+    let payload = match database.query(invalidate).await {
         Ok(payload) => serde_json::from_str::<Value>(&payload).unwrap_or_default(),
-        Err(Unasked::Closed(why)) => {
+        Err(StatementError::Closed(why)) => {
             return skip(&format!("manual_cache_invalidation cannot be called: {why}"));
         }
-        Err(unasked) => {
+        Err(error) => {
             let nothing = Seen::skipped("nothing was sent");
-            return (unasked.seen("see the checks of the database"), nothing);
+            return (error.seen("see the checks of the database"), nothing);
         }
     };
     let (arrived, is_leaked) = socket.invalidated(&payload, begun + patience).await;
     let took = begun.elapsed();
-    let forget = async |it: &mut PgConnection| db::doctor::forget_event(it, CANARY_EID).await;
-    let is_forgotten = database.ask(forget).await.is_ok();
+    let forget =
+        async |session: &mut PgConnection| db::doctor::forget_event(session, CANARY_EID).await;
+    let is_forgotten = database.query(forget).await.is_ok();
     let left = if is_forgotten { "" } else { "; its row stays in the history until history.keep" };
     let unlisted = match (unlisted, notified, &arrived) {
         (Ok(Err(reason)), _, _) => {
@@ -352,7 +354,7 @@ async fn end_to_end(
     let seen = match arrived {
         Ok(Some(payload)) => {
             let merged = if payload["merged"].is_null() { "" } else { ", merged" };
-            // An earlier run has opened it.
+            // An earlier run has opened the window.
             let waited = if took > WAITED { "; it waited for the event's window" } else { "" };
             let took = took.as_secs_f64() * 1e3;
             Seen::ok(format!(
@@ -363,23 +365,25 @@ async fn end_to_end(
             format!("the WebSocket ended before the invalidation came: {failure}{left}"),
             "look at the gateway's log, and at what is in front",
         ),
-        Ok(None) => lost(patient, gateway, left).await,
+        Ok(None) => lost(context, gateway, left).await,
     };
     (seen, unlisted)
 }
 
-/// Nothing has arrived: on which side of the gateway was it lost?
-async fn lost(patient: &Patient, gateway: &Gateway, left: &str) -> Seen {
+/// Finds out on which side of the gateway the invalidation was lost.
+async fn lost(context: &Context, gateway: &Gateway, left: &str) -> Seen {
     let what =
         format!("an invalidation of {CANARY_EID} was committed and did not reach the client");
     if !gateway.is_open {
         return Seen::failed(format!("{what}{left}"), "see gateway-admin, and then gateway-link");
     }
     let target = format!("/events/{CANARY_EID}/history?minutes=1");
-    let answer = client::get(&patient.config, &target, 1 << 20).await;
-    let history: Value =
-        answer.ok().and_then(|it| serde_json::from_slice(it.body()).ok()).unwrap_or_default();
-    let is_sent = history["messages"].as_array().is_some_and(|it| !it.is_empty());
+    let answer = context.admin.get(&target, 1 << 20).await;
+    let history: Value = answer
+        .ok()
+        .and_then(|answer| serde_json::from_slice(answer.body()).ok())
+        .unwrap_or_default();
+    let is_sent = history["messages"].as_array().is_some_and(|messages| !messages.is_empty());
     if is_sent {
         Seen::failed(
             format!("{what}, though the gateway has sent it{left}"),
@@ -393,14 +397,14 @@ async fn lost(patient: &Patient, gateway: &Gateway, left: &str) -> Seen {
     }
 }
 
-/// Whether what is in front leaves an idle connection alone.
-async fn idle(patient: &Patient, socket: &mut Socket, server: &str) -> Seen {
-    if !patient.is_public {
+/// Checks that an idle connection is not closed by the proxy in front.
+async fn idle(context: &Context, socket: &mut Socket, server: &str) -> Seen {
+    if !context.is_public {
         return Seen::skipped("no --url: there is nothing in front to look at");
     }
     let fix = "raise the idle time-out of what is in front above 90 s, as deploy/nginx.conf does: \
                proxy_read_timeout 1h; proxy_send_timeout 1h";
-    let Some(length) = patient.idle else {
+    let Some(length) = context.idle else {
         return Seen::skipped(format!(
             "takes 70 s: pass --slow{}; tabs in the background are silent for 65 s",
             if server.contains("nginx") {

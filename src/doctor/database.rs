@@ -1,17 +1,13 @@
-//! The database: whether it is there, what the gateway's role may in it, what it holds.
+//! The database: whether it can be reached, the rights of the gateway's role, what it holds.
 
-use std::{
-    io,
-    time::{Duration, Instant},
-};
+use std::{io, time::Duration};
 
-use sqlx::{ConnectOptions, PgConnection, postgres::PgConnectOptions};
-use tokio::time::timeout;
+use sqlx::PgConnection;
 
 use super::{
-    CANARY_EID, Check, Patient, Report, Seen,
-    report::said,
-    target::{ReachError, reach},
+    context::{CANARY_EID, Context},
+    report::{Check, Report, Seen, said},
+    session::{STATEMENT_TIMEOUT, Session, StatementError},
 };
 use crate::{
     clock::unix_seconds,
@@ -19,215 +15,63 @@ use crate::{
         self,
         doctor::{Kept, Server},
     },
-    secret::Secret,
 };
 
-/// For a server that has taken the connection to let somebody in.
-const LOGIN_TIMEOUT: Duration = Duration::from_secs(5);
-/// For a statement; the server ends it a little earlier by itself.
-const STATEMENT_TIMEOUT: Duration = Duration::from_secs(5);
-const STATEMENT_LIMIT: Duration = Duration::from_secs(4);
-
-/// The first version with what the triggers and the gateway use: `xid8` and its functions.
+/// The first version with `xid8` and its functions, which the triggers and the gateway use.
 const VERSION_MIN: i32 = 130_000;
 /// The oldest version that is tested.
 const VERSION_TESTED: i32 = 150_000;
-/// A clock that is off by more spoils what is measured from commit to client.
+/// With a larger offset of the clocks, times from commit to client mislead. Seconds.
 const SKEW_MAX: f64 = 0.5;
-/// A clock that is off by more has tokens expire at the wrong time.
+/// With a larger offset of the clocks, tokens expire at the wrong time. Seconds.
 const SKEW_FAILED: f64 = 5.0;
-/// At this the triggers notify no longer; at this somebody should look.
+/// Above this part of the notification queue the triggers no longer notify.
 const QUEUE_FULL: f64 = 0.5;
+/// Above this part an operator should look for the session that does not read.
 const QUEUE_FILLING: f64 = 0.1;
-/// So long after its time a message may still be in the history: it is deleted every few minutes.
+/// How long a message may stay in the history after its time, which ends between two deletions.
+/// Seconds.
 const RETENTION_SLACK: f64 = 3600.0;
 
-/// A session that is lost at the first statement that is not answered.
-pub(super) struct Session(Option<PgConnection>);
-
-/// Why a statement has given nothing.
-#[derive(Debug)]
-pub(super) enum Unasked {
-    /// The role may not, or the thing is not there.
-    Closed(String),
-    /// It did not work.
-    Failed(String),
-}
-
-impl Unasked {
-    fn of(error: &sqlx::Error) -> Self {
-        let text = |it: &str| said(it);
-        match error.as_database_error() {
-            Some(refused) => {
-                let code = refused.code().unwrap_or_default();
-                match &*code {
-                    // No right, no table, no schema, no function.
-                    "42501" | "42P01" | "3F000" | "42883" => Self::Closed(text(refused.message())),
-                    _ => Self::Failed(format!("{} ({code})", text(refused.message()))),
-                }
-            }
-            None => Self::Failed(text(&error.to_string())),
-        }
-    }
-
-    /// A check that needs what was asked for.
-    pub(super) fn seen(self, fix: &str) -> Seen {
-        match self {
-            Self::Closed(why) => Seen::skipped(format!("cannot be looked at: {why}")),
-            Self::Failed(why) => Seen::failed(why, fix),
-        }
-    }
-}
-
-impl Session {
-    /// Asks something.
-    ///
-    /// # Errors
-    /// [`Unasked`]; the session is lost if there was no answer.
-    pub(super) async fn ask<T>(
-        &mut self,
-        limit: Duration,
-        question: impl AsyncFnOnce(&mut PgConnection) -> Result<T, sqlx::Error>,
-    ) -> Result<T, Unasked> {
-        let Some(session) = &mut self.0 else {
-            return Err(Unasked::Failed("the session was lost".to_owned()));
-        };
-        match timeout(limit, question(session)).await {
-            Ok(Ok(answer)) => Ok(answer),
-            Ok(Err(error)) => {
-                if error.as_database_error().is_none() {
-                    self.0 = None;
-                }
-                Err(Unasked::of(&error))
-            }
-            Err(_elapsed) => {
-                self.0 = None;
-                Err(Unasked::Failed("the database does not answer".to_owned()))
-            }
-        }
-    }
-}
-
-/// What is known of the database.
+/// The session with the database, and what the examination has read.
 pub(super) struct Database {
     pub(super) session: Option<Session>,
     pub(super) server: Option<Server>,
     pub(super) kept: Option<Kept>,
-    /// The database's clock less ours.
+    /// The database's clock minus ours, in seconds.
     pub(super) clock: Option<f64>,
-    /// Whether the migrations have made everything that they should.
+    /// Whether every object that the migrations create exists.
     pub(super) is_migrated: bool,
 }
 
 impl Database {
-    /// Asks something of the session.
+    /// Runs a statement in the session.
     ///
     /// # Errors
-    /// [`Unasked`].
-    pub(super) async fn ask<T>(
+    /// [`StatementError`], also where there is no session.
+    pub(super) async fn query<T>(
         &mut self,
-        question: impl AsyncFnOnce(&mut PgConnection) -> Result<T, sqlx::Error>,
-    ) -> Result<T, Unasked> {
+        statement: impl AsyncFnOnce(&mut PgConnection) -> Result<T, sqlx::Error>,
+    ) -> Result<T, StatementError> {
         match &mut self.session {
-            Some(session) => session.ask(STATEMENT_TIMEOUT, question).await,
-            None => Err(Unasked::Failed("there is no session".to_owned())),
+            Some(session) => session.query(STATEMENT_TIMEOUT, statement).await,
+            None => Err(StatementError::Failed("there is no session".to_owned())),
         }
     }
 }
 
-/// A session, or what stands in its way: `setting` is what names the URL.
-pub(super) async fn connect(url: &Secret, setting: &str) -> Result<(Session, String), Seen> {
-    let options = match db::options(url) {
-        Ok(options) => options,
-        Err(_may_quote_it) => {
-            return Err(Seen::failed(
-                "the URL cannot be read",
-                format!("set {setting} to postgres://USER:PASSWORD@HOST/DATABASE"),
-            ));
-        }
-    };
-    let (host, port) = (options.get_host().to_owned(), options.get_port());
-    let place = format!("{host}:{port}");
-    let is_socket = options.get_socket().is_some() || host.starts_with('/');
-    if !is_socket && let Err(error) = reach(&host, port).await {
-        return Err(unreached(&error, setting));
-    }
-    let begun = Instant::now();
-    match timeout(LOGIN_TIMEOUT, options.connect()).await {
-        Ok(Ok(connection)) => {
-            let mut session = Session(Some(connection));
-            let limit = async |it: &mut PgConnection| db::doctor::limit(it, STATEMENT_LIMIT).await;
-            if let Err(unasked) = session.ask(STATEMENT_TIMEOUT, limit).await {
-                return Err(unasked.seen(&format!("look at the server behind {setting}")));
-            }
-            let took = begun.elapsed().as_secs_f64() * 1000.0;
-            Ok((session, format!("{place}, {took:.0} ms to let {} in", options.get_username())))
-        }
-        Ok(Err(error)) => Err(not_let_in(&error, &options, &place, setting)),
-        Err(_elapsed) => Err(Seen::failed(
-            format!("{place} takes the connection and says nothing: it may be no Postgres"),
-            format!("look at what {setting} names"),
-        )),
-    }
-}
-
-fn unreached(error: &ReachError, setting: &str) -> Seen {
-    let fix = match error {
-        ReachError::Name(_) => format!("correct the host in {setting}"),
-        ReachError::OnlyIpv6(_) => {
-            format!("set {setting} to the pooler's session mode (port 5432), or add IPv4")
-        }
-        ReachError::Refused(_) => format!("start Postgres, or correct the port in {setting}"),
-        ReachError::Silent(_) | ReachError::Other(..) | ReachError::Tls(..) => {
-            format!("open the way from here to there, or correct {setting}")
-        }
-    };
-    Seen::failed(error.to_string(), fix)
-}
-
-/// Why the server has not let us in, by the code of its answer.
-fn not_let_in(error: &sqlx::Error, options: &PgConnectOptions, place: &str, setting: &str) -> Seen {
-    let user = options.get_username();
-    if let Some(refused) = error.as_database_error() {
-        let code = refused.code().unwrap_or_default();
-        let words = said(refused.message());
-        let fix = match &*code {
-            "28P01" => format!("correct the password of {user} in {setting}"),
-            "28000" => {
-                format!("let {user} in (pg_hba.conf, TLS, or the role is missing), see {setting}")
-            }
-            "3D000" => format!("correct the database's name in {setting}"),
-            "53300" => "end sessions, or raise max_connections".to_owned(),
-            "57P03" => "wait until Postgres has started".to_owned(),
-            // A pooler that serves many projects knows them by the role's name.
-            _ if words.contains("Tenant or user not found") => {
-                format!("name the role as the pooler wants it in {setting}: {user}.PROJECT")
-            }
-            _ => format!("look at the server's log, and at {setting}"),
-        };
-        let what = if code == "28P01" { "the password is wrong: " } else { "" };
-        return Seen::failed(format!("{place} refuses {user}: {what}{words} ({code})"), fix);
-    }
-    match error {
-        sqlx::Error::Tls(error) => Seen::failed(
-            format!("no TLS with {place}: {}", said(&error.to_string())),
-            format!("correct sslmode and sslrootcert in {setting}"),
-        ),
-        error => Seen::failed(
-            format!("{place} does not speak as Postgres does: {}", said(&error.to_string())),
-            format!("look at what {setting} names"),
-        ),
-    }
-}
-
-/// Looks at the database.
-pub(super) async fn examine(patient: &Patient, report: &mut Report<'_>) -> io::Result<Database> {
+/// Examines the database.
+pub(super) async fn examine(context: &Context, report: &mut Report<'_>) -> io::Result<Database> {
     let mut database =
         Database { session: None, server: None, kept: None, clock: None, is_migrated: false };
-    let url = patient.config.pool_url();
+    let url = context.config.pool_url();
     let all = Check::ALL;
-    let of_session: Vec<_> =
-        all.iter().filter(|it| it.group() == Check::WalLevel.group()).skip(1).copied().collect();
+    let of_session: Vec<_> = all
+        .iter()
+        .filter(|check| check.group() == Check::WalLevel.group())
+        .skip(1)
+        .copied()
+        .collect();
     if url.is_empty() {
         let none = "no database is set: clients are served among themselves";
         report.note(
@@ -237,7 +81,7 @@ pub(super) async fn examine(patient: &Patient, report: &mut Report<'_>) -> io::R
         report.skip(&of_session, "no database is set")?;
         return Ok(database);
     }
-    match connect(url, "TIDEGATE_DATABASE_URL").await {
+    match Session::connect(url, "TIDEGATE_DATABASE_URL").await {
         Ok((session, saw)) => {
             database.session = Some(session);
             report.note(Check::DatabaseReachable, Seen::ok(saw))?;
@@ -248,14 +92,14 @@ pub(super) async fn examine(patient: &Patient, report: &mut Report<'_>) -> io::R
             return Ok(database);
         }
     }
-    match database.ask(async |it| db::doctor::server(it).await).await {
+    match database.query(async |session| db::doctor::server(session).await).await {
         Ok(server) => {
             report.note(Check::DatabaseVersion, version(&server))?;
             report.note(Check::DatabasePrimary, primary(&server))?;
             database.server = Some(server);
         }
-        Err(unasked) => {
-            report.note(Check::DatabaseVersion, unasked.seen("look at the server's log"))?;
+        Err(error) => {
+            report.note(Check::DatabaseVersion, error.seen("look at the server's log"))?;
             report.skip(&[Check::DatabasePrimary], "the server did not say")?;
         }
     }
@@ -267,7 +111,7 @@ pub(super) async fn examine(patient: &Patient, report: &mut Report<'_>) -> io::R
     report.note(Check::RoleLeastPrivilege, seen)?;
     let seen = browsers(&mut database).await;
     report.note(Check::BrowserRights, seen)?;
-    let seen = retention(patient, &mut database).await;
+    let seen = retention(context, &mut database).await;
     report.note(Check::HistoryRetention, seen)?;
     let (queue, wal) = match &database.server {
         Some(server) => (queue(server), wal_level(server)),
@@ -304,9 +148,9 @@ fn primary(server: &Server) -> Seen {
 
 async fn clock(database: &mut Database) -> Seen {
     let asked = unix_seconds();
-    let theirs = match database.ask(async |it| db::doctor::clock(it).await).await {
+    let theirs = match database.query(async |session| db::doctor::clock(session).await).await {
         Ok(theirs) => theirs,
-        Err(unasked) => return unasked.seen("look at the server's log"),
+        Err(error) => return error.seen("look at the server's log"),
     };
     let answered = unix_seconds();
     let offset = theirs - f64::midpoint(asked, answered);
@@ -314,7 +158,8 @@ async fn clock(database: &mut Database) -> Seen {
     skew("the database's clock", offset, (answered - asked) / 2.0)
 }
 
-/// What is said of a clock that is off by `offset` seconds, or by `uncertainty` less.
+/// Returns the result of a clock that is `offset` seconds ahead of ours, give or take
+/// `uncertainty`.
 pub(super) fn skew(whose: &str, offset: f64, uncertainty: f64) -> Seen {
     let by = offset.abs() - uncertainty;
     let direction = if offset > 0.0 { "ahead of" } else { "behind" };
@@ -332,22 +177,22 @@ pub(super) fn skew(whose: &str, offset: f64, uncertainty: f64) -> Seen {
 }
 
 async fn rights(database: &mut Database) -> Seen {
-    let needs = match database.ask(async |it| db::doctor::needs(it).await).await {
+    let needs = match database.query(async |session| db::doctor::needs(session).await).await {
         Ok(needs) => needs,
-        Err(unasked) => return unasked.seen("look at the server's log"),
+        Err(error) => return error.seen("look at the server's log"),
     };
     let (absent, closed): (Vec<_>, Vec<_>) = needs.iter().partition(|need| need.is_absent);
     database.is_migrated = absent.is_empty();
-    let role = database.server.as_ref().map_or("the role", |it| &it.role);
+    let role = database.server.as_ref().map_or("the role", |server| &server.role);
     if !closed.is_empty() {
-        let grants: Vec<_> = closed.iter().map(|it| &*it.grant).collect();
+        let grants: Vec<_> = closed.iter().map(|need| &*need.grant).collect();
         return Seen::failed(
             format!("{role} lacks {}", grants.join("; ")),
             format!(
                 "run `tidegate migrate`, which grants to the role tidegate, or as the owner: {}",
                 grants
                     .iter()
-                    .map(|it| format!("GRANT {it} TO {role}"))
+                    .map(|grant| format!("GRANT {grant} TO {role}"))
                     .collect::<Vec<_>>()
                     .join("; ")
             ),
@@ -367,11 +212,11 @@ async fn rights(database: &mut Database) -> Seen {
 }
 
 async fn least_privilege(database: &mut Database) -> Seen {
-    let powers = match database.ask(async |it| db::doctor::powers(it).await).await {
+    let powers = match database.query(async |session| db::doctor::powers(session).await).await {
         Ok(powers) => powers,
-        Err(unasked) => return unasked.seen("look at the server's log"),
+        Err(error) => return error.seen("look at the server's log"),
     };
-    let role = database.server.as_ref().map_or("the role", |it| &it.role);
+    let role = database.server.as_ref().map_or("the role", |server| &server.role);
     if powers.is_empty() {
         return Seen::ok(format!("{role} may no more than a gateway needs"));
     }
@@ -383,7 +228,7 @@ async fn least_privilege(database: &mut Database) -> Seen {
 }
 
 async fn browsers(database: &mut Database) -> Seen {
-    match database.ask(async |it| db::doctor::browser_rights(it).await).await {
+    match database.query(async |session| db::doctor::browser_rights(session).await).await {
         Ok(open) if open.is_empty() => {
             Seen::ok("anon, authenticated and public may use nothing of schema tidegate")
         }
@@ -391,16 +236,17 @@ async fn browsers(database: &mut Database) -> Seen {
             format!("{}: PostgREST shows it to browsers", open.join(", ")),
             "run `tidegate migrate`, or as the owner: SELECT tidegate.grant_access()",
         ),
-        Err(unasked) => unasked.seen("look at the server's log"),
+        Err(error) => error.seen("look at the server's log"),
     }
 }
 
-async fn retention(patient: &Patient, database: &mut Database) -> Seen {
-    let kept = match database.ask(async |it| db::doctor::kept(it, CANARY_EID).await).await {
-        Ok(kept) => kept,
-        Err(unasked) => return unasked.seen("look at the server's log"),
-    };
-    let keep = patient.config.history.keep;
+async fn retention(context: &Context, database: &mut Database) -> Seen {
+    let kept =
+        match database.query(async |session| db::doctor::kept(session, CANARY_EID).await).await {
+            Ok(kept) => kept,
+            Err(error) => return error.seen("look at the server's log"),
+        };
+    let keep = context.config.history.keep;
     let is_late = kept.oldest.is_some_and(|age| age > keep.as_secs_f64() + RETENTION_SLACK);
     let oldest =
         kept.oldest.map_or("is empty".to_owned(), |age| format!("reaches back {}", ago(age)));
@@ -423,9 +269,9 @@ async fn retention(patient: &Patient, database: &mut Database) -> Seen {
     seen
 }
 
-/// `3h 5m`, of seconds.
+/// Formats seconds: `3h 5m`.
 pub(super) fn ago(seconds: f64) -> String {
-    // Whole, so that nothing but what a person reads is left.
+    // Whole seconds: the fraction would be written out to the nanosecond.
     let whole = Duration::try_from_secs_f64(seconds.max(0.0).round()).unwrap_or_default();
     humantime::format_duration(whole).to_string()
 }
@@ -443,7 +289,7 @@ fn queue(server: &Server) -> Seen {
     }
 }
 
-/// NOTIFY is not replication.
+/// Reports the level; every level will do, since NOTIFY is not replication.
 fn wal_level(server: &Server) -> Seen {
     Seen::ok(format!(
         "{}: it does not matter here, NOTIFY and the history need none (`logical` is for \
@@ -455,7 +301,7 @@ fn wal_level(server: &Server) -> Seen {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::doctor::Status;
+    use crate::doctor::report::Status;
 
     fn server(version_number: i32, queue: f64) -> Server {
         Server {
@@ -482,7 +328,7 @@ mod tests {
         }
     }
 
-    /// A queue of 8 GiB is not filled by a test.
+    /// No test fills a queue of 8 GiB.
     #[test]
     fn a_queue_that_fills_is_named_before_the_triggers_give_up() {
         for (full, status) in

@@ -1,53 +1,43 @@
-//! The gateway: what its operators' address shows, its clock, its keys, and the token to join with.
+//! The gateway: its operators' port, its link, its clock, its keys, and the token to join with.
 
 use std::{error::Error, io, time::Duration};
 
 use hyper::{Response, StatusCode, body::Bytes, header};
 use serde_json::Value;
+use strum::VariantArray;
 
 use super::{
-    CANARY_EID, Check, Patient, Report, Seen,
+    context::{Context, topic},
     database::{Database, ago, skew},
-    report::said,
+    report::{Check, Report, Seen, said},
 };
 use crate::{
-    access::{
-        decision::{Action, Asked},
-        rule::TopicRules,
-    },
-    admin::client::{self, CommandError},
-    auth::{
-        authenticator::Verifier,
-        jwks,
-        jwt::{Token, TokenError},
-        keys::SECRET_BYTES_MIN,
-    },
+    access::{AccessRequest, Action, Rules},
+    admin::{CANARIES_MISSED, client::CommandError},
+    auth::{Authenticator, KeySource, SECRET_BYTES_MIN, Token, TokenError, Unusable},
     clock::{unix_now, unix_seconds},
-    metrics::Metrics,
     protocol::{payload::OPAQUE_KEY_PREFIX, topic::Privacy},
 };
 
-/// Most that is read of one answer: the metrics of twenty events, or a thousand live events.
+/// Most bytes of one answer: the metrics of twenty events, or a thousand live events.
 const ANSWER_BYTES_MAX: usize = 4 << 20;
-/// After so many canaries that did not arrive, the link is not relied on.
-const CANARIES_MISSED: u32 = 3;
-/// The `Date` header has whole seconds.
+/// Uncertainty of the `Date` header, which has whole seconds. Seconds.
 const DATE_UNCERTAINTY: f64 = 1.0;
-/// A token that was made so long after now was made by another clock.
+/// A token that was made later than this after now was made by another clock. Seconds.
 const FUTURE_MAX: i64 = 5;
 
-/// What the gateway has shown.
+/// What the operators' port has shown.
 #[derive(Default)]
 pub(super) struct Gateway {
-    /// Whether its operators' address answers us.
+    /// Whether the operators' port answers.
     pub(super) is_open: bool,
     metrics: String,
-    /// The live events, as `/events` has them.
+    /// The live events, as `/events` lists them.
     pub(super) events: Vec<Value>,
 }
 
 impl Gateway {
-    /// The sum of the series of a metric with these labels: `tidegate_connections`. None if there is none.
+    /// Returns the sum of a metric's series with these labels; `None` if there is none.
     pub(super) fn sum(&self, name: &str, labels: &[(&str, &str)]) -> Option<f64> {
         let series = self.series(name);
         let has = |found: &str, (name, value): &(&str, &str)| {
@@ -57,7 +47,7 @@ impl Gateway {
         values.map(|(_, value)| value).reduce(|a, b| a + b)
     }
 
-    /// The labels of a metric's series, as they are written, and its value.
+    /// Returns the labels of each series of a metric, as they are written, and its value.
     pub(super) fn series<'a>(&'a self, name: &str) -> impl Iterator<Item = (&'a str, f64)> {
         let name = name.to_owned();
         self.metrics.lines().filter_map(move |line| {
@@ -67,32 +57,32 @@ impl Gateway {
         })
     }
 
-    /// The value of a label in what [`Self::series`] gives.
+    /// Returns the value of a label in the labels of a series.
     pub(super) fn label<'a>(labels: &'a str, name: &str) -> &'a str {
         let value = labels.split_once(&format!("{name}=\"")).map(|(_, rest)| rest);
-        value.and_then(|it| it.split('"').next()).unwrap_or_default()
+        value.and_then(|rest| rest.split('"').next()).unwrap_or_default()
     }
 }
 
-/// Looks at the gateway.
+/// Examines the gateway.
 pub(super) async fn examine(
-    patient: &Patient,
+    context: &Context,
     report: &mut Report<'_>,
     database: &Database,
 ) -> io::Result<Gateway> {
     let mut gateway = Gateway::default();
     let asked = unix_seconds();
-    match client::get(&patient.config, "/readyz", ANSWER_BYTES_MAX).await {
+    match context.admin.get("/readyz", ANSWER_BYTES_MAX).await {
         Ok(answer) => {
             let answered = unix_seconds();
             gateway.is_open = true;
-            gateway.metrics = text(patient, "/metrics").await;
-            let events = text(patient, "/events").await;
+            gateway.metrics = text(context, "/metrics").await;
+            let events = text(context, "/events").await;
             let mut events: Value = serde_json::from_str(&events).unwrap_or_default();
             gateway.events = serde_json::from_value(events["events"].take()).unwrap_or_default();
             let ready: Value = serde_json::from_slice(answer.body()).unwrap_or_default();
-            report.note(Check::GatewayAdmin, admin(patient, answer.status(), &ready))?;
-            report.note(Check::GatewayLink, link(patient, &gateway, &ready))?;
+            report.note(Check::GatewayAdmin, admin(context, answer.status(), &ready))?;
+            report.note(Check::GatewayLink, link(context, &gateway, &ready))?;
             report.note(
                 Check::GatewayClock,
                 clock(&answer, f64::midpoint(asked, answered), database),
@@ -104,22 +94,22 @@ pub(super) async fn examine(
             report.skip(&[Check::GatewayLink, Check::GatewayClock], why)?;
         }
     }
-    let metrics = Metrics::new();
-    let (seen, verifier) = keys(patient, &metrics).await;
+    let (seen, authenticator) = keys(context).await;
     report.note(Check::JwtKeys, seen)?;
-    let seen = match (&verifier, &patient.token) {
+    let seen = match (&authenticator, &context.token) {
         (_, None) => Seen::skipped("no --token, and no jwt_secret to make one with"),
         (None, Some(_)) => Seen::skipped("the keys cannot be used: see jwt-keys"),
-        (Some(verifier), Some(text)) => token(patient, verifier, text.expose()),
+        (Some(authenticator), Some(text)) => token(context, authenticator, text.expose()),
     };
     report.note(Check::Token, seen)?;
     Ok(gateway)
 }
 
-/// What the gateway shows, or nothing.
-async fn text(patient: &Patient, target: &str) -> String {
-    let answer = client::get(&patient.config, target, ANSWER_BYTES_MAX).await;
-    let body = answer.ok().filter(|it| it.status() == StatusCode::OK).map(Response::into_body);
+/// Reads what the gateway shows under `target`; an empty text if it does not answer with 200.
+async fn text(context: &Context, target: &str) -> String {
+    let answer = context.admin.get(target, ANSWER_BYTES_MAX).await;
+    let body =
+        answer.ok().filter(|answer| answer.status() == StatusCode::OK).map(Response::into_body);
     String::from_utf8_lossy(&body.unwrap_or_default()).into_owned()
 }
 
@@ -135,12 +125,12 @@ fn closed(error: &CommandError) -> Seen {
         | CommandError::Refused { .. }
         | CommandError::OnlyHere { .. } => "set TIDEGATE_ADMIN_LISTEN to the gateway's own address",
     };
-    let why = error.source().map(|it| format!(": {it}")).unwrap_or_default();
+    let why = error.source().map(|source| format!(": {source}")).unwrap_or_default();
     Seen::failed(said(&format!("{error}{why}")), fix)
 }
 
-fn admin(patient: &Patient, status: StatusCode, ready: &Value) -> Seen {
-    let place = patient.config.admin_listen;
+fn admin(context: &Context, status: StatusCode, ready: &Value) -> Seen {
+    let place = context.config.admin_listen;
     if ready["draining"] == true {
         return Seen::warning(
             format!("the gateway at {place} is draining: it closes its sockets and ends"),
@@ -156,14 +146,14 @@ fn admin(patient: &Patient, status: StatusCode, ready: &Value) -> Seen {
     Seen::ok(format!("the gateway at {place} is ready"))
 }
 
-fn link(patient: &Patient, gateway: &Gateway, ready: &Value) -> Seen {
-    let patience = (patient.config.relay.canary_interval * CANARIES_MISSED).as_secs_f64();
-    let has_database = !patient.config.notify_url().is_empty();
+fn link(context: &Context, gateway: &Gateway, ready: &Value) -> Seen {
+    let patience = (context.config.relay.canary_interval * CANARIES_MISSED).as_secs_f64();
+    let has_database = !context.config.notify_url().is_empty();
     match (ready["link"].as_str(), ready["canary"].as_f64()) {
         (Some("up"), Some(age)) if age <= patience => {
             Seen::ok(format!("the link is up, and the gateway heard itself {age:.1} s ago"))
         }
-        // It may have started just now.
+        // The gateway may have started just now.
         (Some("up"), None) => Seen::warning(
             "the link is up, and the gateway has not heard itself yet",
             "ask again in 5 s; if it stays so, see listen-arrives",
@@ -196,13 +186,13 @@ fn link(patient: &Patient, gateway: &Gateway, ready: &Value) -> Seen {
 }
 
 fn clock(answer: &Response<Bytes>, now: f64, database: &Database) -> Seen {
-    let date = answer.headers().get(header::DATE).and_then(|it| seconds_of(it.to_str().ok()?));
+    let date = answer.headers().get(header::DATE).and_then(|date| seconds_of(date.to_str().ok()?));
     let Some(date) = date else { return Seen::skipped("its answers have no Date header") };
-    // The second that the header names has begun.
+    // The second of the header has begun: its middle is the best guess.
     let offset = date + 0.5 - now;
     let seen = skew("the gateway's clock", offset, DATE_UNCERTAINTY);
     match database.clock {
-        // Else the offset is within what the header does not say.
+        // Without a fix the offset is within the header's uncertainty.
         Some(theirs) if seen.fix.is_some() => Seen {
             saw: format!("{}, and {:.1} s off the database's", seen.saw, (offset - theirs).abs()),
             ..seen
@@ -211,30 +201,29 @@ fn clock(answer: &Response<Bytes>, now: f64, database: &Database) -> Seen {
     }
 }
 
-/// Seconds since 1970 of `Sun, 06 Nov 1994 08:49:37 GMT`.
+/// Parses `Sun, 06 Nov 1994 08:49:37 GMT` into seconds since 1970.
 fn seconds_of(date: &str) -> Option<f64> {
     const MONTHS: [&str; 12] =
         ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"];
     let mut parts = date.split(' ').skip(1);
     let (day, month, year, time) = (parts.next()?, parts.next()?, parts.next()?, parts.next()?);
-    let month = MONTHS.iter().position(|it| *it == month)? + 1;
+    let month = MONTHS.iter().position(|name| *name == month)? + 1;
     let time = humantime::parse_rfc3339(&format!("{year}-{month:02}-{day}T{time}Z")).ok()?;
-    time.duration_since(std::time::UNIX_EPOCH).ok().map(|it| it.as_secs_f64())
+    time.duration_since(std::time::UNIX_EPOCH).ok().map(|since| since.as_secs_f64())
 }
 
-/// Whether tokens can be verified, and what with.
-async fn keys(patient: &Patient, metrics: &Metrics) -> (Seen, Option<Verifier>) {
-    let config = &patient.config;
-    let verifier = match Verifier::new(config, metrics) {
-        Ok(verifier) => verifier,
+/// Checks that there are keys to verify tokens with.
+async fn keys(context: &Context) -> (Seen, Option<Authenticator>) {
+    let config = &context.config;
+    let authenticator = match Authenticator::standalone(&config.trust()) {
+        Ok(authenticator) => authenticator,
         Err(error) => {
-            let why = error.source().map(|it| format!(": {it}")).unwrap_or_default();
+            let why = error.source().map(|source| format!(": {source}")).unwrap_or_default();
             let fix = "correct TIDEGATE_JWKS__FILE, or the file";
             return (Seen::failed(format!("{error}{why}"), fix), None);
         }
     };
-    let read = jwks::read_url(&verifier, metrics).await;
-    let count = |origin: &str| metrics.jwks_keys.with_label_values(&[origin]).get();
+    let read = authenticator.read_url().await;
     let secrets = [&config.jwt_secret, &config.jwt_secret_previous];
     let mut sources = Vec::new();
     for (name, key) in [
@@ -247,24 +236,25 @@ async fn keys(patient: &Patient, metrics: &Metrics) -> (Seen, Option<Verifier>) 
             sources.push(name.to_owned());
         }
     }
-    for (name, place, origin) in
-        [("jwks.file", &config.jwks.file, "file"), ("jwks.url", &config.jwks.url, "url")]
-    {
+    for (name, place, origin) in [
+        ("jwks.file", &config.jwks.file, KeySource::File),
+        ("jwks.url", &config.jwks.url, KeySource::Url),
+    ] {
         if !place.is_empty() {
-            sources.push(format!("{} keys of {name}", count(origin)));
+            sources.push(format!("{} keys of {name}", authenticator.key_count(origin)));
         }
     }
     let saw = sources.join(", ");
-    let unusable = crate::auth::keys::Unusable::ALL
-        .into_iter()
-        .map(|reason| {
-            (reason.kind(), metrics.jwks_keys_unusable.with_label_values(&[reason.kind()]).get())
-        })
+    let left_out = authenticator.unusable_keys();
+    let unusable = Unusable::VARIANTS
+        .iter()
+        .map(|reason| (reason.label(), left_out.iter().filter(|it| *it == reason).count()))
         .find(|(_, count)| *count > 0);
     let is_short = |it: &&crate::secret::Secret| (1..SECRET_BYTES_MIN).contains(&it.expose().len());
-    let can_verify = secrets.iter().any(|it| !it.is_empty()) || count("file") + count("url") > 0;
+    let can_verify = secrets.iter().any(|secret| !secret.is_empty())
+        || KeySource::VARIANTS.iter().any(|from| authenticator.key_count(*from) > 0);
     let seen = if let Err(error) = read {
-        let why = error.source().map(|it| format!(": {it}")).unwrap_or_default();
+        let why = error.source().map(|source| format!(": {source}")).unwrap_or_default();
         Seen::failed(
             format!("jwks.url cannot be read from here: {error}{why}"),
             "correct TIDEGATE_JWKS__URL, or open the way there",
@@ -289,29 +279,29 @@ async fn keys(patient: &Patient, metrics: &Metrics) -> (Seen, Option<Verifier>) 
     } else {
         Seen::ok(saw)
     };
-    (seen, Some(verifier))
+    (seen, Some(authenticator))
 }
 
-/// What the token is good for.
-fn token(patient: &Patient, verifier: &Verifier, text: &str) -> Seen {
+/// Checks the token, and whether the topic rules let it read.
+fn token(context: &Context, authenticator: &Authenticator, text: &str) -> Seen {
     let now = unix_now();
-    let token = match verifier.verify(text, now) {
+    let token = match authenticator.verify_at(text, now) {
         Ok(token) => token,
         Err(error) => return Seen::failed(format!("the token: {error}"), mend(&error)),
     };
-    let rules = TopicRules::new(patient.config.topic.clone(), patient.config.topics);
+    let rules = Rules::new(context.config.topic.clone(), context.config.topics);
     let sub_topic = topic();
     let decide = |action| {
-        rules.decide(&Asked {
+        rules.decide(&AccessRequest {
             action,
             sub_topic: &sub_topic,
             privacy: Privacy::Public,
             token: Ok(&token.claims),
-            fallback: Some(&verifier.anonymous().claims),
+            fallback: Some(&authenticator.anonymous().claims),
         })
     };
     let (read, write) = (decide(Action::Read), decide(Action::Write));
-    let made = if patient.is_token_made { "made with jwt_secret for this run: " } else { "" };
+    let made = if context.is_token_made { "made with jwt_secret for this run: " } else { "" };
     let described = described(&token, text, now);
     let saw = format!("{made}{described}; {sub_topic}: read {read}, write {write}");
     if !read.is_allowed() {
@@ -358,11 +348,6 @@ fn mend(error: &TokenError) -> &'static str {
         | TokenError::MissingClaims
         | TokenError::Revoked => "give a JWT of the project, with role and exp",
     }
-}
-
-/// The topic that the doctor joins.
-pub(super) fn topic() -> String {
-    format!("cache_invalidate_{CANARY_EID}")
 }
 
 #[cfg(test)]

@@ -11,40 +11,41 @@ use tokio::time::timeout;
 use uuid::Uuid;
 
 use super::{
-    Check, Patient, Report, Seen,
-    database::{Database, connect},
-    report::said,
+    context::Context,
+    database::Database,
+    report::{Check, Report, Seen, said},
+    session::Session,
 };
 use crate::{
-    access::rule::Rule,
+    access::Rule,
     db,
-    relay::{canary, ingest::STATS_CHANNEL},
+    relay::{STATS_CHANNEL, canary_channel},
 };
 
-/// For a notification to arrive; the gateway's canary is given no less.
+/// Longest wait for a notification; the gateway's canary is given no less.
 const ARRIVAL_TIMEOUT: Duration = Duration::from_secs(2);
-/// For a session that listens.
+/// Longest wait for a session that listens.
 const LISTEN_TIMEOUT: Duration = Duration::from_secs(5);
-/// Where Supabase's poolers share sessions by transaction.
+/// The port on which Supabase's poolers share sessions by transaction.
 const TRANSACTION_PORT: u16 = 6543;
-/// Names the URL in what is to be mended.
+/// The setting that holds the URL of the listening session.
 const SETTING: &str = "TIDEGATE_NOTIFY_DATABASE_URL";
 
-/// Looks at the way of notifications.
+/// Examines the way of notifications.
 pub(super) async fn examine(
-    patient: &Patient,
+    context: &Context,
     report: &mut Report<'_>,
     database: &mut Database,
 ) -> io::Result<()> {
-    let url = patient.config.notify_url();
+    let url = context.config.notify_url();
     if url.is_empty() {
         let checks = [Check::ListenReachable, Check::ListenArrives];
         report.skip(&checks, "no database is set")?;
     } else {
-        match connect(url, SETTING).await {
+        match Session::connect(url, SETTING).await {
             Ok((_, saw)) => {
                 report.note(Check::ListenReachable, Seen::ok(saw))?;
-                let seen = arrives(patient, database).await;
+                let seen = arrives(context, database).await;
                 report.note(Check::ListenArrives, seen)?;
             }
             Err(seen) => {
@@ -54,18 +55,18 @@ pub(super) async fn examine(
             }
         }
     }
-    report.note(Check::ListenAllowList, allow_list(patient))
+    report.note(Check::ListenAllowList, allow_list(context))
 }
 
-/// Listens by one URL and notifies by the other.
-async fn arrives(patient: &Patient, database: &mut Database) -> Seen {
-    let Ok(options) = db::options(patient.config.notify_url()) else {
+/// Listens by the URL for LISTEN, notifies by the other, and waits for the notification.
+async fn arrives(context: &Context, database: &mut Database) -> Seen {
+    let Ok(options) = db::options(context.config.notify_url()) else {
         return Seen::skipped("the URL cannot be read");
     };
     let port = options.get_port();
     let pool = db::single(options, LISTEN_TIMEOUT);
-    // A channel of its own, of the form of the gateways' canaries.
-    let channel = canary::channel(Uuid::new_v4());
+    // A channel that nobody else uses, of the form of the gateways' canaries.
+    let channel = canary_channel(Uuid::new_v4());
     let listen = async {
         let mut listener = PgListener::connect_with(&pool).await?;
         listener.eager_reconnect(false);
@@ -75,8 +76,9 @@ async fn arrives(patient: &Patient, database: &mut Database) -> Seen {
     let mut listener = match timeout(LISTEN_TIMEOUT, listen).await {
         Ok(Ok(listener)) => listener,
         Ok(Err(error)) => {
-            let words =
-                error.as_database_error().map_or(error.to_string(), |it| it.message().to_owned());
+            let words = error
+                .as_database_error()
+                .map_or(error.to_string(), |refused| refused.message().to_owned());
             return Seen::failed(
                 format!("LISTEN is refused: {}", said(&words)),
                 format!("set {SETTING} to a session of the primary (port 5432)"),
@@ -90,9 +92,10 @@ async fn arrives(patient: &Patient, database: &mut Database) -> Seen {
         }
     };
     let begun = Instant::now();
-    if let Err(unasked) = database.ask(async |it| db::doctor::notify(it, &channel, "").await).await
+    if let Err(error) =
+        database.query(async |session| db::doctor::notify(session, &channel, "").await).await
     {
-        let why = unasked.seen("mend the database first").saw;
+        let why = error.seen("mend the database first").saw;
         return Seen::skipped(format!("NOTIFY could not be sent: {why}"));
     }
     let seen = match timeout(ARRIVAL_TIMEOUT, listener.try_recv()).await {
@@ -106,7 +109,7 @@ async fn arrives(patient: &Patient, database: &mut Database) -> Seen {
         ),
         Err(_elapsed) => deaf(port),
     };
-    // Else it spawns a last UNLISTEN, which nobody needs.
+    // Dropped before the listener, which else spawns a last UNLISTEN that nobody needs.
     drop(pool);
     seen
 }
@@ -126,10 +129,12 @@ fn deaf(port: u16) -> Seen {
     )
 }
 
-/// What the settings have the gateway listen to. Whether more is relayed, `unlisted-channel` sees.
-fn allow_list(patient: &Patient) -> Seen {
-    let listened = || patient.config.topic.iter().filter(|rule| rule.listen.is_some());
-    let is_open = |rule: &&Rule| rule.pattern.iter().any(|it| it.to_string().contains(":any}"));
+/// Checks the channels that the settings let the gateway listen to. Whether the gateway relays more
+/// than these is checked by `unlisted-channel`.
+fn allow_list(context: &Context) -> Seen {
+    let listened = || context.config.topic.iter().filter(|rule| rule.listen.is_some());
+    let is_open =
+        |rule: &&Rule| rule.pattern.iter().any(|pattern| pattern.to_string().contains(":any}"));
     let open: Vec<_> = listened().filter(is_open).map(|rule| &*rule.name).collect();
     if !open.is_empty() {
         return Seen::warning(
@@ -138,7 +143,7 @@ fn allow_list(patient: &Patient) -> Seen {
         );
     }
     let rules = listened().filter_map(|rule| rule.listen.as_ref()).map(ToString::to_string);
-    let own = [STATS_CHANNEL, db::REVOCATIONS_CHANNEL].map(str::to_owned);
+    let own = [STATS_CHANNEL, db::revocations::REVOCATIONS_CHANNEL].map(str::to_owned);
     let channels: Vec<_> = rules.chain(own).collect();
     Seen::ok(format!("by the settings: {}, and its own canary", channels.join(", ")))
 }

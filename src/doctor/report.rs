@@ -1,8 +1,8 @@
-//! What was looked at and what was seen: one line a check, or one JSON array.
+//! The checks, their results, and the report: one line for each check, or one JSON array.
 //!
-//! Invariants: each check is told of exactly once, in the order of [`Check::ALL`], which is that of
-//! the path; whatever a server has said is one line of bounded length, without commands to a
-//! terminal; no secret of the settings and no token is written, whoever repeats it.
+//! Invariants: each check is noted exactly once, in the order of [`Check::ALL`], which is that of
+//! the path; a server's text is one line of bounded length, without commands to a terminal; no
+//! secret of the settings and no token is written, even where a server repeats it.
 
 use std::{
     collections::BTreeMap,
@@ -11,30 +11,30 @@ use std::{
 
 use serde_json::{Value, json};
 
-/// Longest text of a server's that is repeated.
+/// Longest text of a server in the report.
 const SAID_CHARS_MAX: usize = 300;
-/// A secret that is shorter hides by chance what is none.
+/// Shortest secret that is hidden: a shorter one occurs in other texts by chance.
 const SECRET_BYTES_MIN: usize = 6;
 
-/// Where on the path a check looks.
+/// The part of the path that a check examines.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Group {
     /// Postgres, and the gateway's role in it.
     Database,
-    /// What writes to the tables set off.
+    /// Triggers on the tables, and what they notify.
     Triggers,
-    /// From a commit to the listening session.
+    /// The way from a commit to the listening session.
     Notify,
     /// The process, its keys and its clock.
     Gateway,
-    /// From the gateway to a page.
+    /// The way from the gateway to a page.
     Client,
-    /// What people say when it does not work.
+    /// Complaints of users, explained from all other checks.
     Complaints,
 }
 
 impl Group {
-    /// As the report writes it.
+    /// Returns the group's heading in the report.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
@@ -50,23 +50,23 @@ impl Group {
 
 macro_rules! checks {
     ($($group:ident { $($check:ident $name:literal,)* })*) => {
-        /// One thing that is looked at. Its name is stable: scripts know it.
+        /// One step of the examination. Its name is stable: scripts know it.
         #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
         pub enum Check {
             $($(#[doc = concat!("`", $name, "`")] $check,)*)*
         }
 
         impl Check {
-            /// All of them, in the order of the path.
+            /// All checks, in the order of the path.
             pub const ALL: &'static [Self] = &[$($(Self::$check,)*)*];
 
-            /// As scripts know it.
+            /// Returns the name that scripts know.
             #[must_use]
             pub const fn name(self) -> &'static str {
                 match self { $($(Self::$check => $name,)*)* }
             }
 
-            /// Where on the path it is.
+            /// Returns the part of the path.
             #[must_use]
             pub const fn group(self) -> Group {
                 match self { $($(Self::$check)|* => Group::$group,)* }
@@ -131,21 +131,21 @@ checks! {
     }
 }
 
-/// What has become of a check.
+/// The outcome of a check.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Status {
-    /// It is as it should be.
+    /// Everything is as it should be.
     Ok,
-    /// It works, and an operator should know.
+    /// The step works, and an operator should read the line.
     Warning,
-    /// It does not work.
+    /// The step does not work.
     Failed,
-    /// It was not looked at.
+    /// The step was not examined.
     Skipped,
 }
 
 impl Status {
-    /// Of the process, if nothing was worse.
+    /// Returns the exit code of the process if no check is worse.
     #[must_use]
     pub const fn exit_code(self) -> u8 {
         match self {
@@ -155,7 +155,7 @@ impl Status {
         }
     }
 
-    /// As the report writes it.
+    /// Returns the word in the report.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
@@ -167,13 +167,13 @@ impl Status {
     }
 }
 
-/// What a check has seen.
+/// The result of a check.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Seen {
     pub(super) status: Status,
-    /// What there was, or why nothing was looked at.
+    /// What the check has seen, or why it was skipped.
     pub(super) saw: String,
-    /// A command, or a setting by its name.
+    /// A command, or a setting by its name; `None` where there is nothing to mend.
     pub(super) fix: Option<String>,
 }
 
@@ -195,11 +195,11 @@ impl Seen {
     }
 }
 
-/// Takes what was seen, and writes each line as it comes; JSON at the end.
+/// Collects the results and writes each line as it comes; JSON at the end.
 pub(super) struct Report<'a> {
     out: &'a mut (dyn Write + Send),
     is_json: bool,
-    /// What must not be written.
+    /// Texts that must not be written, the longest first.
     secrets: Vec<String>,
     seen: BTreeMap<Check, Seen>,
     group: Option<Group>,
@@ -212,16 +212,16 @@ impl<'a> Report<'a> {
         secrets: Vec<String>,
     ) -> Self {
         let mut secrets = secrets;
-        secrets.retain(|it| it.len() >= SECRET_BYTES_MIN);
-        // Else what is left of one that has another in it is written.
-        secrets.sort_by_key(|it| std::cmp::Reverse(it.len()));
+        secrets.retain(|secret| secret.len() >= SECRET_BYTES_MIN);
+        // A secret that contains another is hidden first: else its rest would be written.
+        secrets.sort_by_key(|secret| std::cmp::Reverse(secret.len()));
         Self { out, is_json, secrets, seen: BTreeMap::new(), group: None }
     }
 
-    /// Takes what a check has seen.
+    /// Notes the result of a check, and writes its line.
     ///
     /// # Errors
-    /// Nobody reads the report any more.
+    /// The report's reader is gone.
     pub(super) fn note(&mut self, check: Check, seen: Seen) -> io::Result<()> {
         let Seen { status, saw, fix } = seen;
         let seen = Seen { status, saw: self.clean(&saw), fix: fix.map(|fix| self.clean(&fix)) };
@@ -240,33 +240,33 @@ impl<'a> Report<'a> {
         Ok(())
     }
 
-    /// Says why these were not looked at.
+    /// Notes that these checks were skipped, and why.
     ///
     /// # Errors
-    /// Nobody reads the report any more.
+    /// The report's reader is gone.
     pub(super) fn skip(&mut self, checks: &[Check], why: &str) -> io::Result<()> {
         checks.iter().try_for_each(|check| self.note(*check, Seen::skipped(why)))
     }
 
-    /// Whether a check has been told of.
+    /// Returns whether a check has been noted.
     pub(super) fn has(&self, check: Check) -> bool {
         self.seen.contains_key(&check)
     }
 
-    /// What a check has become, if it was looked at.
+    /// Returns the outcome of a check; `Skipped` before it is noted.
     pub(super) fn status(&self, check: Check) -> Status {
         self.seen.get(&check).map_or(Status::Skipped, |seen| seen.status)
     }
 
-    /// What a check has seen.
+    /// Returns what a check has seen; empty before it is noted.
     pub(super) fn saw(&self, check: Check) -> &str {
         self.seen.get(&check).map_or("", |seen| &seen.saw)
     }
 
-    /// Writes what belongs at the end, and gives the worst of all.
+    /// Writes the end of the report, and returns the worst outcome.
     ///
     /// # Errors
-    /// Nobody reads the report any more.
+    /// The report's reader is gone.
     pub(super) fn finish(self) -> io::Result<Status> {
         debug_assert!(self.seen.keys().eq(Check::ALL), "a check is not told of");
         let count = |wanted| self.seen.values().filter(|seen| seen.status == wanted).count();
@@ -299,11 +299,11 @@ impl<'a> Report<'a> {
         for secret in &self.secrets {
             text = text.replace(&**secret, "<hidden>");
         }
-        text.chars().map(|it| if it.is_control() { ' ' } else { it }).collect()
+        text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
     }
 }
 
-/// What a server has said, cut.
+/// Returns a server's text, cut to its longest length.
 pub(super) fn said(text: &str) -> String {
     let mut said: String = text.chars().take(SAID_CHARS_MAX).collect();
     if said.len() < text.len() {
@@ -318,7 +318,7 @@ mod tests {
 
     fn report(is_json: bool, secrets: &[&str], notes: &[(Check, Seen)]) -> (String, Status) {
         let mut out = Vec::new();
-        let secrets = secrets.iter().map(|it| (*it).to_owned()).collect();
+        let secrets = secrets.iter().map(|secret| (*secret).to_owned()).collect();
         let mut report = Report::new(&mut out, is_json, secrets);
         for check in Check::ALL {
             let noted = notes.iter().find(|(noted, _)| noted == check);

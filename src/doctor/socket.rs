@@ -1,6 +1,6 @@
-//! A client's WebSocket: joins, waits for an invalidation, beats.
+//! A client's WebSocket: joins, waits for an invalidation, sends heartbeats.
 //!
-//! It speaks by the code of `tidegate bench`, which is written apart from the server's.
+//! Invariant: it speaks by [`crate::wire_client`], which is written apart from the server's codecs.
 
 use std::{
     collections::VecDeque,
@@ -13,25 +13,25 @@ use tokio::{
     time::timeout,
 };
 
-use super::{CANARY_EID, target::Stream};
+use super::{context::CANARY_EID, target::Stream};
 use crate::{
-    bench::tally::Failure,
     protocol::topic::TOPIC_PREFIX,
     wire_client::{
+        failure::Failure,
         frame::{Frame, FrameReader, push_pong},
         message::{Event, Join, Vsn},
     },
 };
 
-/// For the answer to a join, which production clients await for 2 s.
+/// Longest wait for the answer to a join; production clients wait for 2 s.
 const JOIN_TIMEOUT: Duration = Duration::from_secs(5);
-/// For the reply to a heartbeat.
+/// Longest wait for the reply to a heartbeat, and for a write.
 const BEAT_TIMEOUT: Duration = Duration::from_secs(5);
-/// What is sent to the doctor's topics within a run is little.
+/// Most messages that wait to be read; far fewer are sent to the doctor's topics within a run.
 const RECEIVED_MAX: usize = 1_000;
-/// As production clients, whose frames are text.
+/// The version of production clients, whose frames are text.
 pub(super) const VSN: Vsn = Vsn::V1;
-/// A topic without a rule: what the database notifies on a channel of its name must not reach it.
+/// A topic without a rule: notifications on the channel of its name must not reach clients.
 pub(super) const UNLISTED: &str = "tidegate_doctor_unlisted";
 
 /// A WebSocket of a client.
@@ -43,7 +43,7 @@ pub(super) struct Socket {
 }
 
 impl Socket {
-    /// Over a stream that has been upgraded.
+    /// Creates a WebSocket over a stream that has been upgraded.
     pub(super) fn new(stream: Stream) -> Self {
         Self { stream, reader: FrameReader::default(), received: VecDeque::new(), last_ref: 0 }
     }
@@ -58,7 +58,7 @@ impl Socket {
         written.map_err(|error| Failure::Lost(error.kind()))
     }
 
-    /// The next thing that the server says; none if it says nothing until `until`.
+    /// Returns the server's next message; `None` if there is none until `until`.
     pub(super) async fn next(&mut self, until: Instant) -> Result<Option<Event>, Failure> {
         loop {
             if let Some(event) = self.received.pop_front() {
@@ -82,7 +82,7 @@ impl Socket {
         }
     }
 
-    /// Keeps what the bytes say, and gives the pongs that they ask for.
+    /// Keeps the messages in these bytes, and returns the pongs that they ask for.
     pub(super) fn take(&mut self, bytes: &[u8]) -> Result<Vec<u8>, Failure> {
         let mut pongs = Vec::new();
         let received = &mut self.received;
@@ -102,7 +102,7 @@ impl Socket {
         Ok(pongs)
     }
 
-    /// Joins a topic, and gives how long the answer took, or its refusal.
+    /// Joins a topic, and returns how long the answer took, or the reason of the refusal.
     pub(super) async fn join(
         &mut self,
         sub_topic: &str,
@@ -127,8 +127,8 @@ impl Socket {
         }
     }
 
-    /// Waits for an invalidation with this payload, and gives that with which it came; and whether
-    /// something came on the topic that must stay silent.
+    /// Waits for the invalidation with this payload. Returns the payload with which it came, and
+    /// whether a broadcast came on the topic that must stay silent.
     pub(super) async fn invalidated(
         &mut self,
         payload: &Value,
@@ -152,7 +152,8 @@ impl Socket {
         }
     }
 
-    /// Sends a heartbeat and waits for its reply, which is nothing that [`Event`] tells apart.
+    /// Sends a heartbeat and returns whether anything came back: [`Event`] does not tell the reply
+    /// from other messages.
     pub(super) async fn beats(&mut self) -> Result<bool, Failure> {
         self.last_ref += 1;
         let mut bytes = Vec::new();
@@ -162,7 +163,7 @@ impl Socket {
     }
 }
 
-/// Whether this is the invalidation with this payload, or one that it left with.
+/// Returns whether `arrived` is the invalidation `sent`, or a later one with which it was merged.
 fn is_it(arrived: &Value, sent: &Value) -> bool {
     let is_ours = arrived["event_eid"] == CANARY_EID && arrived["type"] == sent["type"];
     match (arrived["id"].as_u64(), sent["id"].as_u64()) {

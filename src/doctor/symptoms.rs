@@ -1,5 +1,5 @@
-//! What people say when it does not work, answered from everything that was seen: no notifications,
-//! too many, data that does not refresh, news of another event.
+//! Complaints of users, explained from everything that was seen: no notifications, too many, data
+//! that does not refresh, news of another event.
 
 use std::{io, time::Duration};
 
@@ -7,14 +7,14 @@ use serde_json::Value;
 use uuid::Uuid;
 
 use super::{
-    Check, Patient, Report, Seen, Status,
+    context::Context,
     database::{Database, ago},
     gateway::Gateway,
-    report::said,
+    report::{Check, Report, Seen, Status, said},
 };
 use crate::db::{self, deployed::TRIGGERS};
 
-/// What no notification gets past: the first that has failed is the reason.
+/// The steps that every notification passes: the first that has failed is the reason.
 const PATH: [Check; 14] = [
     Check::DatabaseReachable,
     Check::DatabasePrimary,
@@ -31,29 +31,33 @@ const PATH: [Check; 14] = [
     Check::ClientJoin,
     Check::EndToEnd,
 ];
-/// A message that the gateway has not heard of for so long is lost; a canary would have found out.
+/// A message that the gateway has not received for longer is lost: a canary would have shown it.
+/// Seconds.
 const LATE: f64 = 30.0;
-/// So many rows of a table may be written and not told of: some are rolled back, those of the
-/// doctor's own dry run among them.
+/// Most written rows of a table of which no notification tells without a warning: some are rolled
+/// back, those of the doctor's own dry run among them.
 const UNTOLD_MAX: f64 = 5.0;
-/// Production pages wait so long for further messages, each of which begins the wait anew.
+/// Debounce time of production pages: each message restarts the wait.
 const CLIENT_WAIT: Duration = Duration::from_millis(2500);
-/// Of all sockets, at most so many may be suspected of being deaf.
+/// Largest part of all sockets that may be suspected of being deaf without a warning.
 const DEAF_PART: f64 = 0.1;
 
-/// Answers the complaints.
+/// Explains the complaints.
 pub(super) async fn examine(
-    patient: &Patient,
+    context: &Context,
     report: &mut Report<'_>,
     database: &mut Database,
     gateway: &Gateway,
 ) -> io::Result<()> {
     let seen = none(report, database, gateway);
     report.note(Check::NoNotifications, seen)?;
-    let doubles = database.ask(async |it| db::doctor::doubles(it).await).await.unwrap_or_default();
-    let seen = too_many(patient, database, gateway, &doubles);
+    let doubles = database
+        .query(async |session| db::doctor::doubles(session).await)
+        .await
+        .unwrap_or_default();
+    let seen = too_many(context, database, gateway, &doubles);
     report.note(Check::TooManyNotifications, seen)?;
-    report.note(Check::NotRefreshing, not_refreshing(patient, gateway))?;
+    report.note(Check::NotRefreshing, not_refreshing(context, gateway))?;
     report.note(Check::WrongEvent, wrong_event(report, database, gateway))
 }
 
@@ -67,14 +71,11 @@ fn none(report: &Report<'_>, database: &Database, gateway: &Gateway) -> Seen {
     let count = |name, table: &str| gateway.sum(name, &[("table", table)]).unwrap_or(0.0);
     let silent: Vec<_> = TRIGGERS
         .iter()
-        // Of payments only their end is told.
-        .filter(|it| it.table != "payment_processing")
-        .map(|it| {
-            (
-                it.table,
-                count("tidegate_database_writes_total", it.table),
-                count("tidegate_database_history_rows_total", it.table),
-            )
+        // A payment notifies at its end alone.
+        .filter(|trigger| trigger.table != "payment_processing")
+        .map(|trigger| {
+            let written = count("tidegate_database_writes_total", trigger.table);
+            (trigger.table, written, count("tidegate_database_history_rows_total", trigger.table))
         })
         .filter(|(_, written, told)| *written > UNTOLD_MAX && *told <= 0.0)
         .map(|(table, written, _)| format!("{table} ({written} rows written)"))
@@ -87,15 +88,15 @@ fn none(report: &Report<'_>, database: &Database, gateway: &Gateway) -> Seen {
     }
     let heard =
         gateway.sum("tidegate_relay_last_notification_timestamp_seconds", &[]).unwrap_or(0.0);
-    let newest = database.kept.as_ref().and_then(|it| it.newest);
+    let newest = database.kept.as_ref().and_then(|kept| kept.newest);
     let started = gateway.sum("process_start_time_seconds", &[]);
     let now = crate::clock::unix_seconds();
     let heard_ago = (heard > 0.0).then_some(now - heard);
     match (newest, gateway.is_open) {
         (Some(newest), true)
             if newest > LATE
-                && heard_ago.is_none_or(|it| it > newest + LATE)
-                && started.is_some_and(|it| now - it > newest + LATE) =>
+                && heard_ago.is_none_or(|ago| ago > newest + LATE)
+                && started.is_some_and(|started| now - started > newest + LATE) =>
         {
             Seen::failed(
                 format!(
@@ -108,7 +109,7 @@ fn none(report: &Report<'_>, database: &Database, gateway: &Gateway) -> Seen {
         (Some(newest), true) => Seen::ok(format!(
             "the last message was written {} ago; the gateway last heard one {}",
             ago(newest),
-            heard_ago.map_or("never".to_owned(), |it| format!("{} ago", ago(it)))
+            heard_ago.map_or("never".to_owned(), |seconds| format!("{} ago", ago(seconds)))
         )),
         (None, true) if database.kept.is_some() => {
             Seen::ok("nothing stands in the way, and nothing has been written yet")
@@ -117,13 +118,13 @@ fn none(report: &Report<'_>, database: &Database, gateway: &Gateway) -> Seen {
     }
 }
 
-fn too_many(patient: &Patient, database: &Database, gateway: &Gateway, doubles: &[String]) -> Seen {
-    let plain: Vec<_> = patient
+fn too_many(context: &Context, database: &Database, gateway: &Gateway, doubles: &[String]) -> Seen {
+    let plain: Vec<_> = context
         .config
         .topic
         .iter()
         .filter(|rule| rule.event.as_deref() == Some("cache_invalidation"))
-        .filter(|rule| rule.merge.as_ref().is_none_or(|it| it.window.is_zero()))
+        .filter(|rule| rule.merge.as_ref().is_none_or(|merge| merge.window.is_zero()))
         .map(|rule| &*rule.name)
         .collect();
     if !plain.is_empty() {
@@ -154,21 +155,21 @@ fn too_many(patient: &Patient, database: &Database, gateway: &Gateway, doubles: 
     if !gateway.is_open && database.kept.is_none() {
         return Seen::skipped("neither the history nor the gateway can be looked at");
     }
-    let busiest = match database.kept.as_ref().map(|it| it.busiest.as_ref()) {
+    let busiest = match database.kept.as_ref().map(|kept| kept.busiest.as_ref()) {
         Some(Some((eid, count))) => format!("at most {count} messages a minute, of {}", said(eid)),
         Some(None) => "no message within an hour".to_owned(),
         None => "the history cannot be looked at".to_owned(),
     };
     let merged = gateway.sum("tidegate_invalidations_merged_total", &[]);
     let merged =
-        merged.map_or(String::new(), |it| format!(", and {it} have left as part of another"));
+        merged.map_or(String::new(), |count| format!(", and {count} have left as part of another"));
     Seen::ok(format!("{busiest}; each event's viewers get one message per window{merged}"))
 }
 
-fn not_refreshing(patient: &Patient, gateway: &Gateway) -> Seen {
-    let quick = patient.config.topic.iter().find(|rule| {
-        let window = rule.merge.as_ref().map(|it| it.window);
-        window.is_some_and(|it| !it.is_zero() && it < CLIENT_WAIT)
+fn not_refreshing(context: &Context, gateway: &Gateway) -> Seen {
+    let quick = context.config.topic.iter().find(|rule| {
+        let window = rule.merge.as_ref().map(|merge| merge.window);
+        window.is_some_and(|window| !window.is_zero() && window < CLIENT_WAIT)
     });
     if let Some(rule) = quick {
         return Seen::warning(
@@ -219,7 +220,7 @@ fn not_refreshing(patient: &Patient, gateway: &Gateway) -> Seen {
 }
 
 fn wrong_event(report: &Report<'_>, database: &Database, gateway: &Gateway) -> Seen {
-    let foreign = database.kept.as_ref().and_then(|it| it.foreign.as_ref());
+    let foreign = database.kept.as_ref().and_then(|kept| kept.foreign.as_ref());
     if let Some((eid, endpoint)) = foreign {
         return Seen::failed(
             format!("a message of {} names {}", said(eid), said(endpoint)),
@@ -229,7 +230,7 @@ fn wrong_event(report: &Report<'_>, database: &Database, gateway: &Gateway) -> S
     let joined: Vec<_> = gateway
         .events
         .iter()
-        .filter(|event| event["viewers"].as_u64().is_some_and(|it| it > 0))
+        .filter(|event| event["viewers"].as_u64().is_some_and(|viewers| viewers > 0))
         .filter_map(|event| Some((event["eid"].as_str()?, event["never_published"] == true)))
         .collect();
     let list = |events: Vec<&str>| said(&events.into_iter().take(3).collect::<Vec<_>>().join(", "));

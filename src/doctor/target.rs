@@ -1,30 +1,29 @@
-//! Where clients connect, and a stream to there: plain or TLS, each step of it named when it fails.
+//! The address where clients connect, and a stream to there: plain or TLS, with an error for each
+//! step that fails.
 
 use std::{
     io,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    net::{IpAddr, SocketAddr},
     path::Path,
-    pin::Pin,
     sync::Arc,
-    task::{Context, Poll},
     time::Duration,
 };
 
 use hyper::Uri;
 use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpStream, lookup_host},
     time::timeout,
 };
 use tokio_rustls::{TlsConnector, client::TlsStream, rustls::pki_types::ServerName};
+use tokio_util::either::Either;
 
-use crate::auth::jwks;
+use crate::{admin::client::reachable, auth::jwks};
 
-/// For one address to take a connection, and for a TLS handshake.
+/// Longest wait for one address to accept a connection, and for a TLS handshake.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
-/// For a name's addresses.
+/// Longest wait for the addresses of a name.
 const RESOLVE_TIMEOUT: Duration = Duration::from_secs(5);
-/// Of one name, so many addresses are tried.
+/// Most addresses of one name that are tried.
 const ADDRESSES_MAX: usize = 4;
 
 /// Why there is no connection.
@@ -45,7 +44,7 @@ pub(super) enum ReachError {
 }
 
 impl ReachError {
-    /// What has come of an attempt.
+    /// Returns the error of one attempt.
     fn of(error: io::Error, host: &str, place: &str, is_only_ipv6: bool) -> Self {
         match error.kind() {
             io::ErrorKind::ConnectionRefused => Self::Refused(place.to_owned()),
@@ -61,10 +60,10 @@ impl ReachError {
     }
 }
 
-/// A connection to one of the addresses of a host.
+/// Connects to one of the addresses of a host.
 ///
 /// # Errors
-/// [`ReachError`], of the last address that was tried.
+/// The [`ReachError`] of the last address that was tried.
 pub(super) async fn reach(host: &str, port: u16) -> Result<TcpStream, ReachError> {
     let bare = host.trim_matches(['[', ']']);
     let place = format!("{host}:{port}");
@@ -77,7 +76,7 @@ pub(super) async fn reach(host: &str, port: u16) -> Result<TcpStream, ReachError
     for address in addresses.into_iter().take(ADDRESSES_MAX) {
         last = match timeout(CONNECT_TIMEOUT, TcpStream::connect(address)).await {
             Ok(Ok(stream)) => {
-                // Small messages that follow each other would wait for each other.
+                // With Nagle's algorithm small messages wait for each other.
                 let _ = stream.set_nodelay(true); // Slower without, and no less right.
                 return Ok(stream);
             }
@@ -95,13 +94,13 @@ pub(super) struct Target {
     pub(super) is_tls: bool,
     pub(super) host: String,
     pub(super) port: u16,
-    /// Without `/websocket`.
+    /// The path without `/websocket`.
     pub(super) path: String,
 }
 
 impl Target {
-    /// Reads `https://HOST`, `wss://HOST/realtime/v1`, also with `/websocket`. Without a path it is
-    /// the project's URL, to which clients add `/realtime/v1`.
+    /// Parses `https://HOST` or `wss://HOST/realtime/v1`, also with `/websocket`. A URL without a
+    /// path is the project's, to which clients add `/realtime/v1`.
     pub(super) fn parse(url: &str) -> Option<Self> {
         let uri: Uri = url.parse().ok()?;
         let is_tls = match uri.scheme_str()? {
@@ -109,7 +108,7 @@ impl Target {
             "wss" | "https" => true,
             _ => return None,
         };
-        let authority = uri.authority().filter(|it| !it.as_str().contains('@'))?;
+        let authority = uri.authority().filter(|authority| !authority.as_str().contains('@'))?;
         let path = uri.path().trim_end_matches('/').trim_end_matches("/websocket");
         Some(Self {
             is_tls,
@@ -119,11 +118,9 @@ impl Target {
         })
     }
 
-    /// The gateway that listens on this machine as the settings say.
+    /// Returns the gateway that listens on this machine as the settings say; `None` for port 0.
     pub(super) fn of_settings(listen: SocketAddr) -> Option<Self> {
-        let host = match listen.ip() {
-            IpAddr::V4(Ipv4Addr::UNSPECIFIED) => Ipv4Addr::LOCALHOST.to_string(),
-            IpAddr::V6(Ipv6Addr::UNSPECIFIED) => format!("[{}]", Ipv6Addr::LOCALHOST),
+        let host = match reachable(listen).ip() {
             IpAddr::V4(ip) => ip.to_string(),
             IpAddr::V6(ip) => format!("[{ip}]"),
         };
@@ -132,13 +129,13 @@ impl Target {
         (port != 0).then_some(Self { is_tls, host, port, path })
     }
 
-    /// As people write it.
+    /// Formats the address as people write it.
     pub(super) fn place(&self) -> String {
         let scheme = if self.is_tls { "wss" } else { "ws" };
         format!("{scheme}://{}:{}{}", self.host, self.port, self.path)
     }
 
-    /// A connection, and the address that it has at this end.
+    /// Connects, and returns the stream and its local address.
     ///
     /// # Errors
     /// [`ReachError`].
@@ -149,10 +146,10 @@ impl Target {
         let stream = reach(&self.host, self.port).await?;
         let own = stream.local_addr().ok();
         if !self.is_tls {
-            return Ok((Stream::Plain(stream), own));
+            return Ok((Either::Left(stream), own));
         }
         let tls = |error: String| ReachError::Tls(self.place(), error);
-        let ca_file = ca_file.map(|it| it.to_string_lossy()).unwrap_or_default();
+        let ca_file = ca_file.map(Path::to_string_lossy).unwrap_or_default();
         let config = jwks::tls(&ca_file).map_err(|error| match error {
             jwks::JwksError::Authorities => tls("--ca-file has no certificate".to_owned()),
             error => tls(error.to_string()),
@@ -161,58 +158,15 @@ impl Target {
             .map_err(|error| tls(error.to_string()))?;
         let handshake = TlsConnector::from(Arc::new(config)).connect(name, stream);
         match timeout(CONNECT_TIMEOUT, handshake).await {
-            Ok(Ok(stream)) => Ok((Stream::Tls(Box::new(stream)), own)),
+            Ok(Ok(stream)) => Ok((Either::Right(Box::new(stream)), own)),
             Ok(Err(error)) => Err(tls(error.to_string())),
             Err(_elapsed) => Err(tls("no answer".to_owned())),
         }
     }
 }
 
-/// A stream to where clients connect.
-pub(super) enum Stream {
-    Plain(TcpStream),
-    Tls(Box<TlsStream<TcpStream>>),
-}
-
-impl AsyncRead for Stream {
-    fn poll_read(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buffer: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        match self.get_mut() {
-            Self::Plain(stream) => Pin::new(stream).poll_read(cx, buffer),
-            Self::Tls(stream) => Pin::new(stream).poll_read(cx, buffer),
-        }
-    }
-}
-
-impl AsyncWrite for Stream {
-    fn poll_write(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        match self.get_mut() {
-            Self::Plain(stream) => Pin::new(stream).poll_write(cx, bytes),
-            Self::Tls(stream) => Pin::new(stream).poll_write(cx, bytes),
-        }
-    }
-
-    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match self.get_mut() {
-            Self::Plain(stream) => Pin::new(stream).poll_flush(cx),
-            Self::Tls(stream) => Pin::new(stream).poll_flush(cx),
-        }
-    }
-
-    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match self.get_mut() {
-            Self::Plain(stream) => Pin::new(stream).poll_shutdown(cx),
-            Self::Tls(stream) => Pin::new(stream).poll_shutdown(cx),
-        }
-    }
-}
+/// A stream to the gateway: plain, or TLS, boxed because it is large.
+pub(super) type Stream = Either<TcpStream, Box<TlsStream<TcpStream>>>;
 
 #[cfg(test)]
 mod tests {
@@ -220,7 +174,7 @@ mod tests {
 
     #[test]
     fn a_url_names_a_project_or_the_path_of_its_websocket() {
-        let place = |url| Target::parse(url).map(|it| it.place());
+        let place = |url| Target::parse(url).map(|target| target.place());
         for (url, expected) in [
             ("https://a.example", "wss://a.example:443/realtime/v1"),
             ("https://a.example/", "wss://a.example:443/realtime/v1"),
@@ -235,7 +189,7 @@ mod tests {
         }
     }
 
-    /// Supabase's direct addresses are.
+    /// The direct addresses of Supabase's databases have IPv6 alone.
     #[test]
     fn a_host_with_ipv6_alone_is_named_where_there_is_no_way_to_it() {
         let of = |kind: io::ErrorKind, is_only_ipv6| {
@@ -249,7 +203,9 @@ mod tests {
 
     #[test]
     fn a_gateway_that_listens_everywhere_is_found_on_this_machine() {
-        let of = |listen: &str| Target::of_settings(listen.parse().unwrap()).map(|it| it.place());
+        let of = |listen: &str| {
+            Target::of_settings(listen.parse().unwrap()).map(|target| target.place())
+        };
         assert_eq!(of("0.0.0.0:4000").as_deref(), Some("ws://127.0.0.1:4000/realtime/v1"));
         assert_eq!(of("[::]:4000").as_deref(), Some("ws://[::1]:4000/realtime/v1"));
         assert_eq!(of("127.0.0.1:0"), None);

@@ -1,12 +1,13 @@
-//! What writes set off: whether the triggers are there, run as they should, and what they say when
-//! something is really changed, in a transaction that rolls back.
+//! Triggers: whether they exist and run as they should, and what they notify of a change that is
+//! tried in a transaction and rolled back.
 
 use std::{collections::BTreeMap, io, time::Duration};
 
 use super::{
-    Check, Patient, Report, Seen,
-    database::{Database, Unasked, connect},
-    report::said,
+    context::Context,
+    database::Database,
+    report::{Check, Report, Seen, said},
+    session::{Session, StatementError},
 };
 use crate::db::{
     self,
@@ -14,7 +15,7 @@ use crate::db::{
     doctor::{Outcome, Tried},
 };
 
-/// For all tables together; each statement of the server's ends earlier.
+/// Longest wait for the dry run of all tables together; the server ends each statement earlier.
 const DRY_RUN_TIMEOUT: Duration = Duration::from_secs(6);
 const MIGRATE: &str = "run `tidegate migrate` with TIDEGATE_MIGRATE_DATABASE_URL";
 
@@ -31,9 +32,9 @@ const DRY_RUNS: [(Check, &str); 9] = [
     (Check::DryRunEvents, "events"),
 ];
 
-/// Looks at the triggers.
+/// Examines the triggers.
 pub(super) async fn examine(
-    patient: &Patient,
+    context: &Context,
     report: &mut Report<'_>,
     database: &mut Database,
 ) -> io::Result<()> {
@@ -48,15 +49,16 @@ pub(super) async fn examine(
         report.skip(&others, "there is no session with the database")?;
         return report.skip(&dry_runs, "there is no session with the database");
     }
-    match database.ask(async |it| Deployed::look(it).await).await {
+    match database.query(async |session| Deployed::read(session).await).await {
         Ok(deployed) => {
             report.note(Check::TriggerCoverage, coverage(&deployed))?;
             report.note(Check::FunctionDrift, drift(&deployed))?;
-            let neighbours = database.ask(async |it| db::doctor::unpinned_neighbours(it).await);
+            let neighbours =
+                database.query(async |session| db::doctor::unpinned_neighbours(session).await);
             report.note(Check::FunctionSafety, safety(&deployed, neighbours.await))?;
         }
-        Err(unasked) => {
-            let seen = unasked.seen("look at the server's log");
+        Err(error) => {
+            let seen = error.seen("look at the server's log");
             for check in [Check::TriggerCoverage, Check::FunctionDrift, Check::FunctionSafety] {
                 report.note(check, seen.clone())?;
             }
@@ -64,11 +66,12 @@ pub(super) async fn examine(
     }
     let seen = failures(database).await;
     report.note(Check::TriggerFailures, seen)?;
-    match dry_run(patient, database).await {
+    match dry_run(context, database).await {
         Ok((role, tried)) => {
             for (check, table) in DRY_RUNS {
                 let tried = tried.get(table);
-                let seen = tried.map_or(Seen::skipped("it was not tried"), |it| told(it, role));
+                let seen =
+                    tried.map_or(Seen::skipped("it was not tried"), |tried| told(tried, role));
                 report.note(check, seen)?;
             }
             Ok(())
@@ -78,10 +81,10 @@ pub(super) async fn examine(
 }
 
 fn coverage(deployed: &Deployed) -> Seen {
-    let tables: Vec<_> = deployed.tables.iter().map(|it| it.name).collect();
+    let tables: Vec<_> = deployed.tables.iter().map(|table| table.name).collect();
     let missing: Vec<_> = deployed
         .missing_triggers()
-        .map(|(table, operation)| format!("{table} {}", operation.kind()))
+        .map(|(table, operation)| format!("{table} {}", operation.label()))
         .collect();
     if tables.is_empty() {
         return Seen::warning(
@@ -130,7 +133,7 @@ fn drift(deployed: &Deployed) -> Seen {
     }
 }
 
-fn safety(deployed: &Deployed, neighbours: Result<Vec<String>, Unasked>) -> Seen {
+fn safety(deployed: &Deployed, neighbours: Result<Vec<String>, StatementError>) -> Seen {
     let wrong: Vec<_> = deployed
         .drifted()
         .filter(|(_, drift)| matches!(drift, Drift::Security | Drift::Settings))
@@ -151,49 +154,52 @@ fn safety(deployed: &Deployed, neighbours: Result<Vec<String>, Unasked>) -> Seen
             ),
             "as their owner, once their bodies name every schema: ALTER FUNCTION … SET search_path = ''",
         ),
-        Err(unasked) => unasked.seen("look at the server's log"),
+        Err(error) => error.seen("look at the server's log"),
     }
 }
 
 async fn failures(database: &mut Database) -> Seen {
-    match database.ask(async |it| db::doctor::recent_failures(it).await).await {
+    match database.query(async |session| db::doctor::recent_failures(session).await).await {
         Ok(None) => Seen::ok("the triggers have recorded no failure within 24 hours"),
         Ok(Some((count, last))) => Seen::warning(
             format!("{count} failures within 24 hours, the last: {}", said(&last)),
             "SELECT * FROM tidegate.trigger_failures ORDER BY id DESC LIMIT 20",
         ),
-        Err(unasked) => unasked.seen("look at the server's log"),
+        Err(error) => error.seen("look at the server's log"),
     }
 }
 
-/// Tries a change of each table as the role that may, and gives its setting.
+/// Tries a change of each table as the role that may write. Returns the setting of that role, and
+/// the outcome for each table.
 async fn dry_run(
-    patient: &Patient,
+    context: &Context,
     database: &mut Database,
 ) -> Result<(&'static str, BTreeMap<String, Tried>), Seen> {
     if !database.is_migrated {
         return Err(Seen::skipped("the migrations have not run: see role-rights"));
     }
-    let config = &patient.config;
+    let config = &context.config;
     let is_same = config.migrate_url() == config.pool_url();
     let (mut owner, setting) = if is_same {
         (None, "TIDEGATE_DATABASE_URL")
     } else {
         let setting = "TIDEGATE_MIGRATE_DATABASE_URL";
-        (Some(connect(config.migrate_url(), setting).await?.0), setting)
+        (Some(Session::connect(config.migrate_url(), setting).await?.0), setting)
     };
     let session = owner.as_mut().or(database.session.as_mut());
     let Some(session) = session else { return Err(Seen::skipped("there is no session")) };
-    match session.ask(DRY_RUN_TIMEOUT, async |it| db::doctor::dry_run(it).await).await {
-        Ok(tried) => Ok((setting, tried.into_iter().map(|it| (it.table.clone(), it)).collect())),
-        Err(Unasked::Closed(why)) => Err(Seen::skipped(format!(
+    match session.query(DRY_RUN_TIMEOUT, async |session| db::doctor::dry_run(session).await).await {
+        Ok(tried) => {
+            Ok((setting, tried.into_iter().map(|tried| (tried.table.clone(), tried)).collect()))
+        }
+        Err(StatementError::Closed(why)) => Err(Seen::skipped(format!(
             "the role of {setting} may not try it ({why}): set TIDEGATE_MIGRATE_DATABASE_URL to one that may write"
         ))),
-        Err(unasked) => Err(unasked.seen("look at the server's log")),
+        Err(error) => Err(error.seen("look at the server's log")),
     }
 }
 
-/// What a change that was tried has told.
+/// Returns the result of the change that was tried, by what it has notified.
 fn told(tried: &Tried, setting: &str) -> Seen {
     let Tried { table, outcome, operation, told, message } = tried;
     let operation = operation.as_deref().unwrap_or("change");
@@ -202,18 +208,21 @@ fn told(tried: &Tried, setting: &str) -> Seen {
         Outcome::Told => {
             let words: Vec<_> = told
                 .iter()
-                .map(|it| {
-                    let kind = it.kind.as_deref().unwrap_or("message");
-                    format!("{kind} of {} for {}", it.eid, it.endpoints.join(" "))
+                .map(|message| {
+                    let kind = message.kind.as_deref().unwrap_or("message");
+                    format!("{kind} of {} for {}", message.eid, message.endpoints.join(" "))
                 })
                 .collect();
             let saw = format!("{operation} would tell {}", said(&words.join(", ")));
             let is_of = |endpoint: &String, eid: &str| {
                 let rest =
-                    endpoint.strip_prefix("/live/event/").and_then(|it| it.strip_prefix(eid));
-                rest.is_some_and(|it| it.is_empty() || it.starts_with(['/', '-']))
+                    endpoint.strip_prefix("/live/event/").and_then(|rest| rest.strip_prefix(eid));
+                rest.is_some_and(|rest| rest.is_empty() || rest.starts_with(['/', '-']))
             };
-            if !told.iter().all(|it| it.endpoints.iter().all(|endpoint| is_of(endpoint, &it.eid))) {
+            let mut endpoints = told.iter().flat_map(|message| {
+                message.endpoints.iter().map(|endpoint| (endpoint, &*message.eid))
+            });
+            if !endpoints.all(|(endpoint, eid)| is_of(endpoint, eid)) {
                 Seen::failed(format!("{saw}: endpoints of another event"), MIGRATE)
             } else if message.is_empty() {
                 Seen::ok(saw)

@@ -1,7 +1,7 @@
-//! `GET /visits/{nonce}`: from where `tidegate doctor` has come, so that an operator learns whether
-//! clients' addresses arrive through what is in front.
+//! The addresses from which `tidegate doctor` has come, so that an operator learns whether clients'
+//! addresses arrive through the proxies in front.
 //!
-//! Invariants: only a socket whose token holds leaves a visit, only under a name of its own making
+//! Invariants: only a socket whose token holds leaves a visit, only under a name of its own making,
 //! and only the last few are kept; nobody but an operator reads them.
 
 use std::{
@@ -9,35 +9,33 @@ use std::{
     net::{IpAddr, SocketAddr},
 };
 
-use hyper::{HeaderMap, StatusCode};
+use hyper::HeaderMap;
 use ipnet::IpNet;
 use parking_lot::Mutex;
-use serde_json::json;
+use serde_json::{Value, json};
 use uuid::Uuid;
 
-use super::{Answer, object};
-use crate::admin::Refused;
 use crate::{limits::is_trusted, telemetry::audit::Caller};
 
-/// So many visits are remembered.
+/// Most visits that are remembered.
 const VISITS_MAX: usize = 16;
-/// What the `User-Agent` of a visit begins with.
+/// The beginning of a visit's `User-Agent`.
 const PREFIX: &str = "tidegate-doctor/";
 
-/// What a visit is called on the wire.
+/// Returns the `User-Agent` of a visit.
 pub(crate) fn user_agent(nonce: Uuid) -> String {
     format!("{PREFIX}{nonce}")
 }
 
-/// From where somebody came.
+/// One visit.
 #[derive(Debug, Clone, Copy)]
 struct Visit {
     nonce: Uuid,
-    /// As it is counted.
+    /// The address that the client is counted by.
     address: IpAddr,
-    /// As the connection has it.
+    /// The connection's own address.
     peer: SocketAddr,
-    /// What `X-Forwarded-For` was: `believed`, `ignored` or `none`.
+    /// What became of `X-Forwarded-For`: `believed`, `ignored` or `none`.
     forwarded: &'static str,
 }
 
@@ -46,7 +44,7 @@ struct Visit {
 pub(crate) struct Visits(Mutex<VecDeque<Visit>>);
 
 impl Visits {
-    /// Remembers a socket, if its `User-Agent` is that of a visit.
+    /// Records a socket, if its `User-Agent` is that of a visit.
     pub(crate) fn note(
         &self,
         user_agent: &str,
@@ -71,21 +69,14 @@ impl Visits {
         visits.push_back(Visit { nonce, address: caller.address(), peer, forwarded });
     }
 
-    /// `{"address":"203.0.113.7","peer":"10.0.0.5:41234","forwarded":"believed"}`
-    ///
-    /// # Errors
-    /// [`Refused`] for a visit that was not made here, or too long ago.
-    pub(crate) fn show(&self, nonce: &str) -> Result<Answer, Refused> {
+    /// Returns `{"address":"203.0.113.7","peer":"10.0.0.5:41234","forwarded":"believed"}`; `None`
+    /// for a visit that was not made here, or too long ago.
+    pub(crate) fn show(&self, nonce: &str) -> Option<Value> {
         let nonce = Uuid::try_parse(nonce).ok();
         let visits = self.0.lock();
-        let Some(visit) = visits.iter().find(|it| Some(it.nonce) == nonce) else {
-            return Err(Refused(StatusCode::NOT_FOUND, "no such visit".into()));
-        };
+        let visit = visits.iter().find(|visit| Some(visit.nonce) == nonce)?;
         let Visit { address, peer, forwarded, .. } = visit;
-        Ok(object(
-            StatusCode::OK,
-            &json!({ "address": address, "peer": peer, "forwarded": forwarded }),
-        ))
+        Some(json!({ "address": address, "peer": peer, "forwarded": forwarded }))
     }
 }
 
@@ -109,7 +100,7 @@ mod tests {
             note("tidegate-doctor/x");
         }
         assert_eq!(visits.0.lock().len(), VISITS_MAX);
-        let is_kept = |nonce: &Uuid| visits.show(&nonce.to_string()).is_ok();
+        let is_kept = |nonce: &Uuid| visits.show(&nonce.to_string()).is_some();
         assert!(!is_kept(&nonces[0]) && nonces[1..].iter().all(is_kept));
     }
 }

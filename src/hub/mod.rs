@@ -89,8 +89,10 @@ pub struct Subscription {
 pub struct FanOut<'a> {
     /// Where the broadcasts come from, for the metrics.
     pub source: BroadcastSource,
-    /// The spellings of one topic.
-    pub topics: &'a [TopicKey],
+    /// The spelling that comes first, whether it is among the spellings or not.
+    pub first: Option<&'a TopicKey>,
+    /// The spellings of one topic, in the order in which they follow.
+    pub spellings: &'a [TopicKey],
     /// Broadcasts that leave together.
     pub broadcasts: &'a [Broadcast],
     /// When the database committed the first of them, if that is known.
@@ -128,7 +130,8 @@ impl Hub {
     /// differently at different subscribers, as they do in Phoenix.
     pub async fn fan_out(&self, fan_out: FanOut<'_>) -> FannedOut {
         let (started, mut result) = (Instant::now(), FannedOut::default());
-        for topic in fan_out.topics {
+        let others = fan_out.spellings.iter().filter(|spelling| Some(*spelling) != fan_out.first);
+        for topic in fan_out.first.into_iter().chain(others) {
             let push = match fan_out.to {
                 To::Others(from) if from.key == *topic => Push::ToAllBut(from.slot),
                 To::All | To::Others(_) => Push::ToAll,
@@ -288,8 +291,8 @@ mod tests {
         broadcasts: &[Broadcast],
         to: To<'_>,
     ) -> FannedOut {
-        let (source, topics) = (BroadcastSource::Socket, std::slice::from_ref(topic));
-        hub.fan_out(FanOut { source, topics, broadcasts, committed: None, to }).await
+        let (source, first) = (BroadcastSource::Socket, Some(topic));
+        hub.fan_out(FanOut { source, first, spellings: &[], broadcasts, committed: None, to }).await
     }
 
     #[tokio::test]

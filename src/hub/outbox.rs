@@ -164,7 +164,10 @@ pub struct Committed {
 }
 
 /// Whether a message had to wait for its event's window.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, strum::VariantArray, strum::IntoStaticStr,
+)]
+#[strum(serialize_all = "snake_case")]
 pub enum Departure {
     /// It left as soon as it could.
     AtOnce,

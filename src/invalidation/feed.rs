@@ -1,358 +1,160 @@
-//! One event of a merged rule: what is known of its endpoints, what waits for its window, what has
-//! been sent.
+//! One feed: the invalidations of one event of a rule that merges.
 //!
-//! Invariants: an endpoint is noted as changed before the message about it can be sent, so that a
-//! viewer who joins either is among the subscribers of the message or finds the change noted; what
-//! is offered leaves with exactly one message to the whole event; nothing here awaits or pushes.
+//! Invariants: an endpoint is recorded as changed before a message that names it can be sent, so
+//! that a viewer who joins is among the subscribers of the message, or finds the change recorded;
+//! whatever is offered leaves with exactly one message to the whole feed; nothing here awaits or
+//! pushes.
 
-use std::{
-    collections::{HashMap, VecDeque},
-    num::NonZeroU32,
-    sync::{Arc, Weak},
-    time::{Duration, SystemTime, UNIX_EPOCH},
-};
+use std::{mem, sync::Arc};
 
-use governor::{Quota, RateLimiter};
 use parking_lot::Mutex;
 use tokio::time::Instant;
 
 use super::{
-    Cause, Method, Why,
-    journal::{Count, Counts, Told},
-    payload::{self, Endpoints, Invalidation, Stamp},
+    catch_up::{CatchUp, ClientHistory, Recent, Repeat},
+    journal::{Delivery, Heard, Journal, Notice, NoticeCount, Summary, Tally},
+    known::KnownEndpoints,
+    payload::{Endpoints, Invalidation, Stamps, Template},
+    reason::{CatchUpCause, Coverage},
+    window::{Due, Notified, Outgoing, Window},
 };
 use crate::{
-    access::rule::{Captures, EID, Merge, Rule},
-    clock::{Limiter, TokioClock},
+    access::{Captures, EID, Merge, Rule},
     hub::{
         Subscription,
-        outbox::{Committed, Departure, Outbox, Since},
+        outbox::{Outbox, Since},
     },
     protocol::{serializer::Broadcast, topic::TopicKey},
 };
 
-/// How long a message waits for others of its transaction, which arrive together: from the last
-/// one of the same backend, and from the first one of all.
-const SETTLE: Duration = Duration::from_millis(10);
-const SETTLE_MAX: Duration = Duration::from_millis(50);
-/// A larger union becomes the complete list.
-const UNION_MAX: usize = 200;
-/// Most endpoints of an event that are known; more are sent, and not remembered.
-const ENDPOINTS_MAX: usize = 2_000;
-/// What a fresh page may have missed: its own fetch may have been answered by a cache, its first
-/// upgrades refused.
-const FRESH: Duration = Duration::from_secs(30);
-/// Most messages that are told of afterwards; of each so many sources and endpoints, and of a
-/// source's type so many characters.
-const LOG_MAX: usize = 200;
-const SOURCES_MAX: usize = 50;
-const LISTED_MAX: usize = 100;
-const KIND_CHARS_MAX: usize = 100;
-
-/// An event: one per rule and EID, whatever the spelling of its topic.
+/// A feed: one per rule and event, whatever the spelling of its topic.
 #[derive(Debug)]
-pub(crate) struct Event {
-    rule: Arc<Rule>,
-    merge: Merge,
-    eid: Box<str>,
+pub(crate) struct Feed {
+    template: Template,
     channel: Box<str>,
     topics: Vec<TopicKey>,
+    /// What belongs to the complete list of any of the rule's events.
     resync: Endpoints,
-    /// None where the rule's window is zero.
-    window: Option<Limiter>,
-    /// When the server did.
+    /// When the server started.
     started: Instant,
     state: Mutex<State>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct State {
-    /// When each endpoint last changed; none for one that is only known to exist.
-    endpoints: HashMap<Box<str>, Option<Instant>>,
-    /// What changed up to this may not be noted.
-    forgotten: Option<Instant>,
-    pending: Option<Pending>,
-    /// What the whole event was sent within `carry`, by its own messages.
-    carried: VecDeque<(Instant, Endpoints)>,
-    /// Who was caught up within `carry`.
-    caught_up: VecDeque<CaughtUp>,
-    stamp: Stamp,
-    /// That of the newest message which was sent last, as it was written.
-    last_timestamp: Option<Box<str>>,
-    /// How many the whole event was sent.
+    known: KnownEndpoints,
+    window: Window,
+    recent: Recent,
+    journal: Journal,
+    stamps: Stamps,
+    /// How many messages the whole feed was sent.
     messages: u64,
-    /// Somebody has joined before the event was listened to.
+    /// A client has joined before the database was listened to for this feed.
     is_owed: bool,
     heard: Heard,
-    muted_until: Option<Instant>,
-    log: VecDeque<Arc<Sent>>,
-    told: Counts,
-    last_notification: Option<SystemTime>,
-    last_delivery: Option<SystemTime>,
-    merged: u64,
-    /// The database has said that there is more of it than every event has.
+    /// The database has more endpoints of the event than every event has.
     is_known: bool,
-    tally: Tally,
 }
 
-/// What has come for an event and what has become of it, since somebody has last taken note.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(crate) struct Tally {
-    /// Invalidations that have come, from wherever.
-    pub(crate) notifications: u64,
-    /// Frames of what the whole event was sent.
-    pub(crate) deliveries: u64,
-    /// Invalidations that have left as part of another.
-    pub(crate) merged: u64,
-}
-
-impl std::ops::AddAssign for Tally {
-    fn add_assign(&mut self, other: Self) {
-        self.notifications += other.notifications;
-        self.deliveries += other.deliveries;
-        self.merged += other.merged;
-    }
-}
-
-/// Whether the event's notifications name their rows of the history.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(crate) enum Heard {
-    #[default]
-    Nothing,
-    OnlyWithId,
-    SomeWithoutId,
-}
-
-#[derive(Debug)]
-struct Pending {
-    newest: Option<Invalidation>,
-    endpoints: Endpoints,
-    is_complete: bool,
-    /// Nothing had to be dropped from the lists.
-    is_clean: bool,
-    messages: usize,
-    sources: Vec<Source>,
-    gap: Option<Cause>,
-    first: Instant,
-    /// When the oldest of them was committed of which that is known.
-    committed: Option<Instant>,
-    pid: Option<u32>,
-    due: Instant,
-    /// The window has made it wait.
-    has_waited: bool,
-}
-
-/// A client that was caught up alone.
-#[derive(Debug)]
-struct CaughtUp {
-    at: Instant,
-    outbox: Weak<Outbox>,
-    /// Ends with its subscription.
-    life: Weak<()>,
-    sub_topic: Arc<str>,
-    endpoints: Arc<Endpoints>,
-    /// Not later than the first change of these.
-    since: Since,
-}
-
-/// How the database has notified an invalidation.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Notified {
-    /// The session.
-    pub(crate) pid: u32,
-    /// By our clock, if it is known.
-    pub(crate) committed: Option<Instant>,
-}
-
-/// One message that became part of another.
-#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
-pub(crate) struct Source {
-    /// Its row of the history.
-    pub(crate) id: Option<i64>,
-    #[serde(rename = "type")]
-    pub(crate) kind: Option<Box<str>>,
-}
-
-/// What was sent, to be told of afterwards.
-#[derive(Debug, Clone)]
-pub(crate) struct Sent {
-    pub(crate) at: SystemTime,
-    pub(crate) why: Why,
-    pub(crate) cause: Option<Cause>,
-    /// Once it is sent, the first of them.
-    pub(crate) endpoints: Arc<Endpoints>,
-    pub(crate) endpoint_count: usize,
-    /// How many messages it stands for, the first of which are listed.
-    pub(crate) merged: usize,
-    pub(crate) sources: Vec<Source>,
-    pub(crate) deliveries: usize,
-    /// How many clients got it once more, with what they were just caught up with.
-    pub(crate) repeats: usize,
-}
-
-/// What is known of a client that joins.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Known {
-    /// Its page was just loaded.
-    Fresh,
-    /// It has held this topic before on the same socket.
-    Held,
-    /// Its earlier socket held this topic and has missed nothing before.
-    Since(Instant),
-    /// It reads so slowly that something was dropped.
-    Behind(Since),
-    /// Nothing.
-    Nothing,
-}
-
-/// What the event's timer finds.
-#[derive(Debug)]
-pub(crate) enum Due {
-    Nothing,
-    Later,
-    Send(Box<Outgoing>),
-}
-
-/// One message to the whole event.
-#[derive(Debug)]
-pub(crate) struct Outgoing {
-    pub(crate) broadcast: Broadcast,
-    /// What it is made of, if not of gaps alone.
-    newest: Option<Invalidation>,
-    pub(crate) sent: Sent,
-    /// The oldest of what it is made of.
-    pub(crate) committed: Option<Committed>,
-    /// Not later than the first change that it tells of; none if nothing could take its place.
-    pub(crate) since: Option<Since>,
-    /// How long its window has made it wait, if it has.
-    pub(crate) waited: Option<Duration>,
-}
-
-/// A message to one client: the event's, with the endpoints of its catch-up, which it would else
-/// forget.
-#[derive(Debug)]
-pub(crate) struct Repeat {
-    pub(crate) outbox: Arc<Outbox>,
-    pub(crate) sub_topic: Arc<str>,
-    pub(crate) broadcast: Broadcast,
-    pub(crate) since: Option<Since>,
-}
-
-/// A message to one client that has joined.
-#[derive(Debug)]
-pub(crate) struct CatchUp {
-    pub(crate) broadcast: Broadcast,
-    pub(crate) cause: Cause,
-    pub(crate) method: Method,
-    pub(crate) since: Since,
-    /// How many messages the whole event had been sent.
-    pub(crate) messages: u64,
-}
-
-/// An event as operators see it.
-#[derive(Debug)]
-pub(crate) struct Summary {
-    pub(crate) last_notification: Option<SystemTime>,
-    pub(crate) last_delivery: Option<SystemTime>,
-    pub(crate) merged: u64,
-    pub(crate) pending: usize,
-    pub(crate) muted_for: Option<Duration>,
-    pub(crate) heard: Heard,
-    /// The database knows it: an artwork of it, or a message within a day.
-    pub(crate) is_known: bool,
-    /// How many are known.
-    pub(crate) endpoints: usize,
-    /// Of single clients.
-    pub(crate) catch_ups: u64,
-    pub(crate) heals: u64,
-}
-
-impl Event {
-    /// An event of which nothing is known.
-    pub(crate) fn new(
+impl Feed {
+    /// Creates a feed of which nothing is known.
+    pub(super) fn new(
         rule: &Arc<Rule>,
         merge: &Merge,
         captures: &Captures,
         started: Instant,
     ) -> Self {
-        let quota = Quota::with_period(merge.window).map(|it| it.allow_burst(NonZeroU32::MIN));
         Self {
-            eid: captures.get(EID).cloned().unwrap_or_default(),
-            channel: rule.listen.as_ref().map_or_else(String::new, |it| it.fill(captures)).into(),
+            template: Template {
+                rule: Arc::clone(rule),
+                merge: merge.clone(),
+                eid: captures.get(EID).cloned().unwrap_or_default(),
+            },
+            channel: rule
+                .listen
+                .as_ref()
+                .map_or_else(String::new, |listen| listen.expand(captures))
+                .into(),
             topics: rule.spellings(captures).collect(),
-            resync: rule.resync.iter().map(|pattern| pattern.fill(captures).into()).collect(),
-            window: quota.map(|quota| RateLimiter::direct_with_clock(quota, TokioClock)),
-            merge: merge.clone(),
-            rule: Arc::clone(rule),
+            resync: rule.resync.iter().map(|pattern| pattern.expand(captures).into()).collect(),
             started,
-            state: Mutex::default(),
+            state: Mutex::new(State {
+                known: KnownEndpoints::default(),
+                window: Window::new(merge.window),
+                recent: Recent::default(),
+                journal: Journal::default(),
+                stamps: Stamps::default(),
+                messages: 0,
+                is_owed: false,
+                heard: Heard::Nothing,
+                is_known: false,
+            }),
         }
     }
 
     /// The event's id.
     pub(crate) fn eid(&self) -> &str {
-        &self.eid
+        &self.template.eid
     }
 
-    /// What the rule is called.
+    /// The name of the rule.
     pub(crate) fn rule_name(&self) -> &str {
-        &self.rule.name
+        &self.template.rule.name
     }
 
-    /// Where the database tells of the event.
+    /// The NOTIFY channel of the event.
     pub(crate) fn channel(&self) -> &str {
         &self.channel
     }
 
-    /// One for each spelling.
+    /// The feed's topics, one for each spelling.
     pub(crate) fn topics(&self) -> &[TopicKey] {
         &self.topics
     }
 
-    /// Reads a broadcast to this event.
+    /// Reads a broadcast to this feed.
     ///
     /// # Errors
-    /// The broadcast itself, if it is no invalidation.
-    pub(crate) fn read(&self, broadcast: Broadcast) -> Result<Invalidation, Broadcast> {
-        Invalidation::read(broadcast, &self.rule, &self.merge)
+    /// The broadcast itself if it is not an invalidation.
+    pub(super) fn read(&self, broadcast: Broadcast) -> Result<Invalidation, Broadcast> {
+        self.template.read(broadcast)
     }
 
-    /// Takes an invalidation, and says whether nothing was waiting before. It leaves when
-    /// [`Self::due`] says so.
+    /// Takes an invalidation, which leaves when [`Self::due`] returns it, and returns whether
+    /// nothing waited before.
     #[must_use]
-    pub(crate) fn offer(&self, invalidation: Invalidation, notified: Option<Notified>) -> bool {
+    pub(super) fn offer(&self, invalidation: Invalidation, notified: Option<Notified>) -> bool {
         let now = Instant::now();
         let mut state = self.state.lock();
-        let is_first = state.pending.is_none();
-        state.note(&invalidation.endpoints, Some(now));
-        state.last_notification = Some(SystemTime::now());
-        state.tally.notifications += 1;
+        let State { known, window, journal, .. } = &mut *state;
+        known.note(&invalidation.endpoints, Some(now));
         if invalidation.is_pointer {
-            state.note_all(&self.resync, now);
+            known.note_all(&self.resync, now);
         }
-        let pending = state.pending(now, now + SETTLE);
-        let pid = notified.map(|it| it.pid);
-        if !pending.has_waited && pid == pending.pid {
-            pending.due = (now + SETTLE).min(pending.first + SETTLE_MAX).max(pending.due);
-        }
-        pending.pid = pid;
-        let committed = notified.and_then(|it| it.committed);
-        pending.committed = [pending.committed, committed].into_iter().flatten().min();
-        pending.messages += 1;
-        pending.is_complete |= invalidation.is_pointer;
-        pending.is_clean &= invalidation.bad.is_empty();
-        pending.add(&invalidation.endpoints);
-        if pending.sources.len() < SOURCES_MAX {
-            let kind = invalidation.kind.as_deref();
-            let kind = kind.map(|it| it.chars().take(KIND_CHARS_MAX).collect::<String>().into());
-            pending.sources.push(Source { id: invalidation.id, kind });
-        }
-        pending.newest = Some(invalidation);
-        is_first
+        journal.notified();
+        window.add(invalidation, notified, now)
     }
 
-    /// Notes whether a notification named its row of the history.
-    pub(crate) fn hear(&self, has_id: bool) {
+    /// Takes what all viewers may have missed, which leaves not before `earliest`: these
+    /// endpoints, or the complete list for `None`.
+    pub(super) fn offer_gap(
+        &self,
+        cause: CatchUpCause,
+        missed: Option<&Endpoints>,
+        earliest: Instant,
+    ) {
+        let now = Instant::now();
+        let mut state = self.state.lock();
+        match missed {
+            Some(endpoints) => state.known.note(endpoints, Some(now)),
+            // Each may have changed, up to now.
+            None => state.known.note_all(&self.resync, now),
+        }
+        state.window.add_gap(cause, missed, earliest, now);
+    }
+
+    /// Records whether a notification named its row of the history.
+    pub(super) fn hear(&self, has_id: bool) {
         let mut state = self.state.lock();
         state.heard = match (state.heard, has_id) {
             (_, false) | (Heard::SomeWithoutId, true) => Heard::SomeWithoutId,
@@ -360,1394 +162,159 @@ impl Event {
         };
     }
 
-    /// Whether the event's notifications have named their rows.
+    /// Returns whether the notifications named their rows.
     pub(crate) fn heard(&self) -> Heard {
         self.state.lock().heard
     }
 
-    /// Takes what everybody may have missed, to leave not before `earliest`: these endpoints, or
-    /// if there are none the complete list.
-    pub(crate) fn offer_gap(&self, cause: Cause, missed: Option<&Endpoints>, earliest: Instant) {
-        let now = Instant::now();
-        let mut state = self.state.lock();
-        match missed {
-            Some(endpoints) => state.note(endpoints, Some(now)),
-            // Each may have changed, up to now.
-            None => state.note_all(&self.resync, now),
-        }
-        let pending = state.pending(now, earliest.max(now + SETTLE));
-        pending.gap = Some(cause);
-        match missed {
-            Some(endpoints) => pending.add(endpoints),
-            None => {
-                pending.is_complete = true;
-                pending.endpoints = Endpoints::default();
-            }
-        }
-    }
-
-    /// Notes endpoints that exist.
+    /// Records endpoints that exist in the database.
     pub(crate) fn learn(&self, endpoints: &Endpoints) {
         let mut state = self.state.lock();
-        state.note(endpoints, None);
-        // The others it says of any.
-        state.is_known |= endpoints.iter().any(|it| !self.resync.contains(it));
+        state.known.note(endpoints, None);
+        // The database returns those of `resync` for any event.
+        state.is_known |= endpoints.iter().any(|endpoint| !self.resync.contains(endpoint));
     }
 
-    /// Notes that somebody has joined who could not be told what happens meanwhile.
+    /// Records that a client has joined that does not hear the database yet.
     pub(crate) fn owe(&self) {
         self.state.lock().is_owed = true;
     }
 
-    /// Whether somebody is owed a catch-up, who is then no more.
+    /// Returns whether a client is owed a catch-up, and forgets it.
     pub(crate) fn take_owed(&self) -> bool {
-        std::mem::take(&mut self.state.lock().is_owed)
+        mem::take(&mut self.state.lock().is_owed)
     }
 
-    /// When something is to be sent, as far as is known.
-    pub(crate) fn next(&self) -> Option<Instant> {
-        self.state.lock().pending.as_ref().map(|it| it.due)
+    /// Returns when to call [`Self::due`] next, if something waits.
+    pub(super) fn next(&self) -> Option<Instant> {
+        self.state.lock().window.next()
     }
 
-    /// Holds everything back until then, or no longer.
-    pub(crate) fn mute(&self, until: Option<Instant>) {
-        let mut state = self.state.lock();
-        state.muted_until = until;
-        if let Some(pending) = &mut state.pending {
-            pending.due = Instant::now();
-        }
+    /// Holds everything back until `until`; `None` ends that.
+    pub(super) fn mute(&self, until: Option<Instant>) {
+        self.state.lock().window.mute(until);
     }
 
-    /// What is to be sent, if its time has come; at the end of the server that does not matter.
-    pub(crate) fn due(&self, is_last: bool) -> Due {
+    /// Returns the message that may leave now. While the server ends, whatever waits may.
+    pub(super) fn due(&self, is_last: bool) -> Due {
         let now = Instant::now();
         let mut state = self.state.lock();
-        let muted_until = state.muted_until.filter(|until| *until > now);
-        let Some(pending) = &mut state.pending else {
-            return Due::Nothing;
+        let State { known, window, recent, journal, stamps, messages, .. } = &mut *state;
+        let Some(mut pending) = window.take(is_last, now) else {
+            return if window.next().is_some() { Due::Later } else { Due::Nothing };
         };
-        if !is_last {
-            if let Some(until) = muted_until {
-                pending.due = until;
-                pending.has_waited = true;
-            }
-            if pending.due > now {
-                return Due::Later;
-            }
-            if let Some(Err(not_until)) = self.window.as_ref().map(Limiter::check) {
-                pending.due = Instant::from_std(not_until.earliest_possible());
-                pending.has_waited = true;
-                return Due::Later;
-            }
-        }
-        match state.pending.take() {
-            Some(pending) => Due::Send(Box::new(self.compose(&mut state, pending, now))),
-            None => Due::Nothing,
-        }
+        // A change that is not recorded could not be told later.
+        let is_recorded = known.has_everything() && !pending.is_empty();
+        let since = is_recorded.then(|| Since::at(pending.first(), self.started));
+        let own = pending.take_union(known, &self.resync);
+        recent.forget(now, self.template.merge.carry);
+        let mut endpoints = own.clone();
+        endpoints.extend(recent.carried());
+        let is_extended = endpoints.len() > own.len();
+        recent.carry(own, now);
+        journal.merged(pending.messages());
+        *messages += 1;
+        let template = &self.template;
+        Due::Send(Box::new(pending.compose(template, endpoints, is_extended, since, stamps, now)))
     }
 
-    /// What clients get that were caught up alone, once `outgoing` has been pushed to everybody:
-    /// whoever is caught up after this has been told of it, and whoever was before gets both in one.
-    pub(crate) fn repeats(&self, outgoing: &Outgoing) -> Vec<Repeat> {
-        let message = &*outgoing.sent.endpoints;
+    /// Returns what clients are sent that were just caught up alone, once `outgoing` has been
+    /// pushed to all subscribers: a client that is caught up after this has been told of it, and
+    /// one that was before gets both in one message.
+    pub(super) fn repeats(&self, outgoing: &Outgoing) -> Vec<Repeat> {
         let mut state = self.state.lock();
-        state.forget_carried(Instant::now(), self.merge.carry);
-        let stamp = state.next_stamp();
-        // Nearly all have been told the same.
-        let mut broadcasts: Vec<(&Endpoints, Broadcast)> = Vec::new();
-        let mut repeats = Vec::new();
-        // Each client is in the list once, so one stamp does for all.
-        for CaughtUp { outbox, life, sub_topic, endpoints, since, .. } in &state.caught_up {
-            let is_needed = life.strong_count() > 0 && !endpoints.is_subset(message);
-            let Some(outbox) = outbox.upgrade().filter(|_| is_needed) else {
-                continue;
-            };
-            let place = broadcasts.iter().position(|(it, _)| **it == **endpoints);
-            let place = place.unwrap_or_else(|| {
-                let both: Endpoints = message.union(endpoints).cloned().collect();
-                let (newest, sent) = (outgoing.newest.as_ref(), &outgoing.sent);
-                broadcasts.push((endpoints, self.write(newest, sent, &both, stamp)));
-                broadcasts.len() - 1
-            });
-            let broadcast = broadcasts[place].1.clone();
-            let since = outgoing.since.map(|it| it.min(*since));
-            repeats.push(Repeat { outbox, sub_topic: Arc::clone(sub_topic), broadcast, since });
-        }
-        repeats
+        state.recent.forget(Instant::now(), self.template.merge.carry);
+        let stamp = state.stamps.next();
+        state.recent.repeats(outgoing, &self.template, stamp)
     }
 
-    /// Notes a message that has been sent.
-    pub(crate) fn sent(&self, mut sent: Sent) {
-        if sent.endpoint_count > LISTED_MAX {
-            sent.endpoints = Arc::new(sent.endpoints.iter().take(LISTED_MAX).cloned().collect());
-        }
-        let mut state = self.state.lock();
-        state.tally.deliveries += sent.deliveries as u64;
-        if sent.deliveries > 0 {
-            state.last_delivery = Some(sent.at);
-        }
-        if state.log.len() >= LOG_MAX {
-            state.log.pop_front();
-        }
-        state.log.push_back(Arc::new(sent));
+    /// Records a message that has been sent.
+    pub(super) fn delivered(&self, delivery: Delivery) {
+        self.state.lock().journal.delivered(delivery);
     }
 
-    /// Notes that a client that may be deaf to the event was told to join it.
+    /// Records that a client that may be deaf to the feed was told to join again.
     pub(crate) fn healed(&self) {
-        self.state.lock().told.add(Told::Heal, SystemTime::now());
+        self.state.lock().journal.told(Notice::Heal);
     }
 
-    /// What a client gets that has just subscribed, if anything: what has changed since it last
-    /// heard of the event, or the complete list where that is not known. `covered_since` is since
+    /// Returns what a client is to be told that has just subscribed, if anything: the changes that
+    /// it may have missed, or the complete list where they are not known. `covered_since` is since
     /// when everything about the event has been heard here.
-    pub(crate) fn catch_up(
+    pub(super) fn catch_up(
         &self,
-        known: Known,
+        history: ClientHistory,
         covered_since: Option<Instant>,
         outbox: &Arc<Outbox>,
         subscription: &Subscription,
     ) -> Option<CatchUp> {
-        let (now, sub_topic) = (Instant::now(), subscription.sub_topic());
-        let (cause, since) = match known {
-            Known::Fresh => (Cause::Fresh, now.checked_sub(FRESH)),
-            Known::Held => (Cause::Held, now.checked_sub(FRESH)),
-            Known::Since(since) => (Cause::Returned, Some(since)),
-            Known::Behind(since) => (Cause::SlowClient, since.moment(self.started)),
-            Known::Nothing => (Cause::Unknown, None),
-        };
+        let now = Instant::now();
+        let (cause, since) = history.missed(now, self.started);
         let mut state = self.state.lock();
-        let reaches = |since: &Instant| {
-            covered_since.is_some_and(|covered| covered <= *since)
-                && state.forgotten.is_none_or(|forgotten| forgotten < *since)
+        let State { known, recent, journal, stamps, messages, .. } = &mut *state;
+        let since = since.filter(|since| {
+            covered_since.is_some_and(|covered| covered <= *since) && known.reaches_back_to(*since)
+        });
+        let (mut endpoints, coverage) = match since {
+            Some(since) => (known.changed_since(since), Coverage::Exact),
+            None => (known.complete(&self.resync), Coverage::Complete),
         };
-        let since = since.filter(reaches);
-        let (mut endpoints, method) = match since {
-            Some(since) => (state.changed_since(since), Method::Exact),
-            None => (self.complete(&state), Method::Complete),
-        };
-        let since = since.map_or(Since::EVER, |it| Since::at(it, self.started));
+        let since = since.map_or(Since::EVER, |since| Since::at(since, self.started));
         if endpoints.is_empty() {
             return None;
         }
-        state.told.add(Told::CatchUp(cause, method), SystemTime::now());
-        let stamp = state.next_stamp();
-        state.forget_carried(now, self.merge.carry);
-        endpoints.extend(state.carried());
-        // Who joins again at once would forget what it was told at first.
-        if let Some(earlier) = state.take_caught_up(outbox, sub_topic) {
+        journal.told(Notice::CatchUp(cause, coverage));
+        let stamp = stamps.next();
+        recent.forget(now, self.template.merge.carry);
+        endpoints.extend(recent.carried());
+        // A client that joins again at once would forget what it was told at first.
+        if let Some(earlier) = recent.take(outbox, subscription.sub_topic()) {
             endpoints.extend(earlier.iter().cloned());
         }
-        let (rule, merge) = (&self.rule, &self.merge);
-        let broadcast = payload::catch_up(rule, merge, &self.eid, cause.kind(), &endpoints, stamp);
-        // When everybody comes back at once, all are told the same.
-        let endpoints = match state.caught_up.back() {
-            Some(last) if *last.endpoints == endpoints => Arc::clone(&last.endpoints),
-            Some(_) | None => Arc::new(endpoints),
-        };
-        state.caught_up.push_back(CaughtUp {
-            at: now,
-            outbox: Arc::downgrade(outbox),
-            life: subscription.life(),
-            sub_topic: Arc::clone(sub_topic),
-            endpoints,
-            since,
-        });
-        Some(CatchUp { broadcast, cause, method, since, messages: state.messages })
+        let broadcast = self.template.catch_up(cause.label(), &endpoints, stamp);
+        recent.add(outbox, subscription, endpoints, since, now);
+        Some(CatchUp { broadcast, cause, coverage, since, messages: *messages })
     }
 
-    /// How many messages the whole event was sent.
-    pub(crate) fn messages(&self) -> u64 {
+    /// Returns how many messages the whole feed was sent.
+    pub(super) fn messages(&self) -> u64 {
         self.state.lock().messages
     }
 
-    /// What operators see.
+    /// Returns what operators see of the feed.
     pub(crate) fn summary(&self) -> Summary {
         let now = Instant::now();
         let state = self.state.lock();
+        let journal = &state.journal;
         Summary {
-            last_notification: state.last_notification,
-            last_delivery: state.last_delivery,
-            merged: state.merged,
-            pending: state.pending.as_ref().map_or(0, |it| it.messages.max(1)),
-            muted_for: state.muted_until.and_then(|until| until.checked_duration_since(now)),
+            last_notification: journal.last_notification,
+            last_delivery: journal.last_delivery,
+            merged: journal.merged,
+            pending: state.window.pending_count(),
+            muted_for: state.window.muted_for(now),
             heard: state.heard,
             is_known: state.is_known,
-            endpoints: state.endpoints.len(),
-            catch_ups: state.told.catch_ups,
-            heals: state.told.heals,
+            endpoints: state.known.count(),
+            catch_ups: journal.notices.catch_ups,
+            heals: journal.notices.heals,
         }
     }
 
-    /// What has come and become of it since this was last asked.
+    /// Returns what was counted since the last call.
     pub(crate) fn take_tally(&self) -> Tally {
-        std::mem::take(&mut self.state.lock().tally)
+        self.state.lock().journal.take_tally()
     }
 
-    /// What the whole event was sent, the newest first.
-    pub(crate) fn log(&self) -> Vec<Arc<Sent>> {
-        self.state.lock().log.iter().rev().map(Arc::clone).collect()
+    /// Returns the last messages to the whole feed, the newest first.
+    pub(crate) fn log(&self) -> Vec<Arc<Delivery>> {
+        self.state.lock().journal.log()
     }
 
-    /// What single clients were told, the latest first.
-    pub(crate) fn told(&self) -> Vec<Count> {
-        self.state.lock().told.latest()
-    }
-
-    /// Every endpoint of the event that is known.
-    fn complete(&self, state: &State) -> Endpoints {
-        let mut known: Vec<_> = state.endpoints.keys().cloned().collect();
-        known.sort_unstable();
-        self.resync.iter().cloned().chain(known).collect()
-    }
-
-    fn compose(&self, state: &mut State, pending: Pending, now: Instant) -> Outgoing {
-        let is_complete = pending.is_complete;
-        // What is not noted could not be told afterwards.
-        let is_noted = state.forgotten.is_none() && (is_complete || !pending.endpoints.is_empty());
-        let since = is_noted.then(|| Since::at(pending.first, self.started));
-        let own = if is_complete { self.complete(state) } else { pending.endpoints };
-        state.forget_carried(now, self.merge.carry);
-        let mut endpoints = own.clone();
-        endpoints.extend(state.carried());
-        let is_alone = pending.messages == 1 && pending.gap.is_none() && !is_complete;
-        let messages = pending.messages;
-        let timestamp = pending.newest.as_ref().and_then(|it| it.timestamp.clone());
-        let is_new = timestamp.is_none() || timestamp != state.last_timestamp;
-        let is_as_it_came = is_alone && is_new && pending.is_clean && endpoints.len() == own.len();
-        state.last_timestamp = timestamp;
-        if !own.is_empty() {
-            state.carried.push_back((now, own));
-        }
-        let merged = (messages.max(1) - 1) as u64;
-        state.merged += merged;
-        state.tally.merged += merged;
-        state.messages += 1;
-        let why = match (pending.gap, pending.has_waited) {
-            (Some(_), _) => Why::Gap,
-            (None, true) => Why::Window,
-            (None, false) => Why::Leading,
-        };
-        let sent = Sent {
-            at: SystemTime::now(),
-            why,
-            cause: pending.gap,
-            endpoint_count: endpoints.len(),
-            endpoints: Arc::new(endpoints),
-            merged: messages,
-            sources: pending.sources,
-            deliveries: 0,
-            repeats: 0,
-        };
-        // What a gap tells of leaves with it, however late.
-        let departure = match why {
-            Why::Leading => Departure::AtOnce,
-            Why::Window | Why::Gap | Why::CatchUp | Why::Repeat => Departure::Merged,
-        };
-        let committed = pending.committed.map(|at| Committed { at, departure });
-        let waited = pending.has_waited.then(|| now.duration_since(pending.first));
-        let broadcast = match &pending.newest {
-            Some(newest) if is_as_it_came => newest.broadcast.clone(),
-            newest => self.write(newest.as_ref(), &sent, &sent.endpoints, state.next_stamp()),
-        };
-        Outgoing { broadcast, newest: pending.newest, sent, committed, waited, since }
-    }
-
-    /// The newest message, or a catch-up where there is none, with these endpoints.
-    fn write(
-        &self,
-        newest: Option<&Invalidation>,
-        sent: &Sent,
-        endpoints: &Endpoints,
-        stamp: Stamp,
-    ) -> Broadcast {
-        let (rule, merge) = (&self.rule, &self.merge);
-        match newest {
-            Some(newest) => newest.rewritten(rule, merge, endpoints, stamp, sent.merged),
-            None => {
-                let cause = sent.cause.map_or(sent.why.kind(), Cause::kind);
-                payload::catch_up(rule, merge, &self.eid, cause, endpoints, stamp)
-            }
-        }
-    }
-}
-
-impl Pending {
-    fn add(&mut self, endpoints: &Endpoints) {
-        self.endpoints.extend(endpoints.iter().cloned());
-        // What is not sent one by one is known all the same, and so in the complete list.
-        self.is_complete |= self.endpoints.len() > UNION_MAX;
-        if self.is_complete {
-            self.endpoints = Endpoints::default();
-        }
-    }
-}
-
-impl State {
-    fn note(&mut self, endpoints: &Endpoints, at: Option<Instant>) {
-        for endpoint in endpoints {
-            if let Some(changed) = self.endpoints.get_mut(endpoint) {
-                *changed = at.or(*changed);
-            } else if self.endpoints.len() < ENDPOINTS_MAX {
-                self.endpoints.insert(endpoint.clone(), at);
-            } else if at.is_some() {
-                self.forgotten = at;
-            }
-        }
-    }
-
-    fn note_all(&mut self, resync: &Endpoints, at: Instant) {
-        self.note(resync, Some(at));
-        for changed in self.endpoints.values_mut() {
-            *changed = Some(at);
-        }
-    }
-
-    fn pending(&mut self, now: Instant, due: Instant) -> &mut Pending {
-        self.pending.get_or_insert_with(|| Pending {
-            newest: None,
-            endpoints: Endpoints::default(),
-            is_complete: false,
-            is_clean: true,
-            messages: 0,
-            sources: Vec::new(),
-            gap: None,
-            first: now,
-            committed: None,
-            pid: None,
-            due,
-            has_waited: false,
-        })
-    }
-
-    /// The oldest change first.
-    fn changed_since(&self, since: Instant) -> Endpoints {
-        let mut changed: Vec<_> = self
-            .endpoints
-            .iter()
-            .filter_map(|(endpoint, at)| Some(((*at)?, endpoint)))
-            .filter(|(at, _)| *at >= since)
-            .collect();
-        changed.sort_unstable();
-        changed.into_iter().map(|(_, endpoint)| endpoint.clone()).collect()
-    }
-
-    /// Forgets that this client was caught up, and gives of what.
-    fn take_caught_up(
-        &mut self,
-        outbox: &Arc<Outbox>,
-        sub_topic: &Arc<str>,
-    ) -> Option<Arc<Endpoints>> {
-        let is_it =
-            |it: &CaughtUp| it.outbox.as_ptr() == Arc::as_ptr(outbox) && it.sub_topic == *sub_topic;
-        let place = self.caught_up.iter().position(is_it)?;
-        self.caught_up.remove(place).map(|it| it.endpoints)
-    }
-
-    /// What the whole event was sent just before.
-    fn carried(&self) -> impl Iterator<Item = Box<str>> {
-        self.carried.iter().flat_map(|(_, endpoints)| endpoints.iter().cloned())
-    }
-
-    fn forget_carried(&mut self, now: Instant, carry: Duration) {
-        let is_over = |at: Instant| now.duration_since(at) > carry;
-        while self.carried.front().is_some_and(|(at, _)| is_over(*at)) {
-            self.carried.pop_front();
-        }
-        while self.caught_up.front().is_some_and(|it| is_over(it.at)) {
-            self.caught_up.pop_front();
-        }
-    }
-
-    /// Later than any before.
-    fn next_stamp(&mut self) -> Stamp {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let now = u64::try_from(now.as_micros()).unwrap_or(u64::MAX);
-        self.stamp = Stamp(now.max(self.stamp.0 + 1));
-        self.stamp
+    /// Returns what single clients were told, the newest first.
+    pub(crate) fn notices(&self) -> Vec<NoticeCount> {
+        self.state.lock().journal.notices.latest()
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use std::collections::BTreeSet;
-
-    use proptest::prelude::*;
-    use serde_json::{Value, json};
-    use tokio::time::{advance, sleep_until};
-
-    use super::*;
-    use crate::{
-        hub::{Hub, outbox::OutboxBounds},
-        protocol::{
-            message::{Json, UserBroadcast, UserPayload},
-            serializer::Serializer,
-        },
-        server::settings::Config,
-        telemetry::metrics::Registry,
-    };
-
-    const WINDOW: Duration = Duration::from_secs(3);
-    const CARRY: Duration = Duration::from_secs(5);
-    const EVENT: &str = "/live/event/AB3028";
-    const MEDIA: &str = "/live/event/AB3028/media";
-    const ARTISTS: &str = "/live/event/AB3028/artists";
-
-    /// The built-in rule's event of AB3028.
-    fn event() -> Event {
-        event_with(|_| {})
-    }
-
-    fn event_with(change: impl FnOnce(&mut Merge)) -> Event {
-        let rule = Arc::new(Config::defaults().topic.remove(0));
-        let mut merge = rule.merge.clone().unwrap();
-        assert_eq!((merge.window, merge.carry), (WINDOW, CARRY));
-        change(&mut merge);
-        Event::new(&rule, &merge, &[(EID.into(), "AB3028".into())].into(), Instant::now())
-    }
-
-    fn user(payload: &str) -> Broadcast {
-        let payload = UserPayload::Json(Json::parse(payload.to_owned().into()).unwrap());
-        let message = UserBroadcast { user_event: "cache_invalidation".into(), payload };
-        Broadcast::User { message, metadata: None }
-    }
-
-    fn endpoints(texts: &[&str]) -> Endpoints {
-        texts.iter().map(|it| Box::from(*it)).collect()
-    }
-
-    impl Event {
-        fn take(&self, payload: &str, pid: u32) {
-            let notified = Notified { pid, committed: None };
-            let _ = self.offer(self.read(user(payload)).unwrap(), Some(notified));
-        }
-
-        /// Offers a message of a database session of its own.
-        fn tell(&self, texts: &[&str]) {
-            self.tell_by(fastrand::u32(1_000..), texts);
-        }
-
-        fn tell_by(&self, pid: u32, texts: &[&str]) {
-            self.take(
-                &json!({ "type": "t", "endpoints": texts, "timestamp": 1.5 }).to_string(),
-                pid,
-            );
-        }
-
-        /// Sends as the one task does that sends; none if nothing waits.
-        async fn next_sent(&self) -> Option<Out> {
-            loop {
-                match self.due(false) {
-                    Due::Nothing => return None,
-                    Due::Later => sleep_until(self.next().unwrap()).await,
-                    Due::Send(outgoing) => return Some(Out::new(self, outgoing)),
-                }
-            }
-        }
-
-        async fn sends(&self) -> Out {
-            self.next_sent().await.expect("something waits")
-        }
-
-        fn join(&self, known: Known, since: Option<Instant>) -> (Viewer, Option<CatchUp>) {
-            let viewer = Viewer::new(self);
-            let catch_up = viewer.join(self, known, since);
-            (viewer, catch_up)
-        }
-    }
-
-    /// A client that has subscribed to the first spelling.
-    struct Viewer {
-        outbox: Arc<Outbox>,
-        subscription: Subscription,
-    }
-
-    impl Viewer {
-        fn new(event: &Event) -> Self {
-            let outbox = Arc::new(Outbox::new(Serializer::V2, &OutboxBounds::new(1 << 20)));
-            let hub = Arc::new(Hub::new(&Registry::new()));
-            let subscription = hub.subscribe(event.topics()[0].clone(), Arc::clone(&outbox));
-            Self { outbox, subscription }
-        }
-
-        fn join(&self, event: &Event, known: Known, since: Option<Instant>) -> Option<CatchUp> {
-            event.catch_up(known, since, &self.outbox, &self.subscription)
-        }
-    }
-
-    #[derive(Debug)]
-    struct Out {
-        at: Instant,
-        outgoing: Box<Outgoing>,
-        repeats: Vec<Repeat>,
-    }
-
-    impl Out {
-        fn new(event: &Event, outgoing: Box<Outgoing>) -> Self {
-            let repeats = event.repeats(&outgoing);
-            Self { at: Instant::now(), outgoing, repeats }
-        }
-
-        fn payload(&self) -> Value {
-            payload(&self.outgoing.broadcast)
-        }
-
-        fn endpoints(&self) -> Vec<String> {
-            listed(&self.outgoing.broadcast)
-        }
-
-        fn why(&self) -> Why {
-            self.outgoing.sent.why
-        }
-    }
-
-    fn payload(broadcast: &Broadcast) -> Value {
-        let Broadcast::User { message, .. } = broadcast else { panic!("{broadcast:?}") };
-        let UserPayload::Json(json) = &message.payload else { panic!("{broadcast:?}") };
-        serde_json::from_str(json.as_str()).unwrap()
-    }
-
-    fn listed(broadcast: &Broadcast) -> Vec<String> {
-        serde_json::from_value(payload(broadcast)["endpoints"].clone()).unwrap()
-    }
-
-    /// As it is written: a client compares texts, and no float tells so many digits apart.
-    fn stamp(broadcast: &Broadcast) -> String {
-        let Broadcast::User { message, .. } = broadcast else { panic!("{broadcast:?}") };
-        let UserPayload::Json(json) = &message.payload else { panic!("{broadcast:?}") };
-        let (_, from) = json.as_str().split_once("\"timestamp\":").unwrap();
-        from.split([',', '}']).next().unwrap().to_owned()
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn the_first_message_leaves_once_its_transaction_can_say_no_more() {
-        let (event, start) = (event(), Instant::now());
-        event.tell(&["/a"]);
-        let out = event.sends().await;
-        assert_eq!((out.at - start, out.why()), (SETTLE, Why::Leading));
-        assert!(event.next_sent().await.is_none());
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn what_comes_within_the_window_leaves_at_its_end_in_one_message() {
-        let event = event();
-        event.tell(&["/a"]);
-        let first = event.sends().await;
-        advance(CARRY).await;
-        event.tell(&["/b", "/c"]);
-        let second = event.sends().await;
-        assert_eq!(second.why(), Why::Leading, "the window is long over");
-        for texts in [["/d", "/c"], ["/c", "/e"], ["/f", "/a"]] {
-            advance(Duration::from_millis(900)).await;
-            event.tell(&texts);
-        }
-        let third = event.sends().await;
-        assert_eq!((third.at - second.at, third.why()), (WINDOW, Why::Window));
-        // In the order in which they were first seen; then what is carried.
-        assert_eq!(third.endpoints(), ["/d", "/c", "/e", "/f", "/a", "/b"]);
-        assert_eq!(third.payload()["merged"], 3);
-        assert!(first.at < second.at);
-        assert!(event.next_sent().await.is_none());
-    }
-
-    /// One who writes without a pause would else hold the first message back for good.
-    #[tokio::test(start_paused = true)]
-    async fn a_transaction_is_waited_for_as_long_as_it_goes_on_and_fifty_milliseconds_at_most() {
-        let (event, start) = (event(), Instant::now());
-        for _ in 0..4 {
-            event.tell_by(1, &["/a"]);
-            assert!(matches!(event.due(false), Due::Later));
-            advance(SETTLE - Duration::from_millis(1)).await;
-        }
-        assert_eq!(event.sends().await.at - start, Duration::from_millis(37));
-        advance(CARRY * 2).await;
-        let start = Instant::now();
-        let mut sent = None;
-        while sent.is_none() {
-            event.tell_by(1, &["/a"]);
-            advance(SETTLE - Duration::from_millis(1)).await;
-            if let Due::Send(_) = event.due(false) {
-                sent = Some(start.elapsed());
-            }
-        }
-        // The first look after 50 ms.
-        assert_eq!(sent, Some(Duration::from_millis(54)));
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn another_sessions_message_joins_those_that_wait_and_prolongs_nothing() {
-        let (event, start) = (event(), Instant::now());
-        event.tell_by(1, &["/a"]);
-        advance(SETTLE - Duration::from_millis(1)).await;
-        event.tell_by(2, &["/b"]);
-        let out = event.sends().await;
-        assert_eq!(out.at - start, SETTLE);
-        assert_eq!(out.endpoints(), ["/a", "/b"]);
-    }
-
-    /// The end of an auction changes 24 artworks in one transaction, in which all messages have the
-    /// same timestamp: clients take the first of those.
-    #[tokio::test(start_paused = true)]
-    async fn what_one_transaction_says_is_one_message_whatever_the_window() {
-        let event = event();
-        for expected in [Why::Leading, Why::Window] {
-            for art in 0..24 {
-                event.tell_by(7, &[EVENT, &format!("/art/{art}")]);
-            }
-            let out = event.sends().await;
-            assert_eq!((out.why(), out.endpoints().len()), (expected, 25));
-            assert_eq!(out.payload()["merged"], 24);
-            assert!(event.next_sent().await.is_none());
-        }
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_message_that_is_alone_and_clean_passes_byte_for_byte() {
-        let event = event();
-        let envelope =
-            r#"{ "event":"cache_invalidation","payload":{"endpoints":["/c"]},"type":"broadcast" }"#;
-        for broadcast in [
-            user(r#"{ "timestamp":1.50, "endpoints":["/a", "/a"] }"#),
-            // Nothing is carried that it does not say itself.
-            user(r#"{"endpoints":["/b","/c","/a"],"x":1e2}"#),
-            user(r#"{"endpoints":["/c","/a","/b"]}"#),
-        ] {
-            let _ = event.offer(event.read(broadcast.clone()).unwrap(), None);
-            assert_eq!(event.sends().await.outgoing.broadcast, broadcast);
-        }
-        for broadcast in [
-            user(r#"{"no_list":true}"#),
-            Broadcast::Envelope(Json::parse(envelope.into()).unwrap()),
-        ] {
-            advance(CARRY * 2).await;
-            let _ = event.offer(event.read(broadcast.clone()).unwrap(), None);
-            assert_eq!(event.sends().await.outgoing.broadcast, broadcast);
-        }
-    }
-
-    /// A `null` in the list throws in clients.
-    #[tokio::test(start_paused = true)]
-    async fn a_list_with_something_else_than_texts_is_written_anew() {
-        let event = event();
-        event.take(r#"{"type":"t","endpoints":["/a",null,7,"/b"],"timestamp":1.5}"#, 1);
-        let out = event.sends().await;
-        let payload = out.payload();
-        assert_eq!(
-            (out.endpoints(), &payload["merged"]),
-            (vec!["/a".into(), "/b".into()], &json!(1))
-        );
-        assert_ne!(payload["timestamp"], 1.5);
-    }
-
-    /// Clients forget a message that is followed too soon by another.
-    #[tokio::test(start_paused = true)]
-    async fn what_was_just_sent_is_said_again_and_that_is_not_said_again() {
-        let event = event();
-        event.tell(&["/a"]);
-        event.sends().await;
-        event.tell(&["/b"]);
-        let second = event.sends().await;
-        assert_eq!(
-            (second.endpoints(), &second.payload()["merged"]),
-            (vec!["/b".into(), "/a".into()], &json!(1))
-        );
-        event.tell(&["/c"]);
-        assert_eq!(event.sends().await.endpoints(), ["/c", "/b"]);
-        event.tell(&["/d"]);
-        assert_eq!(event.sends().await.endpoints(), ["/d", "/c"]);
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn an_endpoint_is_carried_for_so_long_and_no_longer() {
-        for (late, is_carried) in [(0, true), (1, false)] {
-            let event = event();
-            event.tell(&["/a"]);
-            event.sends().await;
-            advance(CARRY - SETTLE + Duration::from_millis(late)).await;
-            event.tell(&["/b"]);
-            let out = event.sends().await;
-            assert_eq!(out.endpoints().contains(&"/a".to_owned()), is_carried);
-        }
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_union_of_two_hundred_is_listed_and_one_more_stands_for_everything() {
-        let texts: Vec<_> = (0..=UNION_MAX).map(|number| format!("/{number:03}")).collect();
-        for count in [UNION_MAX, UNION_MAX + 1] {
-            let event = event();
-            for text in &texts[..count] {
-                event.tell_by(1, &[text]);
-            }
-            let out = event.sends().await;
-            let resync = [EVENT, MEDIA, ARTISTS];
-            let listed = out.endpoints();
-            if count > UNION_MAX {
-                let all = resync.into_iter().chain(texts.iter().map(String::as_str));
-                assert_eq!(listed, all.collect::<Vec<_>>());
-            } else {
-                assert_eq!(listed, texts[..count]);
-            }
-            assert_eq!(out.payload()["merged"], json!(count));
-        }
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_pointer_stands_for_everything_of_the_event() {
-        let event = event();
-        event.learn(&endpoints(&["/known"]));
-        event.tell(&["/seen"]);
-        event.take(r#"{"type":"t","pointer":true,"id":7}"#, 1);
-        event.tell(&["/late"]);
-        let out = event.sends().await;
-        assert_eq!(out.endpoints(), [EVENT, MEDIA, ARTISTS, "/known", "/late", "/seen"]);
-        // Alone it is no list that clients could use, and never passes as it came.
-        advance(CARRY * 2).await;
-        event.take(r#"{"type":"t","pointer":true,"endpoints":[],"id":8}"#, 1);
-        let out = event.sends().await;
-        assert_eq!((out.endpoints().len(), &out.payload()["id"]), (6, &json!(8)));
-    }
-
-    /// Clients drop what has the timestamp of another message.
-    #[tokio::test(start_paused = true)]
-    async fn every_message_of_ours_has_a_timestamp_of_its_own() {
-        let event = event_with(|merge| merge.window = Duration::ZERO);
-        // The clock has been set back an hour; and it may stand still between two messages.
-        let hour = Stamp(3_600_000_000 + event.state.lock().next_stamp().0);
-        event.state.lock().stamp = hour;
-        let mut stamps = vec![hour.to_string()];
-        let mut viewers = Vec::new();
-        for number in 0..50 {
-            let (viewer, catch_up) = event.join(Known::Nothing, None);
-            stamps.push(stamp(&catch_up.unwrap().broadcast));
-            viewers.push(viewer);
-            event.tell_by(1, &[&format!("/{number}")]);
-            event.tell_by(1, &[&format!("/{number}/b")]);
-            let out = event.sends().await;
-            stamps.push(stamp(&out.outgoing.broadcast));
-            // Those who get this one get no other.
-            stamps.push(stamp(&out.repeats.last().unwrap().broadcast));
-        }
-        let different: BTreeSet<_> = stamps.iter().collect();
-        assert_eq!(different.len(), stamps.len());
-        assert!(stamps.is_sorted(), "each is later than those before");
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn without_a_window_only_what_was_sent_together_is_merged() {
-        let event = event_with(|merge| merge.window = Duration::ZERO);
-        for number in 0..9 {
-            let start = Instant::now();
-            event.tell_by(1, &["/a"]);
-            event.tell_by(1, &["/b"]);
-            let out = event.sends().await;
-            assert_eq!((out.at - start, out.why()), (SETTLE, Why::Leading), "{number}");
-        }
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn what_a_muted_event_is_told_leaves_in_one_message_afterwards() {
-        let (event, start) = (event(), Instant::now());
-        let over = start + Duration::from_secs(600);
-        event.mute(Some(over));
-        for second in 0..300 {
-            event.tell(&[&format!("/{}", second % 7)]);
-            assert!(matches!(event.due(false), Due::Later));
-            advance(Duration::from_secs(1)).await;
-        }
-        assert_eq!(event.summary().muted_for, Some(Duration::from_secs(300)));
-        assert_eq!(event.summary().pending, 300);
-        // Who joins meanwhile is told all the same.
-        let (_viewer, catch_up) = event.join(Known::Fresh, Some(start));
-        assert_eq!(listed(&catch_up.unwrap().broadcast).len(), 7);
-        let out = event.sends().await;
-        assert_eq!((out.at, out.endpoints().len()), (over, 7));
-        event.tell(&["/a"]);
-        assert_eq!(event.sends().await.at - over, WINDOW, "the window holds on");
-        assert_eq!(event.summary().muted_for, None);
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn an_event_that_is_muted_no_more_says_at_once_what_waited() {
-        let event = event();
-        event.mute(Some(Instant::now() + Duration::from_secs(600)));
-        event.tell(&["/a"]);
-        advance(Duration::from_secs(60)).await;
-        let start = Instant::now();
-        assert!(matches!(event.due(false), Due::Later));
-        event.mute(None);
-        let out = event.sends().await;
-        assert_eq!((out.at, out.endpoints()), (start, vec!["/a".to_owned()]));
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn at_the_servers_end_nothing_waits() {
-        for is_muted in [false, true] {
-            let event = event();
-            event.tell(&["/a"]);
-            event.sends().await;
-            event.tell(&["/b"]);
-            if is_muted {
-                event.mute(Some(Instant::now() + Duration::from_secs(600)));
-            }
-            assert!(matches!(event.due(false), Due::Later));
-            let Due::Send(outgoing) = event.due(true) else { panic!() };
-            assert_eq!(listed(&outgoing.broadcast), ["/b", "/a"]);
-            assert!(matches!(event.due(true), Due::Nothing));
-        }
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_gap_that_is_known_is_told_as_it_is_and_any_other_as_everything() {
-        let event = event();
-        event.learn(&endpoints(&["/known"]));
-        let cause = Cause::Link("silent");
-        let start = Instant::now();
-        event.offer_gap(cause, Some(&endpoints(&["/b", "/a"])), start);
-        let out = event.sends().await;
-        assert_eq!((out.at - start, out.why()), (SETTLE, Why::Gap));
-        let said = out.payload();
-        let timestamp = &said["timestamp"];
-        let expected = json!({
-            "type": "catch_up", "event_eid": "AB3028", "cause": "silent",
-            "endpoints": ["/b", "/a"], "timestamp": timestamp,
-        });
-        assert!(timestamp.is_f64());
-        assert_eq!(said, expected);
-        assert_eq!((out.outgoing.sent.cause, out.outgoing.sent.merged), (Some(cause), 0));
-
-        advance(CARRY * 2).await;
-        let earliest = Instant::now() + Duration::from_secs(4);
-        event.offer_gap(Cause::Start, None, earliest);
-        let out = event.sends().await;
-        assert_eq!(out.at, earliest);
-        assert_eq!(out.payload()["cause"], "start");
-        assert_eq!(out.endpoints(), [EVENT, MEDIA, ARTISTS, "/a", "/b", "/known"]);
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_gap_and_what_is_told_meanwhile_leave_together_when_the_window_allows() {
-        let event = event();
-        event.tell(&["/a"]);
-        let first = event.sends().await;
-        event.tell(&["/b"]);
-        event.offer_gap(Cause::QueueFull, Some(&endpoints(&["/c"])), Instant::now());
-        event.tell(&["/d"]);
-        let out = event.sends().await;
-        assert_eq!((out.at - first.at, out.why()), (WINDOW, Why::Gap));
-        assert_eq!(out.endpoints(), ["/b", "/c", "/d", "/a"]);
-        let said = out.payload();
-        // It stands for the newest message.
-        assert_eq!((&said["type"], &said["merged"]), (&json!("t"), &json!(2)));
-        assert!(event.next_sent().await.is_none());
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_gap_of_which_nothing_is_known_swallows_what_is() {
-        let event = event();
-        event.tell(&["/a"]);
-        event.offer_gap(Cause::Start, None, Instant::now());
-        event.offer_gap(Cause::Start, Some(&endpoints(&["/b"])), Instant::now());
-        event.tell(&["/c"]);
-        assert_eq!(event.sends().await.endpoints(), [EVENT, MEDIA, ARTISTS, "/a", "/b", "/c"]);
-    }
-
-    /// What is known of an event whose changes are a minute, ten seconds and no time ago.
-    async fn told() -> (Event, Instant) {
-        let (event, start) = (event(), Instant::now());
-        event.learn(&endpoints(&["/old", "/never"]));
-        for (text, then) in [("/old", 50), ("/young", 10), ("/now", 0)] {
-            event.tell(&[text]);
-            event.sends().await;
-            advance(Duration::from_secs(then) - SETTLE.min(Duration::from_secs(then))).await;
-        }
-        (event, start)
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn who_joins_is_told_what_has_changed_since_it_last_heard_of_the_event() {
-        let everything = [EVENT, MEDIA, ARTISTS, "/never", "/now", "/old", "/young"];
-        let seconds = |number| Duration::from_secs(number);
-        for (known, since, method, expected) in [
-            (Known::Fresh, 60, Method::Exact, &["/young", "/now"][..]),
-            (Known::Held, 60, Method::Exact, &["/young", "/now"]),
-            (Known::Nothing, 60, Method::Complete, &everything),
-            // Coverage: to the moment itself, and one millisecond too short.
-            (Known::Fresh, 30, Method::Exact, &["/young", "/now"]),
-            (Known::Fresh, 29, Method::Complete, &everything),
-            (Known::Held, 29, Method::Complete, &everything),
-        ] {
-            let (event, start) = told().await;
-            let now = Instant::now();
-            assert!(now - start >= seconds(60));
-            let (_viewer, catch_up) = event.join(known, Some(now - seconds(since)));
-            let CatchUp { broadcast, cause, method: by, .. } = catch_up.unwrap();
-            assert_eq!(
-                (by, listed(&broadcast)),
-                (method, expected.iter().map(|it| (*it).to_owned()).collect())
-            );
-            let said = payload(&broadcast);
-            assert_eq!((&said["type"], &said["event_eid"]), (&json!("catch_up"), &json!("AB3028")));
-            assert_eq!(said["cause"], cause.kind());
-        }
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn who_comes_back_is_told_what_has_changed_since_then_that_moment_included() {
-        let (event, start) = told().await;
-        let join = |since, covered| event.join(Known::Since(since), covered).1;
-        // `/old` changed at the very start.
-        let CatchUp { broadcast, cause, method, .. } = join(start, Some(start)).unwrap();
-        assert_eq!(listed(&broadcast), ["/old", "/young", "/now"]);
-        assert_eq!((cause, method), (Cause::Returned, Method::Exact));
-        let later = start + Duration::from_nanos(1);
-        assert_eq!(listed(&join(later, Some(start)).unwrap().broadcast), ["/young", "/now"]);
-        // What was before the coverage is not known, nor what happens without any.
-        for covered in [Some(later), None] {
-            assert_eq!(join(start, covered).unwrap().method, Method::Complete);
-        }
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn who_has_missed_nothing_is_told_nothing() {
-        let (event, start) = told().await;
-        advance(FRESH + Duration::from_millis(1)).await;
-        for known in [Known::Fresh, Known::Held, Known::Since(Instant::now() - FRESH)] {
-            assert!(event.join(known, Some(start)).1.is_none(), "{known:?}");
-        }
-        assert!(event.join(Known::Nothing, Some(start)).1.is_some());
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_change_that_waits_for_its_window_is_told_to_who_joins_meanwhile() {
-        let (event, start) = (event(), Instant::now());
-        event.tell(&["/a"]);
-        event.sends().await;
-        advance(FRESH).await;
-        event.tell(&["/b"]);
-        let (_viewer, catch_up) = event.join(Known::Fresh, Some(start));
-        assert_eq!(listed(&catch_up.unwrap().broadcast), ["/b"]);
-        assert_eq!(event.sends().await.endpoints(), ["/b"]);
-    }
-
-    /// A page that was just loaded, too: its fetch may have been answered by a cache.
-    #[tokio::test(start_paused = true)]
-    async fn what_stands_for_everything_has_changed_everything_for_who_joins_afterwards() {
-        for is_gap in [true, false] {
-            let (event, start) = (event(), Instant::now());
-            event.learn(&endpoints(&["/known"]));
-            advance(FRESH).await;
-            if is_gap {
-                event.offer_gap(Cause::Operator, None, Instant::now());
-            } else {
-                event.take(r#"{"type":"t","pointer":true,"id":7}"#, 1);
-            }
-            event.sends().await;
-            advance(CARRY * 2).await;
-            let (_viewer, catch_up) = event.join(Known::Fresh, Some(start));
-            let told: BTreeSet<_> = listed(&catch_up.unwrap().broadcast).into_iter().collect();
-            let all = [EVENT, MEDIA, ARTISTS, "/known"].map(str::to_owned);
-            assert_eq!(told, all.into(), "is_gap: {is_gap}");
-        }
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn an_event_that_knows_no_more_endpoints_says_so_to_who_comes_back() {
-        let (event, start) = (event(), Instant::now());
-        let texts: Vec<_> = (0..ENDPOINTS_MAX).map(|number| format!("/{number}")).collect();
-        for texts in texts.chunks(100) {
-            event.tell_by(1, &texts.iter().map(String::as_str).collect::<Vec<_>>());
-        }
-        event.sends().await;
-        advance(FRESH * 2).await;
-        event.tell(&["/one more"]);
-        assert!(event.sends().await.endpoints().contains(&"/one more".to_owned()), "it is sent");
-        assert_eq!(event.summary().endpoints, ENDPOINTS_MAX);
-        let forgotten = Instant::now();
-        let join = |since| event.join(Known::Since(since), Some(start)).1.unwrap().method;
-        advance(Duration::from_secs(1)).await;
-        event.tell(&["/1"]);
-        assert_eq!(join(start), Method::Complete);
-        assert_eq!(join(forgotten), Method::Exact);
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_message_has_the_moment_of_the_oldest_that_it_stands_for() {
-        let event = event();
-        let start = Instant::now();
-        let tell = |committed| {
-            let payload = json!({ "endpoints": ["/a"] }).to_string();
-            let notified = Notified { pid: 1, committed };
-            let _ = event.offer(event.read(user(&payload)).unwrap(), Some(notified));
-        };
-        let ago = |millis| Some(start - Duration::from_millis(millis));
-        for committed in [None, ago(20), ago(30), None, ago(10)] {
-            tell(committed);
-        }
-        let out = event.sends().await.outgoing;
-        let moment = |at: Option<Instant>, departure| at.map(|at| Committed { at, departure });
-        assert_eq!(out.committed, moment(ago(30), Departure::AtOnce));
-        assert_eq!(out.waited, None);
-        // The window's end, with what has come meanwhile.
-        advance(Duration::from_secs(1)).await;
-        tell(ago(5));
-        advance(Duration::from_millis(500)).await;
-        tell(Some(start));
-        let out = event.sends().await.outgoing;
-        assert_eq!(out.committed, moment(ago(5), Departure::Merged));
-        assert_eq!(out.waited, Some(WINDOW - Duration::from_secs(1)));
-        // Nobody knows when what a gap has hidden was committed.
-        event.offer_gap(Cause::Start, None, Instant::now());
-        assert_eq!(event.sends().await.outgoing.committed, None);
-        event.offer_gap(Cause::Start, None, Instant::now() + WINDOW);
-        tell(Some(start));
-        let out = event.sends().await.outgoing;
-        assert_eq!(out.committed, moment(Some(start), Departure::Merged));
-    }
-
-    fn repeated(out: &Out) -> Vec<(Arc<Outbox>, Vec<String>)> {
-        let repeats = out.repeats.iter();
-        repeats.map(|it| (Arc::clone(&it.outbox), listed(&it.broadcast))).collect()
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn who_was_just_caught_up_is_told_so_once_more_after_the_next_message() {
-        let event = event();
-        event.learn(&endpoints(&["/known"]));
-        let (viewer, catch_up) = event.join(Known::Nothing, None);
-        assert_eq!(catch_up.unwrap().method, Method::Complete);
-        let (other, _) = event.join(Known::Nothing, None);
-        // One has gone, and one has left.
-        let (gone, _) = event.join(Known::Nothing, None);
-        drop(gone);
-        let (Viewer { outbox: _left, subscription }, _) = event.join(Known::Nothing, None);
-        drop(subscription);
-        advance(Duration::from_secs(1)).await;
-        event.tell(&["/a", "/known"]);
-        let out = event.sends().await;
-        // The others get theirs as it came.
-        assert_eq!(payload(&out.outgoing.broadcast)["timestamp"], 1.5);
-        let repeats = repeated(&out);
-        assert_eq!(repeats.len(), 2);
-        for (expected, (outbox, texts)) in [&viewer, &other].into_iter().zip(&repeats) {
-            assert!(Arc::ptr_eq(outbox, &expected.outbox));
-            assert_eq!(texts, &["/a", "/known", EVENT, MEDIA, ARTISTS]);
-        }
-        assert_eq!(out.repeats[0].sub_topic, event.topics()[0].sub_topic);
-        // Once for each message within the time.
-        event.tell(&["/b"]);
-        let out = event.sends().await;
-        let texts = ["/b", "/a", "/known", EVENT, MEDIA, ARTISTS].map(str::to_owned);
-        assert_eq!(repeated(&out)[0].1, texts);
-        event.tell(&["/c"]);
-        assert!(event.sends().await.repeats.is_empty());
-    }
-
-    /// The second of two catch-ups makes a client forget the first.
-    #[tokio::test(start_paused = true)]
-    async fn who_joins_again_at_once_is_told_what_it_was_told_at_first() {
-        let (event, start) = (event(), Instant::now());
-        event.learn(&endpoints(&["/known"]));
-        advance(FRESH).await;
-        let (viewer, catch_up) = event.join(Known::Nothing, Some(start));
-        let all = listed(&catch_up.unwrap().broadcast);
-        assert_eq!(all, [EVENT, MEDIA, ARTISTS, "/known"]);
-        event.tell(&["/a"]);
-        let again = || viewer.join(&event, Known::Held, Some(start));
-        assert_eq!(listed(&again().unwrap().broadcast), [&["/a".into()], &*all].concat());
-        // Another client is not it.
-        let (_other, catch_up) = event.join(Known::Held, Some(start));
-        assert_eq!(listed(&catch_up.unwrap().broadcast), ["/a"]);
-        let out = event.sends().await;
-        assert_eq!(repeated(&out).len(), 1, "of the last alone");
-        advance(CARRY * 2).await;
-        assert_eq!(listed(&again().unwrap().broadcast), ["/a"]);
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_catch_up_is_repeated_for_so_long_and_no_longer() {
-        for (late, is_repeated) in [(0, true), (1, false)] {
-            let event = event();
-            let (_viewer, catch_up) = event.join(Known::Nothing, None);
-            assert!(catch_up.is_some());
-            advance(CARRY - SETTLE + Duration::from_millis(late)).await;
-            event.tell(&["/a"]);
-            assert_eq!(event.sends().await.repeats.len(), usize::from(is_repeated));
-        }
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_message_that_says_all_of_a_catch_up_is_not_followed_by_it() {
-        let (event, start) = (event(), Instant::now());
-        advance(FRESH).await;
-        event.tell(&["/a"]);
-        let (_viewer, catch_up) = event.join(Known::Fresh, Some(start));
-        assert_eq!(listed(&catch_up.unwrap().broadcast), ["/a"]);
-        event.tell(&["/b"]);
-        let out = event.sends().await;
-        assert_eq!(out.endpoints(), ["/a", "/b"]);
-        assert!(out.repeats.is_empty());
-    }
-
-    /// Who joins between two messages would else forget the first when the second comes.
-    #[tokio::test(start_paused = true)]
-    async fn a_catch_up_says_what_everybody_was_just_told() {
-        let (event, start) = (event(), Instant::now());
-        event.tell(&["/a"]);
-        event.sends().await;
-        advance(Duration::from_secs(1)).await;
-        // It needs nothing from before this moment, but for the carried endpoint.
-        event.learn(&endpoints(&["/b"]));
-        let since = Instant::now();
-        assert!(event.join(Known::Since(since), Some(start)).1.is_none());
-        event.tell(&["/b"]);
-        let (_viewer, catch_up) = event.join(Known::Since(since), Some(start));
-        assert_eq!(listed(&catch_up.unwrap().broadcast), ["/b", "/a"]);
-    }
-
-    #[test]
-    fn one_notification_that_names_no_row_is_enough_not_to_trust_the_history() {
-        let event = event();
-        assert_eq!(event.heard(), Heard::Nothing);
-        for (has_id, heard) in [
-            (true, Heard::OnlyWithId),
-            (true, Heard::OnlyWithId),
-            (false, Heard::SomeWithoutId),
-            (true, Heard::SomeWithoutId),
-        ] {
-            event.hear(has_id);
-            assert_eq!(event.heard(), heard);
-        }
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn what_is_remembered_of_messages_is_bounded() {
-        let event = event();
-        for number in 0..LOG_MAX + 5 {
-            for _ in 0..SOURCES_MAX + 5 {
-                event.take(&format!(r#"{{"type":"t","id":{number},"endpoints":["/a"]}}"#), 1);
-            }
-            event.sent(event.sends().await.outgoing.sent);
-        }
-        let log = event.log();
-        assert_eq!(log.len(), LOG_MAX);
-        assert_eq!((log[0].merged, log[0].sources.len()), (SOURCES_MAX + 5, SOURCES_MAX));
-        let newest = i64::try_from(LOG_MAX + 4).unwrap();
-        assert_eq!(log[0].sources[0], Source { id: Some(newest), kind: Some("t".into()) });
-    }
-
-    /// Something that happens to an event.
-    #[derive(Debug, Clone)]
-    enum Step {
-        Told { pid: u32, endpoints: BTreeSet<u8> },
-        Pointer,
-        Gap { missed: Option<BTreeSet<u8>>, spread: u64 },
-        Joined,
-    }
-
-    fn steps() -> impl Strategy<Value = Vec<(u64, Step)>> {
-        let endpoints = || prop::collection::btree_set(0_u8..12, 0..4);
-        let step = prop_oneof![
-            12 => (1_u32..4, endpoints()).prop_map(|(pid, endpoints)| Step::Told { pid, endpoints }),
-            1 => Just(Step::Pointer),
-            1 => (prop::option::of(endpoints()), 0_u64..5_000)
-                .prop_map(|(missed, spread)| Step::Gap { missed, spread }),
-            2 => Just(Step::Joined),
-        ];
-        let pause = prop_oneof![3 => 0_u64..12, 2 => 0_u64..1_500, 1 => 0_u64..9_000];
-        prop::collection::vec((pause, step), 1..120)
-    }
-
-    /// What the event must say, kept as simply as possible.
-    #[derive(Debug, Default)]
-    struct Model {
-        seen: BTreeSet<String>,
-        own: BTreeSet<String>,
-        is_everything: bool,
-        offered: Option<Instant>,
-        may_wait_for: Duration,
-        sent: Vec<(Instant, BTreeSet<String>)>,
-        caught_up: Vec<(Instant, BTreeSet<String>)>,
-        stamps: BTreeSet<String>,
-    }
-
-    impl Model {
-        fn offer(&mut self, endpoints: &[String], spread: Duration) {
-            self.seen.extend(endpoints.iter().cloned());
-            self.own.extend(endpoints.iter().cloned());
-            self.offered.get_or_insert_with(Instant::now);
-            self.may_wait_for = self.may_wait_for.max(WINDOW.max(spread) + SETTLE_MAX);
-        }
-
-        fn check(&mut self, out: &Out) {
-            let waited = out.at - self.offered.take().expect("only what was offered is sent");
-            assert!(waited <= self.may_wait_for, "{waited:?}");
-            if let Some((before, _)) = self.sent.last() {
-                assert!(out.at - *before >= WINDOW, "{:?}", out.at - *before);
-            }
-            let mut own = std::mem::take(&mut self.own);
-            if std::mem::take(&mut self.is_everything) {
-                own.extend([EVENT, MEDIA, ARTISTS].map(str::to_owned));
-                own.extend(self.seen.iter().cloned());
-            }
-            let carried = self.sent.iter().filter(|(at, _)| out.at - *at <= CARRY);
-            let mut expected = own.clone();
-            expected.extend(carried.flat_map(|(_, own)| own.iter().cloned()));
-            let said: Vec<_> = out.endpoints();
-            let set: BTreeSet<_> = said.iter().cloned().collect();
-            assert_eq!(set.len(), said.len(), "each once");
-            assert_eq!(set, expected);
-            self.caught_up.retain(|(at, _)| out.at - *at <= CARRY);
-            let missing = self.caught_up.iter().filter(|(_, it)| !it.is_subset(&set));
-            let both: Vec<BTreeSet<_>> =
-                missing.map(|(_, it)| it.union(&set).cloned().collect()).collect();
-            let repeats = repeated(out).into_iter();
-            assert_eq!(
-                both,
-                repeats.map(|(_, texts)| texts.into_iter().collect()).collect::<Vec<_>>()
-            );
-            self.sent.push((out.at, own));
-            self.may_wait_for = Duration::ZERO;
-            if payload(&out.outgoing.broadcast)["timestamp"] != 1.5 {
-                assert!(self.stamps.insert(stamp(&out.outgoing.broadcast)), "of its own");
-            }
-        }
-    }
-
-    /// Takes the steps, and sends what is due in between.
-    async fn play(steps: Vec<(u64, Step)>) {
-        let texts =
-            |numbers: &BTreeSet<u8>| numbers.iter().map(|it| format!("/{it}")).collect::<Vec<_>>();
-        let (event, mut model) = (event(), Model::default());
-        let mut viewers = Vec::new();
-        for (pause, step) in steps {
-            let until = Instant::now() + Duration::from_millis(pause);
-            while event.next().is_some_and(|next| next <= until) {
-                sleep_until(event.next().unwrap()).await;
-                if let Due::Send(outgoing) = event.due(false) {
-                    model.check(&Out::new(&event, outgoing));
-                }
-            }
-            sleep_until(until).await;
-            match step {
-                Step::Told { pid, endpoints } => {
-                    let texts = texts(&endpoints);
-                    event.tell_by(pid, &texts.iter().map(String::as_str).collect::<Vec<_>>());
-                    model.offer(&texts, Duration::ZERO);
-                }
-                Step::Pointer => {
-                    event.take(r#"{"pointer":true,"timestamp":1.0}"#, 9);
-                    model.is_everything = true;
-                    model.offer(&[], Duration::ZERO);
-                }
-                Step::Gap { missed, spread } => {
-                    let spread = Duration::from_millis(spread);
-                    let missed = missed.map(|it| texts(&it));
-                    let list = missed.iter().flatten().map(|it| Box::from(it.as_str())).collect();
-                    let earliest = Instant::now() + spread;
-                    event.offer_gap(Cause::Start, missed.as_ref().map(|_| &list), earliest);
-                    model.is_everything |= missed.is_none();
-                    model.offer(&missed.unwrap_or_default(), spread);
-                }
-                Step::Joined => {
-                    let (viewer, catch_up) = event.join(Known::Nothing, None);
-                    let texts = listed(&catch_up.unwrap().broadcast).into_iter().collect();
-                    model.caught_up.push((Instant::now(), texts));
-                    viewers.push(viewer);
-                }
-            }
-        }
-        while let Some(out) = event.next_sent().await {
-            model.check(&out);
-        }
-        assert_eq!(model.offered, None, "everything has left");
-    }
-
-    proptest! {
-        #![proptest_config(ProptestConfig { cases: 300, failure_persistence: None, ..ProptestConfig::default() })]
-
-        /// Never two messages within a window; each says exactly what was offered since the one
-        /// before, and what is carried; nothing stays behind.
-        #[test]
-        fn whatever_happens_every_endpoint_leaves_with_the_next_message(steps in steps()) {
-            let runtime = tokio::runtime::Builder::new_current_thread()
-                .enable_time()
-                .start_paused(true)
-                .build()
-                .unwrap();
-            runtime.block_on(play(steps));
-        }
-    }
-
-    /// An event whose server has run for ten seconds, and that time.
-    async fn event_of_a_running_server() -> (Event, Instant) {
-        let (event, started) = (event(), Instant::now());
-        advance(Duration::from_secs(10)).await;
-        (event, started)
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn what_takes_a_messages_place_reaches_back_to_its_first_change() {
-        let (event, started) = event_of_a_running_server().await;
-        event.tell(&["/before"]);
-        assert_eq!(event.sends().await.outgoing.since, Some(Since::at(Instant::now(), started)));
-        advance(Duration::from_secs(10)).await;
-        let first_change = Instant::now();
-        event.mute(Some(first_change + Duration::from_secs(3600)));
-        event.tell(&["/a"]);
-        advance(Duration::from_secs(60)).await;
-        event.tell(&["/b"]);
-        let out = event.sends().await;
-        assert_eq!(out.endpoints(), ["/a", "/b"]);
-        let since = out.outgoing.since.unwrap();
-        assert_eq!(since, Since::at(first_change, started));
-        advance(Duration::from_secs(60)).await;
-        let (viewer, catch_up) = event.join(Known::Behind(since), Some(started));
-        let CatchUp { broadcast, cause, method, since: again, .. } = catch_up.unwrap();
-        assert_eq!((cause, method), (Cause::SlowClient, Method::Exact));
-        assert_eq!((listed(&broadcast), again), (vec!["/a".to_owned(), "/b".to_owned()], since));
-        // What was not heard, or is of ever, is told as a whole.
-        for (since, covered_since) in [(since, Instant::now()), (Since::EVER, started)] {
-            let catch_up = viewer.join(&event, Known::Behind(since), Some(covered_since)).unwrap();
-            assert_eq!((catch_up.method, catch_up.since), (Method::Complete, Since::EVER));
-        }
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_message_to_who_was_just_caught_up_reaches_back_as_far_as_the_catch_up() {
-        let (event, started) = event_of_a_running_server().await;
-        event.tell(&["/a"]);
-        event.sends().await;
-        let a = Since::at(Instant::now() - SETTLE, started);
-        advance(2 * CARRY).await;
-        let (_fresh, caught_up) = event.join(Known::Fresh, Some(started));
-        let (_unknown, complete) = event.join(Known::Nothing, None);
-        let asked =
-            Instant::now().checked_sub(FRESH).map_or(Since::EVER, |it| Since::at(it, started));
-        assert!(asked <= a, "what it is told of has changed since");
-        assert_eq!((caught_up.unwrap().since, complete.unwrap().since), (asked, Since::EVER));
-        event.tell(&["/b"]);
-        let out = event.sends().await;
-        let repeated: Vec<_> = out.repeats.iter().map(|it| it.since).collect();
-        assert_eq!(repeated, [Some(asked), Some(Since::EVER)]);
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn nothing_takes_the_place_of_what_could_not_be_told_afterwards() {
-        let (event, started) = event_of_a_running_server().await;
-        // It names nothing.
-        event.tell(&[]);
-        assert_eq!(event.sends().await.outgoing.since, None);
-        let texts: Vec<_> = (0..ENDPOINTS_MAX).map(|number| format!("/{number}")).collect();
-        for part in texts.chunks(ENDPOINTS_MAX / 4) {
-            event.tell(&part.iter().map(String::as_str).collect::<Vec<_>>());
-        }
-        let since = event.sends().await.outgoing.since;
-        assert!(since.is_some());
-        // It is not remembered.
-        advance(CARRY).await;
-        event.tell(&["/one/too/many"]);
-        let forgotten = Since::at(Instant::now(), started);
-        assert_eq!(event.sends().await.outgoing.since, None);
-        let (_viewer, catch_up) = event.join(Known::Behind(forgotten), Some(started));
-        assert_eq!(catch_up.unwrap().method, Method::Complete);
-    }
-}
+mod tests;

@@ -1,439 +1,230 @@
-//! The window of each event: an invalidation goes at once, those after it in one message at the
-//! window's end, and who was away is told what has changed meanwhile.
+//! The feeds of auction events: the first invalidation leaves at once, those within the window
+//! after it in one message, and a client that was away is told what has changed meanwhile.
 //!
-//! Invariants: every source of a merged rule goes through [`offer`], so that the window covers all
-//! of them; one task sends, in the order in which windows end; at most `max` events are held.
+//! Invariants: every source of a rule that merges goes through [`Feeds::offer`], so that the window
+//! covers all of them; one task sends, in the order in which windows open; at most `max` feeds are
+//! held; no lock is held while frames are pushed, and no two at once.
 
+mod catch_up;
 mod feed;
 mod journal;
+mod known;
+mod metrics;
 mod payload;
+mod reason;
+mod sender;
+mod window;
 
-use std::{
-    collections::{BinaryHeap, HashMap},
-    iter, slice,
-    sync::Arc,
-    time::Duration,
-};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use parking_lot::Mutex;
-use tokio::{
-    sync::Notify,
-    time::{Instant, sleep_until},
-};
+use tokio::time::Instant;
 
-use self::feed::{Due, Outgoing};
-pub use self::payload::BadEndpoint;
+use self::{catch_up::CatchUp, metrics::Metrics, sender::Timers, window::Due};
 pub(crate) use self::{
-    feed::{CatchUp, Event, Heard, Known, Notified, Sent, Summary, Tally},
-    journal::{Count, MINUTE, Told},
+    catch_up::ClientHistory,
+    feed::Feed,
+    journal::{Delivery, Heard, MINUTE, Notice, NoticeCount, Summary, Tally},
     payload::{ENDPOINT_BYTES_MAX, Endpoints},
+    reason::GapCause,
+    sender::Sender,
+    window::Notified,
+};
+pub use self::{
+    payload::BadEndpoint,
+    reason::{CatchUpCause, Coverage, LinkLoss, SendReason},
 };
 use crate::{
-    access::rule::{Captures, Rule},
-    hub::{BroadcastSource, FanOut, To, outbox::Replaceable},
-    protocol::{
-        serializer::Broadcast,
-        topic::{Privacy, TOPIC_PREFIX, TopicKey},
-    },
-    relay::LinkError,
-    server::Services,
+    access::{Captures, Rule},
+    hub::{Hub, Subscription, outbox::Outbox},
+    protocol::serializer::Broadcast,
+    telemetry::metrics::Registry,
 };
 
-/// How long an event is remembered that nobody holds.
-const EVENT_KEPT: Duration = Duration::from_secs(24 * 3600);
-/// While nothing waits.
-const IDLE: Duration = Duration::from_secs(3600);
+/// How long a feed is remembered that nobody holds.
+const KEPT: Duration = Duration::from_secs(24 * 3600);
 
-/// Why somebody was caught up.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Cause {
-    /// A page that was just loaded.
-    Fresh,
-    /// A socket that has held the topic before.
-    Held,
-    /// A client whose earlier socket is known.
-    Returned,
-    /// A client of which nothing is known.
-    Unknown,
-    /// A client that has fallen too far behind.
-    SlowClient,
-    /// A join before the event's LISTEN was active.
-    LateListen,
-    /// The first session of this process.
-    Start,
-    /// A session after one that ended for this reason, which is a [`LinkError::kind`].
-    Link(&'static str),
-    /// Another server than before, or the same one restored.
-    Restored,
-    /// The notification queue was too full to notify.
-    QueueFull,
-    /// A trigger has recorded a failure.
-    TriggerFailure,
-    /// An operator asked for it.
-    Operator,
-}
-
-impl Cause {
-    /// Every cause.
-    pub fn all() -> impl Iterator<Item = Self> {
-        let links = LinkError::KINDS.into_iter().map(Self::Link);
-        [
-            Self::Fresh,
-            Self::Held,
-            Self::Returned,
-            Self::Unknown,
-            Self::SlowClient,
-            Self::LateListen,
-            Self::Start,
-            Self::Restored,
-            Self::QueueFull,
-            Self::TriggerFailure,
-            Self::Operator,
-        ]
-        .into_iter()
-        .chain(links)
-    }
-
-    /// Those for which something may have been missed of every event: the gaps of the relay.
-    pub fn gaps() -> impl Iterator<Item = Self> {
-        let links = LinkError::KINDS.into_iter().map(Self::Link);
-        [Self::Start, Self::Restored, Self::QueueFull, Self::TriggerFailure]
-            .into_iter()
-            .chain(links)
-    }
-
-    /// The label of the metric, and the payload's `cause`.
-    #[must_use]
-    pub fn kind(self) -> &'static str {
-        match self {
-            Self::Fresh => "fresh",
-            Self::Held => "held",
-            Self::Returned => "returned",
-            Self::Unknown => "unknown",
-            Self::SlowClient => "slow_client",
-            Self::LateListen => "late_listen",
-            Self::Start => "start",
-            Self::Link(kind) => kind,
-            Self::Restored => "restored",
-            Self::QueueFull => "queue_full",
-            Self::TriggerFailure => "trigger_failure",
-            Self::Operator => "operator",
-        }
-    }
-}
-
-/// How it is known what somebody has missed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Method {
-    /// From what was heard, or from the history.
-    Exact,
-    /// It is not: the complete list.
-    Complete,
-}
-
-impl Method {
-    /// Both.
-    pub const ALL: [Self; 2] = [Self::Exact, Self::Complete];
-
-    /// The metric's label.
-    #[must_use]
-    pub fn kind(self) -> &'static str {
-        match self {
-            Self::Exact => "exact",
-            Self::Complete => "complete",
-        }
-    }
-}
-
-/// Why an invalidation was sent.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Why {
-    /// Nothing had been sent within the window.
-    Leading,
-    /// The window, or a mute, has ended.
-    Window,
-    /// Everybody may have missed something.
-    Gap,
-    /// One client has joined.
-    CatchUp,
-    /// One client that was just caught up would else forget it.
-    Repeat,
-}
-
-impl Why {
-    /// Every reason.
-    pub const ALL: [Self; 5] =
-        [Self::Leading, Self::Window, Self::Gap, Self::CatchUp, Self::Repeat];
-
-    /// The metric's label.
-    #[must_use]
-    pub fn kind(self) -> &'static str {
-        match self {
-            Self::Leading => "leading",
-            Self::Window => "window",
-            Self::Gap => "gap",
-            Self::CatchUp => "catch_up",
-            Self::Repeat => "repeat",
-        }
-    }
-}
-
-/// The events of all merged rules, and when each has something to send.
+/// The feeds of all rules that merge.
 #[derive(Debug)]
-pub(crate) struct Events {
-    state: Mutex<State>,
-    changed: Notify,
+pub(crate) struct Feeds {
+    /// By the first spelling of the topic.
+    held: Mutex<HashMap<Box<str>, Held>>,
     max: usize,
     started: Instant,
-}
-
-#[derive(Debug, Default)]
-struct State {
-    /// By the first spelling of the topic.
-    events: HashMap<Box<str>, Held>,
-    /// The events' own times count; one that has moved away is found out when it is looked at.
-    timers: BinaryHeap<Timer>,
+    sender: Sender,
 }
 
 #[derive(Debug)]
 struct Held {
-    event: Arc<Event>,
+    feed: Arc<Feed>,
     used: Instant,
-    /// So long it is not forgotten.
+    /// The feed is not forgotten before.
     muted_until: Option<Instant>,
 }
 
-#[derive(Debug)]
-struct Timer {
-    at: Instant,
-    event: Arc<Event>,
-}
-
-impl Events {
-    /// No event, and room for `max`.
-    pub(crate) fn new(max: usize) -> Self {
-        Self { state: Mutex::default(), changed: Notify::new(), max, started: Instant::now() }
+impl Feeds {
+    /// Creates an empty set of feeds, with room for `max`.
+    pub(crate) fn new(max: usize, hub: Arc<Hub>, registry: &Registry) -> Self {
+        let metrics = Arc::new(Metrics::new(registry));
+        let sender = Sender { timers: Arc::new(Timers::default()), hub, metrics };
+        Self { held: Mutex::default(), max, started: Instant::now(), sender }
     }
 
-    /// The event of a topic, if its rule merges and there is room for it.
-    pub(crate) fn of(&self, rule: &Arc<Rule>, captures: &Captures) -> Option<Arc<Event>> {
+    /// Returns the task that sends what is due. It runs once.
+    pub(crate) fn sender(&self) -> Sender {
+        self.sender.clone()
+    }
+
+    /// Returns the feed of a topic, and creates it if needed; `None` if the rule does not merge or
+    /// there is no room.
+    pub(crate) fn of(&self, rule: &Arc<Rule>, captures: &Captures) -> Option<Arc<Feed>> {
         let merge = rule.merge.as_ref()?;
-        let key: Box<str> = rule.pattern.first()?.fill(captures).into();
+        let key: Box<str> = rule.pattern.first()?.expand(captures).into();
         let now = Instant::now();
-        let mut state = self.state.lock();
-        if let Some(held) = state.events.get_mut(&key) {
+        let mut feeds = self.held.lock();
+        if let Some(held) = feeds.get_mut(&key) {
             held.used = now;
-            return Some(Arc::clone(&held.event));
+            return Some(Arc::clone(&held.feed));
         }
-        if state.events.len() >= self.max {
-            state.events.retain(|_, held| {
-                Arc::strong_count(&held.event) > 1 || held.muted_until.is_some_and(|it| it > now)
+        if feeds.len() >= self.max {
+            feeds.retain(|_, held| {
+                Arc::strong_count(&held.feed) > 1
+                    || held.muted_until.is_some_and(|until| until > now)
             });
-            if state.events.len() >= self.max {
+            if feeds.len() >= self.max {
                 return None;
             }
         }
-        let event = Arc::new(Event::new(rule, merge, captures, self.started));
-        let held = Held { event: Arc::clone(&event), used: now, muted_until: None };
-        state.events.insert(key, held);
-        Some(event)
+        let feed = Arc::new(Feed::new(rule, merge, captures, self.started));
+        feeds.insert(key, Held { feed: Arc::clone(&feed), used: now, muted_until: None });
+        Some(feed)
     }
 
-    /// Every event that is remembered.
-    pub(crate) fn all(&self) -> Vec<Arc<Event>> {
-        self.state.lock().events.values().map(|held| Arc::clone(&held.event)).collect()
+    /// Returns every feed that is remembered.
+    pub(crate) fn all(&self) -> Vec<Arc<Feed>> {
+        self.held.lock().values().map(|held| Arc::clone(&held.feed)).collect()
     }
 
-    /// The events of this id, of any rule.
-    pub(crate) fn named(&self, eid: &str) -> Vec<Arc<Event>> {
-        let state = self.state.lock();
-        let events = state.events.values().map(|held| &held.event);
-        events.filter(|event| event.eid() == eid).map(Arc::clone).collect()
+    /// Returns the feeds of an event, one for each rule that has it.
+    pub(crate) fn named(&self, eid: &str) -> Vec<Arc<Feed>> {
+        let feeds = self.held.lock();
+        let feeds = feeds.values().map(|held| &held.feed);
+        feeds.filter(|feed| feed.eid() == eid).map(Arc::clone).collect()
     }
 
-    /// Holds back what the event is sent, until then or no longer.
-    pub(crate) fn mute(&self, event: &Arc<Event>, until: Option<Instant>) {
-        {
-            let mut state = self.state.lock();
-            let State { events, timers } = &mut *state;
-            let key = event.topics().first();
-            if let Some(held) = key.and_then(|key| events.get_mut(&*key.sub_topic)) {
-                held.muted_until = until;
-            }
-            // They would keep the event until another mute's end; the one that counts is made below.
-            timers.retain(|timer| !Arc::ptr_eq(&timer.event, event));
-        }
-        event.mute(until);
-        self.schedule(event);
-    }
-
-    /// Since when this process could hear anything; without a database that is all there is.
+    /// Since when this process could hear anything. Without a database nothing reaches back
+    /// further.
     pub(crate) fn started(&self) -> Instant {
         self.started
     }
 
-    /// Forgets the events that nobody has held for long.
+    /// Takes the invalidations out of `broadcasts`, which were sent to a topic of `feed`, and
+    /// returns the rest. `notified` is given for what came from the database.
+    pub(crate) fn offer(
+        &self,
+        feed: &Arc<Feed>,
+        broadcasts: Vec<Broadcast>,
+        notified: Option<Notified>,
+    ) -> Vec<Broadcast> {
+        let (mut rest, mut is_first) = (Vec::new(), false);
+        for broadcast in broadcasts {
+            match feed.read(broadcast) {
+                Ok(invalidation) => {
+                    if notified.is_some() {
+                        feed.hear(invalidation.id.is_some());
+                    }
+                    for bad in &invalidation.bad {
+                        self.sender.metrics.endpoints_dropped.of(*bad).inc();
+                    }
+                    is_first |= feed.offer(invalidation, notified);
+                }
+                Err(other) => rest.push(other),
+            }
+        }
+        // A feed with a timer notices by itself that its time has moved.
+        if is_first {
+            self.sender.timers.add(feed);
+        }
+        rest
+    }
+
+    /// Tells all viewers of a feed what they may have missed, not before `earliest`: these
+    /// endpoints, or the complete list for `None`.
+    pub(crate) fn offer_gap(
+        &self,
+        feed: &Arc<Feed>,
+        cause: CatchUpCause,
+        missed: Option<&Endpoints>,
+        earliest: Instant,
+    ) {
+        let coverage = if missed.is_some() { Coverage::Exact } else { Coverage::Complete };
+        self.sender.metrics.catch_ups.of((cause, coverage)).inc();
+        tracing::debug!(eid = feed.eid(), cause = cause.label(), method = coverage.label(), "gap");
+        feed.offer_gap(cause, missed, earliest);
+        self.sender.timers.add(feed);
+    }
+
+    /// Pushes to one client what it may have missed, after it has subscribed: a change is recorded
+    /// before its message is fanned out, so that the client gets the message or finds the change.
+    ///
+    /// `covered_since` is since when everything about the event has been heard here, if anything
+    /// has.
+    pub(crate) fn catch_up(
+        &self,
+        feed: &Feed,
+        history: ClientHistory,
+        covered_since: Option<Instant>,
+        outbox: &Arc<Outbox>,
+        subscription: &Subscription,
+    ) {
+        while let Some(catch_up) = feed.catch_up(history, covered_since, outbox, subscription) {
+            let CatchUp { broadcast, cause, coverage, since, messages } = catch_up;
+            let metrics = &self.sender.metrics;
+            metrics.catch_ups.of((cause, coverage)).inc();
+            metrics.sent.of(SendReason::CatchUp).inc();
+            self.sender.push(outbox, subscription.sub_topic(), &broadcast, Some(since));
+            // A message that left meanwhile may stand before this one, which would make the
+            // client forget it: the next catch-up names its endpoints, too.
+            if feed.messages() == messages {
+                break;
+            }
+        }
+    }
+
+    /// Holds back what the feed is sent until `until`; `None` ends that.
+    pub(crate) fn mute(&self, feed: &Arc<Feed>, until: Option<Instant>) {
+        if let Some(topic) = feed.topics().first()
+            && let Some(held) = self.held.lock().get_mut(&*topic.sub_topic)
+        {
+            held.muted_until = until;
+        }
+        // Earlier timers would hold the feed until the end of another mute; the one that counts is
+        // added below.
+        self.sender.timers.remove(feed);
+        feed.mute(until);
+        self.sender.timers.add(feed);
+    }
+
+    /// Sends everything that waits, whatever its window.
+    pub(crate) async fn flush(&self) {
+        for feed in self.all() {
+            if let Due::Send(outgoing) = feed.due(true) {
+                self.sender.send(&feed, *outgoing).await;
+            }
+        }
+    }
+
+    /// Forgets the feeds that nobody has held for long.
     pub(crate) fn sweep(&self) {
         let now = Instant::now();
-        self.state.lock().events.retain(|_, held| {
-            if Arc::strong_count(&held.event) > 1 {
+        self.held.lock().retain(|_, held| {
+            if Arc::strong_count(&held.feed) > 1 {
                 held.used = now;
             }
-            now.duration_since(held.used) < EVENT_KEPT
+            now.duration_since(held.used) < KEPT
         });
     }
-
-    /// Has the event looked at when it has something to send.
-    pub(crate) fn schedule(&self, event: &Arc<Event>) {
-        let Some(at) = event.next() else { return };
-        let is_first = {
-            let mut state = self.state.lock();
-            let is_first = state.timers.peek().is_none_or(|next| at < next.at);
-            state.timers.push(Timer { at, event: Arc::clone(event) });
-            is_first
-        };
-        if is_first {
-            self.changed.notify_one();
-        }
-    }
-
-    fn next(&self) -> Option<Instant> {
-        self.state.lock().timers.peek().map(|timer| timer.at)
-    }
-
-    fn take_due(&self) -> Option<Arc<Event>> {
-        let mut state = self.state.lock();
-        let is_due = state.timers.peek()?.at <= Instant::now();
-        is_due.then(|| state.timers.pop().map(|timer| timer.event)).flatten()
-    }
 }
 
-/// Takes what is an invalidation out of `broadcasts`, which were sent to a topic of `event` by the
-/// database or by somebody else, and gives the rest.
-pub(crate) fn offer(
-    services: &Services,
-    event: &Arc<Event>,
-    broadcasts: Vec<Broadcast>,
-    notified: Option<Notified>,
-) -> Vec<Broadcast> {
-    let (mut rest, mut is_first) = (Vec::new(), false);
-    for broadcast in broadcasts {
-        match event.read(broadcast) {
-            Ok(invalidation) => {
-                if notified.is_some() {
-                    event.hear(invalidation.id.is_some());
-                }
-                for bad in &invalidation.bad {
-                    services.metrics.endpoints_dropped.with_label_values(&[bad.kind()]).inc();
-                }
-                is_first |= event.offer(invalidation, notified);
-            }
-            Err(other) => rest.push(other),
-        }
-    }
-    // The timer of one that waits already finds out by itself.
-    if is_first {
-        services.events.schedule(event);
-    }
-    rest
-}
-
-/// Tells everybody of an event what they may have missed, not before `earliest`: these endpoints,
-/// or the complete list.
-pub(crate) fn offer_gap(
-    services: &Services,
-    event: &Arc<Event>,
-    cause: Cause,
-    missed: Option<&Endpoints>,
-    earliest: Instant,
-) {
-    let method = if missed.is_some() { Method::Exact } else { Method::Complete };
-    services.metrics.catch_ups.with_label_values(&[cause.kind(), method.kind()]).inc();
-    tracing::debug!(eid = event.eid(), cause = cause.kind(), method = method.kind(), "gap");
-    event.offer_gap(cause, missed, earliest);
-    services.events.schedule(event);
-}
-
-/// Sends what is due until the server stops.
-pub(crate) async fn run(services: Arc<Services>) {
-    let events = &services.events;
-    loop {
-        let next = events.next().unwrap_or_else(|| Instant::now() + IDLE);
-        tokio::select! {
-            () = sleep_until(next) => {}
-            () = events.changed.notified() => {}
-            () = services.stopped.cancelled() => return,
-        }
-        while let Some(event) = events.take_due() {
-            match event.due(false) {
-                Due::Nothing => {}
-                Due::Later => events.schedule(&event),
-                Due::Send(outgoing) => send(&services, &event, *outgoing).await,
-            }
-        }
-    }
-}
-
-/// Sends everything that waits, whatever its window.
-pub(crate) async fn flush(services: &Services) {
-    for event in services.events.all() {
-        if let Due::Send(outgoing) = event.due(true) {
-            send(services, &event, *outgoing).await;
-        }
-    }
-}
-
-async fn send(services: &Services, event: &Event, outgoing: Outgoing) {
-    let (metrics, hub) = (&services.metrics, &services.hub);
-    let fanned_out = hub
-        .fan_out(FanOut {
-            source: BroadcastSource::Merged,
-            topics: event.topics(),
-            broadcasts: slice::from_ref(&outgoing.broadcast),
-            committed: outgoing.committed,
-            to: outgoing.since.map_or(To::All, To::WhoKeepsUp),
-        })
-        .await;
-    let mut repeats = 0;
-    let repeated = &metrics.invalidations_sent.with_label_values(&[Why::Repeat.kind()]);
-    for feed::Repeat { outbox, sub_topic, broadcast, since } in event.repeats(&outgoing) {
-        let topic = format!("{TOPIC_PREFIX}{sub_topic}");
-        if let Some(frame) = outbox.serializer().encode_broadcast(&topic, &broadcast) {
-            let key = TopicKey { sub_topic, privacy: Privacy::Public };
-            let replaceable = since.map(|since| Replaceable { topic: hub.topic_id(&key), since });
-            // A full outbox closes its own connection.
-            let queued = outbox.push_all(iter::once(frame), None, replaceable).unwrap_or(0);
-            repeated.inc_by(queued as u64);
-            repeats += queued;
-        }
-    }
-    let mut sent = outgoing.sent;
-    metrics.invalidations_sent.with_label_values(&[sent.why.kind()]).inc();
-    if let Some(waited) = outgoing.waited {
-        metrics.window_wait.observe(waited.as_secs_f64());
-    }
-    metrics.invalidations_merged.inc_by(sent.merged.saturating_sub(1) as u64);
-    (sent.deliveries, sent.repeats) = (fanned_out.deliveries, repeats);
-    event.sent(sent);
-}
-
-impl PartialEq for Timer {
-    fn eq(&self, other: &Self) -> bool {
-        self.at == other.at
-    }
-}
-
-impl Eq for Timer {}
-
-impl PartialOrd for Timer {
-    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
-        Some(self.cmp(other))
-    }
-}
-
-impl Ord for Timer {
-    /// The earliest is the greatest: the heap gives it first.
-    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
-        other.at.cmp(&self.at)
-    }
-}
+#[cfg(test)]
+mod tests;

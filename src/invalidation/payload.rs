@@ -1,11 +1,15 @@
-//! One message of a merged topic: what it invalidates, and how it is rewritten when it stands for
-//! several.
+//! One message of a merged topic: the endpoints that it invalidates, and how it is written again
+//! when it stands for several.
 //!
-//! Invariants: endpoints are texts of 1 to [`ENDPOINT_BYTES_MAX`] bytes, [`LIST_MAX`] at most; the fields of a payload
-//! that is rewritten are copied as they came, numbers digit by digit, but for the union, the
-//! `timestamp` and `merged`.
+//! Invariants: endpoints are texts of 1 to [`ENDPOINT_BYTES_MAX`] bytes, [`LIST_MAX`] at most; the
+//! fields of a payload that is written again are copied as they came, numbers digit by digit, but
+//! for the union, the `timestamp` and `merged`.
 
-use std::fmt;
+use std::{
+    fmt,
+    sync::Arc,
+    time::{SystemTime, UNIX_EPOCH},
+};
 
 use indexmap::IndexSet;
 use serde::{
@@ -15,24 +19,25 @@ use serde::{
 use serde_json::{Value, value::RawValue};
 
 use crate::{
-    access::rule::{Merge, Rule},
+    access::{Merge, Rule},
     protocol::{
         message::{Json, UserBroadcast, UserPayload, write_json_string},
         serializer::Broadcast,
     },
 };
 
-/// Longest endpoint; a longer one is dropped, and counted.
+/// Longest endpoint in bytes; a longer one is dropped, and counted.
 pub(crate) const ENDPOINT_BYTES_MAX: usize = 512;
 
-/// Most endpoints of one message; a longer list stands for everything of the event.
+/// Most endpoints of one message; a longer list stands for everything of the feed.
 const LIST_MAX: usize = 1_000;
 
 /// Endpoints, each once, in the order in which they were first seen.
 pub(crate) type Endpoints = IndexSet<Box<str>>;
 
 /// Why an element of a message's list is dropped.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, strum::VariantArray, strum::IntoStaticStr)]
+#[strum(serialize_all = "snake_case")]
 pub enum BadEndpoint {
     /// Null, a number, an object: clients throw on it.
     NotText,
@@ -43,69 +48,82 @@ pub enum BadEndpoint {
 }
 
 impl BadEndpoint {
-    /// Every reason.
-    pub const ALL: [Self; 3] = [Self::NotText, Self::Length, Self::TooMany];
-
-    /// The metric's label.
+    /// The label of the metric.
     #[must_use]
-    pub fn kind(self) -> &'static str {
-        match self {
-            Self::NotText => "not_text",
-            Self::Length => "length",
-            Self::TooMany => "too_many",
-        }
+    pub fn label(self) -> &'static str {
+        self.into()
     }
 }
 
-/// A broadcast that invalidates endpoints of an event.
+/// A broadcast that invalidates endpoints of a feed.
 #[derive(Debug, Clone)]
-pub(crate) struct Invalidation {
-    /// As it came, to be passed on as it came if nothing is to be changed.
-    pub(crate) broadcast: Broadcast,
+pub(super) struct Invalidation {
+    /// The broadcast as it came.
+    pub(super) broadcast: Broadcast,
     /// The user's payload, an object.
     payload: Json,
-    pub(crate) endpoints: Endpoints,
-    /// What was in the list and is no endpoint.
-    pub(crate) bad: Vec<BadEndpoint>,
+    pub(super) endpoints: Endpoints,
+    /// The elements of the list that are no endpoints.
+    pub(super) bad: Vec<BadEndpoint>,
     /// The row of the history that holds it.
-    pub(crate) id: Option<i64>,
+    pub(super) id: Option<i64>,
     /// The payload's `type`.
-    pub(crate) kind: Option<Box<str>>,
-    /// The payload's `timestamp` as it was written: clients drop what has that of another message.
-    pub(crate) timestamp: Option<Box<str>>,
-    /// It stands for everything of the event.
-    pub(crate) is_pointer: bool,
+    pub(super) kind: Option<Box<str>>,
+    /// The payload's `timestamp` as it was written. Clients drop a message that has the timestamp
+    /// of another one.
+    pub(super) timestamp: Option<Box<str>>,
+    /// It stands for everything of the feed.
+    pub(super) is_pointer: bool,
 }
 
-impl Invalidation {
-    /// Reads a broadcast to a topic of a merged rule; gives it back if it is not an invalidation:
-    /// of another user event, or with a payload that is not a JSON object.
-    pub(crate) fn read(
-        broadcast: Broadcast,
-        rule: &Rule,
-        merge: &Merge,
-    ) -> Result<Self, Broadcast> {
+/// What all messages of one feed have in common.
+#[derive(Debug)]
+pub(super) struct Template {
+    pub(super) rule: Arc<Rule>,
+    pub(super) merge: Merge,
+    pub(super) eid: Box<str>,
+}
+
+impl Template {
+    /// Reads a broadcast to the feed's topic.
+    ///
+    /// # Errors
+    /// The broadcast itself if it is not an invalidation: its user event is another one, or its
+    /// payload is not a JSON object.
+    pub(super) fn read(&self, broadcast: Broadcast) -> Result<Invalidation, Broadcast> {
+        let user_event = self.rule.event.as_deref();
         let payload = match &broadcast {
             Broadcast::Envelope(envelope) => match Fields::read(envelope.as_str()) {
-                Some(fields) if fields.text("event").as_deref() == rule.event.as_deref() => fields
+                Some(fields) if fields.text("event").as_deref() == user_event => fields
                     .raw("payload")
                     .and_then(|payload| Json::parse(payload.to_owned().into()).ok()),
                 Some(_) | None => None,
             },
             Broadcast::User { message, metadata: _ } => match &message.payload {
-                UserPayload::Json(json) if Some(&message.user_event) == rule.event.as_ref() => {
+                UserPayload::Json(json) if Some(&*message.user_event) == user_event => {
                     Some(json.clone())
                 }
                 UserPayload::Json(_) | UserPayload::Binary(_) => None,
             },
         };
-        let Some((payload, fields)) =
-            payload.as_ref().and_then(|it| Some((it.clone(), Fields::read(it.as_str())?)))
+        let Some((payload, fields)) = payload
+            .as_ref()
+            .and_then(|payload| Some((payload.clone(), Fields::read(payload.as_str())?)))
         else {
             return Err(broadcast);
         };
+        let (endpoints, bad) = self.list(&fields);
+        let id = fields.raw("id").and_then(|id| id.parse().ok());
+        let (kind, timestamp) = (fields.text("type"), fields.raw("timestamp").map(Into::into));
+        let is_pointer =
+            fields.raw("pointer") == Some("true") || bad.contains(&BadEndpoint::TooMany);
+        Ok(Invalidation { payload, endpoints, bad, id, kind, timestamp, is_pointer, broadcast })
+    }
+
+    /// Returns the endpoints of the payload's list, and its elements that are none.
+    fn list(&self, fields: &Fields<'_>) -> (Endpoints, Vec<BadEndpoint>) {
         let (mut endpoints, mut bad) = (Endpoints::default(), Vec::new());
-        let listed = fields.raw(&merge.union).map(serde_json::from_str::<Vec<Value>>);
+        let listed = fields.raw(&self.merge.union).map(serde_json::from_str::<Vec<Value>>);
         for element in listed.and_then(Result::ok).unwrap_or_default() {
             match element {
                 Value::String(_) if endpoints.len() >= LIST_MAX => bad.push(BadEndpoint::TooMany),
@@ -122,26 +140,22 @@ impl Invalidation {
                 }
             }
         }
-        let id = fields.raw("id").and_then(|it| it.parse().ok());
-        let (kind, timestamp) = (fields.text("type"), fields.raw("timestamp").map(Into::into));
-        let is_pointer =
-            fields.raw("pointer") == Some("true") || bad.contains(&BadEndpoint::TooMany);
-        Ok(Self { payload, endpoints, bad, id, kind, timestamp, is_pointer, broadcast })
+        (endpoints, bad)
     }
 
-    /// The message with another list, under a new stamp: it stands for `merged` messages.
-    pub(crate) fn rewritten(
+    /// Writes the invalidation with another list, under a new stamp. The message stands for
+    /// `merged` invalidations.
+    pub(super) fn rewritten(
         &self,
-        rule: &Rule,
-        merge: &Merge,
+        newest: &Invalidation,
         endpoints: &Endpoints,
         stamp: Stamp,
         merged: usize,
     ) -> Broadcast {
-        let fields = Fields::read(self.payload.as_str()).unwrap_or_default();
-        let ours = [&*merge.union, "timestamp", "merged"];
+        let fields = Fields::read(newest.payload.as_str()).unwrap_or_default();
+        let ours = [&*self.merge.union, "timestamp", "merged"];
         let theirs = fields.0.iter().filter(|(name, _)| !ours.contains(&name.as_str()));
-        let mut out = String::with_capacity(self.payload.len() + endpoints.len() * 48);
+        let mut out = String::with_capacity(newest.payload.len() + endpoints.len() * 48);
         for (name, value) in theirs {
             out.push(if out.is_empty() { '{' } else { ',' });
             write_json_string(&mut out, name);
@@ -149,61 +163,71 @@ impl Invalidation {
             out.push_str(value.get());
         }
         out.push(if out.is_empty() { '{' } else { ',' });
-        write_union(&mut out, merge, endpoints, stamp);
+        self.write_union(&mut out, endpoints, stamp);
         out.push_str(&format!(",\"merged\":{merged}}}"));
-        broadcast(rule, out)
+        self.broadcast(out)
     }
-}
 
-/// What a client is told that has been away, or everybody after a gap:
-/// `{"type":"catch_up","event_eid":"AB3028","cause":"returned","endpoints":[…],"timestamp":…}`.
-pub(crate) fn catch_up(
-    rule: &Rule,
-    merge: &Merge,
-    eid: &str,
-    cause: &str,
-    endpoints: &Endpoints,
-    stamp: Stamp,
-) -> Broadcast {
-    let mut out = String::from("{\"type\":\"catch_up\",\"event_eid\":");
-    write_json_string(&mut out, eid);
-    out.push_str(",\"cause\":");
-    write_json_string(&mut out, cause);
-    out.push(',');
-    write_union(&mut out, merge, endpoints, stamp);
-    out.push('}');
-    broadcast(rule, out)
-}
+    /// Writes a catch-up, of one client or after a gap:
+    /// `{"type":"catch_up","event_eid":"AB3028","cause":"returned","endpoints":[…],"timestamp":…}`.
+    pub(super) fn catch_up(&self, cause: &str, endpoints: &Endpoints, stamp: Stamp) -> Broadcast {
+        let mut out = String::from("{\"type\":\"catch_up\",\"event_eid\":");
+        write_json_string(&mut out, &self.eid);
+        out.push_str(",\"cause\":");
+        write_json_string(&mut out, cause);
+        out.push(',');
+        self.write_union(&mut out, endpoints, stamp);
+        out.push('}');
+        self.broadcast(out)
+    }
 
-fn write_union(out: &mut String, merge: &Merge, endpoints: &Endpoints, stamp: Stamp) {
-    write_json_string(out, &merge.union);
-    out.push_str(":[");
-    for (number, endpoint) in endpoints.iter().enumerate() {
-        if number > 0 {
-            out.push(',');
+    fn write_union(&self, out: &mut String, endpoints: &Endpoints, stamp: Stamp) {
+        write_json_string(out, &self.merge.union);
+        out.push_str(":[");
+        for (number, endpoint) in endpoints.iter().enumerate() {
+            if number > 0 {
+                out.push(',');
+            }
+            write_json_string(out, endpoint);
         }
-        write_json_string(out, endpoint);
+        out.push_str(&format!("],\"timestamp\":{stamp}"));
     }
-    out.push_str(&format!("],\"timestamp\":{stamp}"));
+
+    fn broadcast(&self, payload: String) -> Broadcast {
+        // All parts are JSON, and so is the whole; an empty object would invalidate nothing.
+        let payload = Json::parse(payload.into()).unwrap_or(Json::EMPTY);
+        let user_event = self.rule.event.clone().unwrap_or_default();
+        let message = UserBroadcast { user_event, payload: UserPayload::Json(payload) };
+        Broadcast::User { message, metadata: None }
+    }
 }
 
-fn broadcast(rule: &Rule, payload: String) -> Broadcast {
-    // Of parts that are JSON, in a shape that is; an empty object would invalidate nothing.
-    let payload = Json::parse(payload.into()).unwrap_or(Json::EMPTY);
-    let user_event = rule.event.clone().unwrap_or_default();
-    let message = UserBroadcast { user_event, payload: UserPayload::Json(payload) };
-    Broadcast::User { message, metadata: None }
-}
-
-/// The moment of a message of ours, in microseconds since 1970. Written in seconds with half a
-/// microsecond added, so that it never equals a stamp of the database: clients drop what has the
-/// timestamp of another message.
+/// The moment of a message that was written here, in microseconds since 1970.
+///
+/// It is written in seconds with half a microsecond added, so that it never equals a timestamp of
+/// the database: clients drop a message that has the timestamp of another one.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) struct Stamp(pub(crate) u64);
+pub(super) struct Stamp(pub(super) u64);
 
 impl fmt::Display for Stamp {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}.{:06}5", self.0 / 1_000_000, self.0 % 1_000_000)
+    }
+}
+
+/// The stamps of one feed.
+#[derive(Debug, Default)]
+pub(super) struct Stamps {
+    pub(super) last: Stamp,
+}
+
+impl Stamps {
+    /// Returns the stamp of this moment, which is later than every stamp before.
+    pub(super) fn next(&mut self) -> Stamp {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let now = u64::try_from(now.as_micros()).unwrap_or(u64::MAX);
+        self.last = Stamp(now.max(self.last.0 + 1));
+        self.last
     }
 }
 
@@ -216,9 +240,9 @@ impl<'a> Fields<'a> {
         serde_json::from_str(object).ok()
     }
 
-    /// The last value of this name counts, as with every JSON reader.
+    /// Returns the last value of this name, as every JSON reader does.
     fn raw(&self, name: &str) -> Option<&'a str> {
-        self.0.iter().rev().find(|(it, _)| it == name).map(|(_, value)| value.get())
+        self.0.iter().rev().find(|(field, _)| field == name).map(|(_, value)| value.get())
     }
 
     fn text(&self, name: &str) -> Option<Box<str>> {
@@ -253,21 +277,21 @@ mod tests {
     use super::*;
     use crate::server::settings::Config;
 
-    fn rule() -> Rule {
-        Config::defaults().topic.remove(0)
+    fn template() -> Template {
+        let rule = Arc::new(Config::defaults().topic.remove(0));
+        Template { merge: rule.merge.clone().unwrap(), rule, eid: "AB3028".into() }
     }
 
     fn user(payload: &str) -> Broadcast {
-        broadcast(&rule(), payload.to_owned())
+        template().broadcast(payload.to_owned())
     }
 
     fn read(broadcast: Broadcast) -> Result<Invalidation, Broadcast> {
-        let rule = rule();
-        Invalidation::read(broadcast, &rule, rule.merge.as_ref().unwrap())
+        template().read(broadcast)
     }
 
     fn texts(endpoints: &Endpoints) -> Vec<&str> {
-        endpoints.iter().map(|it| &**it).collect()
+        endpoints.iter().map(|endpoint| &**endpoint).collect()
     }
 
     #[test]
@@ -306,14 +330,11 @@ mod tests {
 
     #[test]
     fn a_rewritten_message_keeps_what_is_not_ours_digit_by_digit() {
-        let rule = rule();
         let payload = r#"{ "type":"bid_placed", "amount":120.10000000000000001, "timestamp":1.5, "endpoints":["/a"], "merged":9, "id":3 }"#;
         let read = read(user(payload)).unwrap();
         let union = ["/b".into(), "/a\"".into()].into();
-        let merge = rule.merge.as_ref().unwrap();
-        let Broadcast::User { message, .. } =
-            read.rewritten(&rule, merge, &union, Stamp(1_700_000_000_000_001), 2)
-        else {
+        let stamp = Stamp(1_700_000_000_000_001);
+        let Broadcast::User { message, .. } = template().rewritten(&read, &union, stamp, 2) else {
             panic!()
         };
         let UserPayload::Json(json) = message.payload else { panic!() };

@@ -1,16 +1,18 @@
-//! What the database's policies let a token do on a private channel.
+//! Queries the database's policies: what may a token do on a private channel?
 //!
-//! Invariants: a question is one transaction, which rolls back; policies are asked with the rights
-//! of the token's role and no others; a session is used again only when its rollback has been
-//! confirmed, so that a question that breaks or takes too long takes its session along; a place
-//! stands for a session until the server is done with the question, whoever still waits for it; what
-//! Postgres says of a policy is never shown, as it may quote a claim.
-//!
-//! The sessions are no pool of the library: that would retry a database that refuses, and waits
-//! would not tell a lack of sessions from a lack of a database.
+//! Invariants: a query is one transaction, which rolls back; a query that has a session runs to its
+//! end, also if nobody waits for the answer; the text of a policy's error is shown to nobody, because
+//! it may quote a claim.
+
+mod metrics;
+mod query;
+mod sessions;
+mod settings;
+
+pub use query::{Allowed, Missing, PolicyAction, PolicyQuery, QueryError};
+pub use settings::Settings;
 
 use std::{
-    borrow::Cow,
     error::Error,
     sync::{
         Arc,
@@ -19,574 +21,146 @@ use std::{
     time::Duration,
 };
 
-use hyper::HeaderMap;
-use parking_lot::Mutex;
-use prometheus::{HistogramVec, IntCounterVec};
-use serde_json::{Map, Value};
-use sqlx::{ConnectOptions, PgConnection, postgres::PgConnectOptions};
-use tokio::{
-    sync::Semaphore,
-    time::{Instant, timeout_at},
-};
+use sqlx::postgres::PgConnectOptions;
+use strum::VariantArray;
+use tokio::time::Instant;
 use tokio_util::task::TaskTracker;
 
-use crate::{
-    auth::jwt::Token,
-    db::{self, PolicyContext, PolicyRole},
-    metrics::Metrics,
-    protocol::error_code::{ErrorCode, Refusal},
-    server::settings::Config,
+use self::{
+    metrics::{Metrics, QueryResult},
+    sessions::Sessions,
 };
+use crate::telemetry::metrics::Registry;
 
-/// A session that was not used for so long is not trusted to be alive.
-const SESSION_IDLE: Duration = Duration::from_secs(60);
-
-/// More of a socket's headers are not kept.
-const SOCKET_HEADERS_BYTES_MAX: usize = 1024;
-
-/// The extensions of a channel, as `realtime.messages` names them.
-const BROADCAST: &str = "broadcast";
-const PRESENCE: &str = "presence";
-
-/// Asks the policies on `realtime.messages`, on sessions of its own.
+/// The policies on `realtime.messages`, queried on sessions of their own.
 #[derive(Debug)]
 pub struct Policies {
-    /// None without a database.
-    options: Option<PgConnectOptions>,
-    /// One for each session that may exist.
-    places: Arc<Semaphore>,
-    /// Sessions that nobody uses, and since when.
-    idle: Mutex<Vec<(PgConnection, Instant)>>,
+    sessions: Sessions,
+    /// For a query with its wait for a session.
     timeout: Duration,
     no_headers: Arc<str>,
-    /// Where questions run.
+    /// Runs the queries.
     tracker: TaskTracker,
-    seconds: HistogramVec,
-    questions: IntCounterVec,
-    /// What the operator was told of, by [`Missing`].
-    told: [AtomicBool; Missing::ALL.len()],
-}
-
-/// Who asks, for which topic.
-#[derive(Debug, Clone)]
-pub struct Asking {
-    /// A verified one.
-    pub token: Arc<Token>,
-    /// The topic without its prefix.
-    pub sub_topic: Arc<str>,
-    /// Headers of the request, as a JSON object.
-    pub headers: Arc<str>,
-}
-
-/// What is asked.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Question {
-    /// Which extensions may be read.
-    Read {
-        /// Whether presence is among those asked about.
-        presence: bool,
-    },
-    /// Whether broadcasts may be written.
-    Write,
-}
-
-impl Question {
-    /// Every question's label once.
-    pub const ALL: [Self; 2] = [Self::Read { presence: false }, Self::Write];
-
-    /// The metric's label.
-    #[must_use]
-    pub fn kind(self) -> &'static str {
-        match self {
-            Self::Read { .. } => "read",
-            Self::Write => "write",
-        }
-    }
-}
-
-/// The extensions that something is allowed on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Allowed {
-    /// Broadcasts.
-    pub broadcast: bool,
-    /// Presence.
-    pub presence: bool,
-}
-
-impl Allowed {
-    /// On every extension.
-    pub const ALL: Self = Self { broadcast: true, presence: true };
-    /// On none.
-    pub const NONE: Self = Self { broadcast: false, presence: false };
-
-    /// Whether there is any.
-    #[must_use]
-    pub fn any(self) -> bool {
-        self.broadcast || self.presence
-    }
-}
-
-/// Why the policies gave no answer.
-#[derive(Debug, thiserror::Error)]
-pub enum AuthorizeError {
-    /// Nobody answers, or the server cannot serve.
-    #[error("the database is not available")]
-    Unavailable(#[source] Option<sqlx::Error>),
-    /// Something that the operator must set up.
-    #[error("private channels are not set up")]
-    NotSetUp(#[source] Missing),
-    /// All sessions were busy for too long.
-    #[error("all of policies.connections_max sessions are busy")]
-    PoolTimeout,
-    /// The policies took too long.
-    #[error("the policies took longer than policies.timeout")]
-    QueryCanceled,
-    /// `realtime.messages` has no partition for this day.
-    #[error("realtime.messages has no partition for today")]
-    MissingPartition,
-    /// A policy failed, or the token's role is not one that it can be asked for. It says no.
-    #[error("a policy failed, or the role is unknown (SQLSTATE {sqlstate})")]
-    Policy {
-        /// Postgres' code.
-        sqlstate: Box<str>,
-    },
-}
-
-impl AuthorizeError {
-    /// Every label that [`Self::kind`] gives.
-    pub const KINDS: [&'static str; 6] = [
-        "unavailable",
-        "not_set_up",
-        "pool_timeout",
-        "query_canceled",
-        "missing_partition",
-        "policy_error",
-    ];
-
-    /// The metric's label.
-    #[must_use]
-    pub fn kind(&self) -> &'static str {
-        match self {
-            Self::Unavailable(_) => "unavailable",
-            Self::NotSetUp(_) => "not_set_up",
-            Self::PoolTimeout => "pool_timeout",
-            Self::QueryCanceled => "query_canceled",
-            Self::MissingPartition => "missing_partition",
-            Self::Policy { .. } => "policy_error",
-        }
-    }
-
-    /// What the client of a channel is told.
-    #[must_use]
-    pub fn refuse(&self, sub_topic: &str) -> Refusal {
-        match self {
-            Self::Unavailable(_) | Self::NotSetUp(_) => {
-                Refusal::new(ErrorCode::UnableToConnectToProject)
-            }
-            Self::PoolTimeout => Refusal::new(ErrorCode::IncreaseConnectionPool),
-            Self::QueryCanceled => Refusal::new(ErrorCode::QueryCanceled),
-            Self::MissingPartition => Refusal::new(ErrorCode::MissingPartition),
-            Self::Policy { .. } => Refusal::unauthorized(sub_topic),
-        }
-    }
-}
-
-/// What private channels lack; the operator is told once.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum Missing {
-    /// No URL.
-    #[error("there is no database: set TIDEGATE_DATABASE_URL")]
-    Database,
-    /// A table, a function or the right to them.
-    #[error(
-        "realtime.messages or the gateway's right to ask its policies is missing: run `tidegate migrate` as the owner of the tables"
-    )]
-    Schema,
-    /// The gateway's role may not take that of a token.
-    #[error(
-        "the gateway's role is no member of a token's role: run `tidegate migrate`, or grant that role to the gateway's"
-    )]
-    Membership,
-}
-
-impl Missing {
-    /// Everything that may be.
-    const ALL: [Self; 3] = [Self::Database, Self::Schema, Self::Membership];
+    metrics: Metrics,
+    /// What has been logged, by [`Missing`].
+    logged: [AtomicBool; Missing::VARIANTS.len()],
 }
 
 impl Policies {
-    /// Asks the database that the settings name, when somebody asks.
+    /// Connects to the database of `options` when the first query comes; `None` is no database.
     #[must_use]
-    pub fn new(config: &Config, metrics: &Metrics, tracker: &TaskTracker) -> Self {
-        let connections_max = usize::try_from(config.policies.connections_max).unwrap_or(1);
+    pub(crate) fn new(
+        settings: &Settings,
+        options: Option<PgConnectOptions>,
+        registry: &Registry,
+        tracker: TaskTracker,
+    ) -> Self {
+        let connections_max = usize::try_from(settings.connections_max).unwrap_or(1);
         Self {
-            // The settings' check has read the URL.
-            options: Some(config.pool_url())
-                .filter(|url| !url.is_empty())
-                .and_then(|url| db::options(url).ok()),
-            places: Arc::new(Semaphore::new(connections_max.clamp(1, Semaphore::MAX_PERMITS))),
-            idle: Mutex::default(),
-            timeout: config.policies.timeout,
+            sessions: Sessions::new(options, connections_max),
+            timeout: settings.timeout,
             no_headers: "{}".into(),
-            tracker: tracker.clone(),
-            seconds: metrics.policy_seconds.clone(),
-            questions: metrics.policy_questions.clone(),
-            told: Default::default(),
+            tracker,
+            metrics: Metrics::new(registry),
+            logged: Default::default(),
         }
     }
 
-    /// An empty JSON object, for who has no headers to tell of.
+    /// An empty JSON object, which all clients without headers share.
     #[must_use]
     pub fn no_headers(&self) -> &Arc<str> {
         &self.no_headers
     }
 
-    /// What the token may read of the topic; nothing is an answer, too.
+    /// Returns the extensions of the topic that the token may read; it may be none.
     ///
     /// # Errors
-    /// [`AuthorizeError`] if the policies gave no answer.
+    /// [`QueryError`] if the policies gave no answer.
     ///
     /// # Cancel safety
-    /// A question that has come to its turn goes on to its end, for nobody.
+    /// A query that has a session runs to its end, and its answer is dropped.
     pub async fn read(
         self: &Arc<Self>,
-        asking: Asking,
+        query: PolicyQuery,
         wants_presence: bool,
-    ) -> Result<Allowed, AuthorizeError> {
-        self.count(asking, Question::Read { presence: wants_presence }).await
+    ) -> Result<Allowed, QueryError> {
+        self.measured(query, PolicyAction::Read { presence: wants_presence }).await
     }
 
-    /// Whether the token may broadcast to the topic.
+    /// Returns whether the token may broadcast to the topic.
     ///
     /// # Errors
-    /// [`AuthorizeError`] if the policies gave no answer.
+    /// [`QueryError`] if the policies gave no answer.
     ///
     /// # Cancel safety
-    /// A question that has come to its turn goes on to its end, for nobody.
-    pub async fn write(self: &Arc<Self>, asking: Asking) -> Result<bool, AuthorizeError> {
-        self.count(asking, Question::Write).await.map(|allowed| allowed.broadcast)
+    /// A query that has a session runs to its end, and its answer is dropped.
+    pub async fn write(self: &Arc<Self>, query: PolicyQuery) -> Result<bool, QueryError> {
+        self.measured(query, PolicyAction::Write).await.map(|allowed| allowed.broadcast)
     }
 
-    async fn count(
+    /// Runs the query, measures it, and logs why there is no answer.
+    async fn measured(
         self: &Arc<Self>,
-        asking: Asking,
-        question: Question,
-    ) -> Result<Allowed, AuthorizeError> {
+        query: PolicyQuery,
+        action: PolicyAction,
+    ) -> Result<Allowed, QueryError> {
         let started = Instant::now();
-        let answer = self.ask(asking, question, started + self.timeout).await;
-        let kind = question.kind();
-        self.seconds.with_label_values(&[kind]).observe(started.elapsed().as_secs_f64());
-        let result = match &answer {
-            Ok(allowed) if allowed.any() => "allowed",
-            Ok(_) => "denied",
-            Err(error) => {
-                match error {
-                    AuthorizeError::NotSetUp(missing) => self.tell(*missing),
-                    AuthorizeError::Policy { sqlstate } => {
-                        tracing::debug!(code = "RlsPolicyError", action = kind, %sqlstate, "denied");
-                    }
-                    AuthorizeError::Unavailable(_)
-                    | AuthorizeError::PoolTimeout
-                    | AuthorizeError::QueryCanceled
-                    | AuthorizeError::MissingPartition => {
-                        let error = error as &dyn Error;
-                        tracing::debug!(error, action = kind, "the policies give no answer");
-                    }
-                }
-                error.kind()
+        let answer = self.run(query, action, started + self.timeout).await;
+        self.metrics.seconds.of(&action).observe(started.elapsed().as_secs_f64());
+        self.metrics.queries.of(QueryResult::new(action, &answer)).inc();
+        match &answer {
+            Ok(_) => {}
+            Err(QueryError::NotSetUp(missing)) => self.log_once(*missing),
+            Err(QueryError::Policy { sqlstate }) => {
+                let action = action.label();
+                tracing::debug!(code = "RlsPolicyError", action, %sqlstate, "denied");
             }
-        };
-        self.questions.with_label_values(&[kind, result]).inc();
+            Err(
+                error @ (QueryError::Unavailable(_)
+                | QueryError::PoolTimeout
+                | QueryError::QueryCanceled
+                | QueryError::MissingPartition),
+            ) => {
+                let (error, action) = (error as &dyn Error, action.label());
+                tracing::debug!(error, action, "the policies give no answer");
+            }
+        }
         answer
     }
 
-    async fn ask(
+    /// Waits for a session, and runs the query in a task of its own.
+    async fn run(
         self: &Arc<Self>,
-        asking: Asking,
-        question: Question,
+        query: PolicyQuery,
+        action: PolicyAction,
         deadline: Instant,
-    ) -> Result<Allowed, AuthorizeError> {
-        // A text of Postgres cannot hold it, so that no policy is for such a topic.
-        if asking.sub_topic.contains('\0') {
+    ) -> Result<Allowed, QueryError> {
+        // Postgres' type `text` cannot hold the character, so no policy can allow such a topic.
+        if query.sub_topic.contains('\0') {
             return Ok(Allowed::NONE);
         }
-        if self.options.is_none() {
-            return Err(AuthorizeError::NotSetUp(Missing::Database));
+        if !self.sessions.has_database() {
+            return Err(QueryError::NotSetUp(Missing::Database));
         }
-        // Half of the time is for the question itself: who comes to it later would only be told that
-        // it takes too long.
-        let place =
-            timeout_at(deadline - self.timeout / 2, Arc::clone(&self.places).acquire_owned())
-                .await
-                .map_err(|_elapsed| AuthorizeError::PoolTimeout)?
-                // Never closed.
-                .map_err(|_closed| AuthorizeError::PoolTimeout)?;
+        // Half of the time is kept for the query itself: with less it would only be cancelled, and
+        // the error would name the policies instead of the lack of sessions.
+        let permit = self.sessions.permit(deadline - self.timeout / 2).await;
+        let permit = permit.ok_or(QueryError::PoolTimeout)?;
         let policies = Arc::clone(self);
-        // On its own, so that it keeps its place until the server is done, also when nobody waits
-        // for it any more: clients that come and go hold no more sessions than those that stay.
-        let asked = self.tracker.spawn(async move {
-            let answer = policies.ask_once(&asking, question, deadline).await;
-            drop(place);
+        // In a task of its own, which holds the permit until the server has finished, also if the
+        // client has gone: clients that come and go occupy no more sessions than those that stay.
+        let task = self.tracker.spawn(async move {
+            let answer = query.run(&policies.sessions, action, deadline).await;
+            drop(permit);
             answer
         });
-        asked.await.unwrap_or(Err(AuthorizeError::Unavailable(None)))
+        task.await.unwrap_or(Err(QueryError::Unavailable(None)))
     }
 
-    async fn ask_once(
-        &self,
-        asking: &Asking,
-        question: Question,
-        deadline: Instant,
-    ) -> Result<Allowed, AuthorizeError> {
-        let Asking { token, sub_topic, headers } = asking;
-        let claims = &token.claims;
-        // The server's own limit goes first, so that the session lives on.
-        let limit = deadline.saturating_duration_since(Instant::now()).mul_f64(0.9);
-        let (mut session, role, has_messages) =
-            timeout_at(deadline, self.begin(&claims.role, limit))
-                .await
-                .map_err(|_elapsed| AuthorizeError::Unavailable(None))?
-                .map_err(|error| AuthorizeError::Unavailable(Some(error)))?;
-        let json = claims.json();
-        let context = PolicyContext {
-            role: &claims.role,
-            sub: claims.sub().unwrap_or_default(),
-            claims: &json,
-            headers,
-            sub_topic,
-        };
-        let answer = match (role, has_messages) {
-            (PolicyRole::Bypasses, _) => Ok(Allowed::ALL),
-            (PolicyRole::Unknown | PolicyRole::Superuser, _) => {
-                Err(AuthorizeError::Policy { sqlstate: UNKNOWN_ROLE.into() })
-            }
-            (PolicyRole::Bound, false) => Err(AuthorizeError::NotSetUp(Missing::Schema)),
-            (PolicyRole::Bound, true) => {
-                let answer = async {
-                    match question {
-                        Question::Read { presence } => read(&mut session, &context, presence).await,
-                        Question::Write => write(&mut session, &context).await,
-                    }
-                };
-                // A session that is still busy is closed.
-                timeout_at(deadline, answer)
-                    .await
-                    .map_err(|_elapsed| AuthorizeError::QueryCanceled)?
-            }
-        };
-        let ended = timeout_at(deadline, db::end_question(&mut session)).await;
-        if matches!(ended, Ok(Ok(()))) {
-            self.idle.lock().push((session, Instant::now()));
-        }
-        answer
-    }
-
-    /// A session of the gateway's own role in which a question has begun.
-    async fn begin(
-        &self,
-        role: &str,
-        limit: Duration,
-    ) -> Result<(PgConnection, PolicyRole, bool), sqlx::Error> {
-        while let Some((mut session, since)) = self.take_idle() {
-            if since.elapsed() < SESSION_IDLE
-                && let Ok((role, has_messages)) =
-                    db::begin_question(&mut session, role, limit).await
-            {
-                return Ok((session, role, has_messages));
-            }
-            // The server, or somebody in between, has ended it.
-        }
-        let options = self.options.as_ref().ok_or(sqlx::Error::PoolClosed)?;
-        let mut session = options.connect().await?;
-        let (role, has_messages) = db::begin_question(&mut session, role, limit).await?;
-        Ok((session, role, has_messages))
-    }
-
-    fn take_idle(&self) -> Option<(PgConnection, Instant)> {
-        self.idle.lock().pop()
-    }
-
-    fn tell(&self, missing: Missing) {
-        if !self.told[missing as usize].swap(true, Ordering::Relaxed) {
+    /// Logs what the operator must set up, the first time.
+    fn log_once(&self, missing: Missing) {
+        if !self.logged[missing as usize].swap(true, Ordering::Relaxed) {
             tracing::warn!(error = &missing as &dyn Error, "private channels are unavailable");
         }
-    }
-}
-
-/// The headers of an upgrade that its socket's policies see: those that begin with `x-`, but no key
-/// and nothing that a proxy adds, which would be kept for each socket. None, or too many of them, are
-/// not kept at all.
-pub(crate) fn socket_headers(headers: &HeaderMap) -> Option<Arc<str>> {
-    let added = ["x-forwarded-", "x-real-ip", "x-request-id"];
-    let is_told = |name: &str| {
-        name.starts_with("x-")
-            && name != "x-api-key"
-            && !added.iter().any(|it| name.starts_with(it))
-    };
-    let json = headers_json(headers, is_told);
-    (json.len() > 2 && json.len() <= SOCKET_HEADERS_BYTES_MAX).then(|| json.into())
-}
-
-/// The headers of a REST request that its policies see: all but what proves who somebody is.
-pub(crate) fn rest_headers(headers: &HeaderMap) -> Arc<str> {
-    let secret = ["authorization", "apikey", "x-api-key", "cookie", "proxy-authorization"];
-    headers_json(headers, |name| !secret.contains(&name)).into()
-}
-
-/// Those of one name are one, divided by commas; what is no text is left out.
-fn headers_json(headers: &HeaderMap, is_told: impl Fn(&str) -> bool) -> String {
-    let mut told: Map<String, Value> = Map::new();
-    for (name, value) in headers {
-        let (true, Ok(value)) = (is_told(name.as_str()), value.to_str()) else { continue };
-        match told.get_mut(name.as_str()) {
-            Some(Value::String(values)) => {
-                values.push_str(", ");
-                values.push_str(value);
-            }
-            Some(_) | None => drop(told.insert(name.as_str().to_owned(), value.into())),
-        }
-    }
-    Value::Object(told).to_string()
-}
-
-async fn read(
-    session: &mut PgConnection,
-    context: &PolicyContext<'_>,
-    wants_presence: bool,
-) -> Result<Allowed, AuthorizeError> {
-    let extensions = [BROADCAST, PRESENCE];
-    let extensions = if wants_presence { &extensions[..] } else { &extensions[..1] };
-    let probes =
-        db::insert_probes(session, context.sub_topic, extensions).await.map_err(of_gateway)?;
-    db::take_role(session, context).await.map_err(of_role)?;
-    let seen = db::visible_probes(session, &probes).await.map_err(of_policies)?;
-    let sees = |extension| seen.iter().any(|it| it == extension);
-    Ok(Allowed { broadcast: sees(BROADCAST), presence: sees(PRESENCE) })
-}
-
-async fn write(
-    session: &mut PgConnection,
-    context: &PolicyContext<'_>,
-) -> Result<Allowed, AuthorizeError> {
-    db::take_role(session, context).await.map_err(of_role)?;
-    match db::insert_broadcast(session, context.sub_topic).await {
-        Ok(()) => Ok(Allowed { broadcast: true, presence: false }),
-        Err(error) if sqlstate(&error).as_deref() == Some(INSUFFICIENT_PRIVILEGE) => {
-            Ok(Allowed::NONE)
-        }
-        Err(error) => Err(of_policies(error)),
-    }
-}
-
-/// SQLSTATE of a missing right, which a policy's no is, too.
-const INSUFFICIENT_PRIVILEGE: &str = "42501";
-/// SQLSTATE of a role that does not exist.
-const UNKNOWN_ROLE: &str = "22023";
-
-fn sqlstate(error: &sqlx::Error) -> Option<Cow<'_, str>> {
-    error.as_database_error()?.code()
-}
-
-/// Of a statement that the gateway's own role runs.
-fn of_gateway(error: sqlx::Error) -> AuthorizeError {
-    match sqlstate(&error).as_deref() {
-        // No such function, schema, table or column, or no right to it.
-        Some("42883" | "3F000" | "42P01" | "42703" | INSUFFICIENT_PRIVILEGE) => {
-            AuthorizeError::NotSetUp(Missing::Schema)
-        }
-        _ => of_server(error).unwrap_or_else(|error| AuthorizeError::Unavailable(Some(error))),
-    }
-}
-
-/// Of becoming the token's role.
-fn of_role(error: sqlx::Error) -> AuthorizeError {
-    match sqlstate(&error).as_deref() {
-        Some(INSUFFICIENT_PRIVILEGE) => AuthorizeError::NotSetUp(Missing::Membership),
-        _ => of_policies(error),
-    }
-}
-
-/// Of a statement that policies may make fail.
-fn of_policies(error: sqlx::Error) -> AuthorizeError {
-    of_server(error).unwrap_or_else(|error| match sqlstate(&error) {
-        Some(sqlstate) => AuthorizeError::Policy { sqlstate: sqlstate.into() },
-        None => AuthorizeError::Unavailable(Some(error)),
-    })
-}
-
-/// What any statement may end with.
-fn of_server(error: sqlx::Error) -> Result<AuthorizeError, sqlx::Error> {
-    let Some(database) = error.as_database_error() else {
-        return Ok(AuthorizeError::Unavailable(Some(error)));
-    };
-    let code = database.code().unwrap_or_default();
-    match &*code {
-        "57014" => Ok(AuthorizeError::QueryCanceled),
-        // Of all checks only this one is the table's and has no name.
-        "23514" if database.table() == Some("messages") && database.constraint().is_none() => {
-            Ok(AuthorizeError::MissingPartition)
-        }
-        // None of a policy's doing: the connection, the transaction, a statement that a pooler in
-        // between has lost, a deadlock, resources, an operator, the system.
-        _ if ["08", "25", "26", "40", "53", "55", "57", "58", "XX"]
-            .contains(&code.get(..2).unwrap_or_default()) =>
-        {
-            Ok(AuthorizeError::Unavailable(Some(error)))
-        }
-        _ => Err(error),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use hyper::header::{HeaderName, HeaderValue};
-
-    use super::*;
-
-    fn headers(pairs: &[(&'static str, &str)]) -> HeaderMap {
-        let pair = |(name, value): &(&'static str, &str)| {
-            (HeaderName::from_static(name), HeaderValue::from_str(value).unwrap())
-        };
-        pairs.iter().map(pair).collect()
-    }
-
-    #[test]
-    fn policies_see_a_requests_headers_and_nothing_that_proves_who_somebody_is() {
-        let mut map = headers(&[
-            ("authorization", "Bearer secret"),
-            ("apikey", "secret"),
-            ("x-api-key", "secret"),
-            ("cookie", "secret"),
-            ("proxy-authorization", "secret"),
-            ("x-client-info", "a\"b"),
-            ("user-agent", "c"),
-        ]);
-        map.append("x-client-info", HeaderValue::from_static("d"));
-        map.append("x-bytes", HeaderValue::from_bytes(b"\xff").unwrap());
-        assert_eq!(*rest_headers(&map), *r#"{"user-agent":"c","x-client-info":"a\"b, d"}"#);
-        assert_eq!(*socket_headers(&map).unwrap(), *r#"{"x-client-info":"a\"b, d"}"#);
-    }
-
-    #[test]
-    fn a_socket_keeps_no_headers_that_are_a_proxys_none_or_too_many() {
-        let proxied = [("x-forwarded-for", "1"), ("x-real-ip", "2"), ("x-request-id", "3")];
-        assert_eq!(socket_headers(&headers(&proxied)), None);
-        let long = |length: usize| headers(&[("x-a", &"v".repeat(length))]);
-        let most = SOCKET_HEADERS_BYTES_MAX - r#"{"x-a":""}"#.len();
-        assert_eq!(socket_headers(&long(most)).map(|it| it.len()), Some(SOCKET_HEADERS_BYTES_MAX));
-        assert_eq!(socket_headers(&long(most + 1)), None);
-    }
-
-    #[test]
-    fn every_answer_is_counted_under_a_name_that_exists_from_the_start() {
-        let all = [
-            AuthorizeError::Unavailable(None),
-            AuthorizeError::NotSetUp(Missing::Database),
-            AuthorizeError::PoolTimeout,
-            AuthorizeError::QueryCanceled,
-            AuthorizeError::MissingPartition,
-            AuthorizeError::Policy { sqlstate: UNKNOWN_ROLE.into() },
-        ];
-        assert_eq!(all.map(|error| error.kind()), AuthorizeError::KINDS);
     }
 }

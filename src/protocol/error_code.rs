@@ -1,27 +1,28 @@
-//! What a client is told when something is refused: the closed list of operational codes.
+//! The operational codes with which a client is refused: a closed list.
 //!
-//! The same table is `protocol/errors.json`; a test compares them.
+//! `protocol/errors.json` has the same codes and texts; a test compares them.
 
 use std::borrow::Cow;
 
 use serde_json::json;
+use strum::VariantArray;
 
 use super::message::Json;
 
 /// Supabase's operational codes, as far as this server answers with them.
 ///
 /// Source: supabase/realtime `ERROR_CODES.md` and `realtime_channel.ex` @833cf36.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, VariantArray)]
 pub enum ErrorCode {
-    /// The upgrade carries no key.
+    /// The upgrade has no key.
     MissingApiKey,
     /// The token has expired, or lacks `role` or `exp`.
     InvalidJwtToken,
     /// The token is not a JWT.
     MalformedJwt,
-    /// The token is not signed with our key.
+    /// No key of the project has signed the token.
     JwtSignatureError,
-    /// No key of ours can check the token's algorithm.
+    /// The gateway has no key for the token's algorithm.
     JwtSignerError,
     /// Too many sockets.
     ConnectionRateLimitReached,
@@ -33,156 +34,172 @@ pub enum ErrorCode {
     TopicNameRequired,
     /// A public join where only private channels are served.
     PrivateOnly,
-    /// The topic's rules, or the lack of one, forbid it.
+    /// The topic's rule forbids the action, or topics without a rule are not served.
     Unauthorized,
-    /// A field of the join cannot be read and has no safe default.
+    /// A field of the join has a wrong type and no safe default.
     InvalidJoinPayload,
-    /// Replay is for private channels.
+    /// A public channel asks for a replay, which only private channels get.
     UnableToReplayMessages,
-    /// The database that private channels need is not there, or not set up.
+    /// The database that decides about private channels is not available, or not set up.
     UnableToConnectToProject,
-    /// All of the gateway's sessions for policies are busy.
+    /// All database sessions for policies are busy.
     IncreaseConnectionPool,
-    /// The policies took too long.
+    /// The policies have not answered in time.
     QueryCanceled,
     /// `realtime.messages` has no partition for today.
     MissingPartition,
     /// The server is draining.
     RealtimeRestarting,
-    /// Anything else about one channel.
+    /// Any other fault of one channel.
     UnknownErrorOnChannel,
 }
 
 impl ErrorCode {
-    /// Every code, for the metric's label set and the table of errors.
-    pub const ALL: [Self; 19] = [
-        Self::MissingApiKey,
-        Self::InvalidJwtToken,
-        Self::MalformedJwt,
-        Self::JwtSignatureError,
-        Self::JwtSignerError,
-        Self::ConnectionRateLimitReached,
-        Self::ClientJoinRateLimitReached,
-        Self::ChannelRateLimitReached,
-        Self::TopicNameRequired,
-        Self::PrivateOnly,
-        Self::Unauthorized,
-        Self::InvalidJoinPayload,
-        Self::UnableToReplayMessages,
-        Self::UnableToConnectToProject,
-        Self::IncreaseConnectionPool,
-        Self::QueryCanceled,
-        Self::MissingPartition,
-        Self::RealtimeRestarting,
-        Self::UnknownErrorOnChannel,
+    /// Each code with its name on the wire, the HTTP status of a refused upgrade, and the text that
+    /// goes with it where a refusal has none of its own. The order is that of the variants.
+    const TABLE: [(Self, &'static str, u16, &'static str); Self::VARIANTS.len()] = [
+        (Self::MissingApiKey, "MissingAPIKey", 401, "API key is missing"),
+        (
+            Self::InvalidJwtToken,
+            "InvalidJWTToken",
+            401,
+            "Fields `role` and `exp` are required in JWT",
+        ),
+        (Self::MalformedJwt, "MalformedJWT", 401, "The token provided is not a valid JWT"),
+        (Self::JwtSignatureError, "JwtSignatureError", 401, "Failed to validate JWT signature"),
+        (
+            Self::JwtSignerError,
+            "JwtSignerError",
+            401,
+            "Failed to generate JWT signer, check your JWT secret or JWKS configuration",
+        ),
+        (
+            Self::ConnectionRateLimitReached,
+            "ConnectionRateLimitReached",
+            429,
+            "Too many connected users",
+        ),
+        (
+            Self::ClientJoinRateLimitReached,
+            "ClientJoinRateLimitReached",
+            429,
+            "Too many joins per second",
+        ),
+        (Self::ChannelRateLimitReached, "ChannelRateLimitReached", 429, "Too many channels"),
+        (Self::TopicNameRequired, "TopicNameRequired", 400, "You must provide a topic name"),
+        (Self::PrivateOnly, "PrivateOnly", 403, "This project only allows private channels"),
+        (
+            Self::Unauthorized,
+            "Unauthorized",
+            403,
+            "You do not have permissions to read from this Channel topic: <sub>",
+        ),
+        (Self::InvalidJoinPayload, "InvalidJoinPayload", 400, "`private` must be a boolean"),
+        (
+            Self::UnableToReplayMessages,
+            "UnableToReplayMessages",
+            400,
+            "Replay is not allowed for public channels",
+        ),
+        (
+            Self::UnableToConnectToProject,
+            "UnableToConnectToProject",
+            503,
+            "Realtime was unable to connect to the project database",
+        ),
+        (
+            Self::IncreaseConnectionPool,
+            "IncreaseConnectionPool",
+            503,
+            "Please increase your connection pool size",
+        ),
+        (Self::QueryCanceled, "QueryCanceled", 503, "Query was cancelled, please try again"),
+        (
+            Self::MissingPartition,
+            "MissingPartition",
+            503,
+            "Realtime was unable to find the expected messages partition",
+        ),
+        (
+            Self::RealtimeRestarting,
+            "RealtimeRestarting",
+            503,
+            "Realtime is restarting, please standby",
+        ),
+        (
+            Self::UnknownErrorOnChannel,
+            "UnknownErrorOnChannel",
+            400,
+            "expected params to be an object",
+        ),
     ];
+
+    #[expect(clippy::indexing_slicing, reason = "the table has a row for each code")]
+    const fn row(self) -> (Self, &'static str, u16, &'static str) {
+        Self::TABLE[self as usize]
+    }
 
     /// The code as it stands on the wire and in metrics.
     #[must_use]
     pub fn as_str(self) -> &'static str {
-        match self {
-            Self::MissingApiKey => "MissingAPIKey",
-            Self::InvalidJwtToken => "InvalidJWTToken",
-            Self::MalformedJwt => "MalformedJWT",
-            Self::JwtSignatureError => "JwtSignatureError",
-            Self::JwtSignerError => "JwtSignerError",
-            Self::ConnectionRateLimitReached => "ConnectionRateLimitReached",
-            Self::ClientJoinRateLimitReached => "ClientJoinRateLimitReached",
-            Self::ChannelRateLimitReached => "ChannelRateLimitReached",
-            Self::TopicNameRequired => "TopicNameRequired",
-            Self::PrivateOnly => "PrivateOnly",
-            Self::Unauthorized => "Unauthorized",
-            Self::InvalidJoinPayload => "InvalidJoinPayload",
-            Self::UnableToReplayMessages => "UnableToReplayMessages",
-            Self::UnableToConnectToProject => "UnableToConnectToProject",
-            Self::IncreaseConnectionPool => "IncreaseConnectionPool",
-            Self::QueryCanceled => "QueryCanceled",
-            Self::MissingPartition => "MissingPartition",
-            Self::RealtimeRestarting => "RealtimeRestarting",
-            Self::UnknownErrorOnChannel => "UnknownErrorOnChannel",
-        }
+        let (_, name, _, _) = self.row();
+        name
     }
 
-    /// The text that goes with the code where the refusal gives no other.
+    /// The text that goes with the code where a refusal has none of its own.
     #[must_use]
     pub fn text(self) -> &'static str {
-        match self {
-            Self::MissingApiKey => "API key is missing",
-            Self::InvalidJwtToken => "Fields `role` and `exp` are required in JWT",
-            Self::MalformedJwt => "The token provided is not a valid JWT",
-            Self::JwtSignatureError => "Failed to validate JWT signature",
-            Self::JwtSignerError => {
-                "Failed to generate JWT signer, check your JWT secret or JWKS configuration"
-            }
-            Self::ConnectionRateLimitReached => "Too many connected users",
-            Self::ClientJoinRateLimitReached => "Too many joins per second",
-            Self::ChannelRateLimitReached => "Too many channels",
-            Self::TopicNameRequired => "You must provide a topic name",
-            Self::PrivateOnly => "This project only allows private channels",
-            Self::Unauthorized => {
-                "You do not have permissions to read from this Channel topic: <sub>"
-            }
-            Self::InvalidJoinPayload => "`private` must be a boolean",
-            Self::UnableToReplayMessages => "Replay is not allowed for public channels",
-            Self::UnableToConnectToProject => {
-                "Realtime was unable to connect to the project database"
-            }
-            Self::IncreaseConnectionPool => "Please increase your connection pool size",
-            Self::QueryCanceled => "Query was cancelled, please try again",
-            Self::MissingPartition => "Realtime was unable to find the expected messages partition",
-            Self::RealtimeRestarting => "Realtime is restarting, please standby",
-            Self::UnknownErrorOnChannel => "expected params to be an object",
-        }
+        let (_, _, _, text) = self.row();
+        text
     }
 
     /// The HTTP status of a refused upgrade.
     #[must_use]
     pub fn status(self) -> u16 {
-        match self {
-            Self::MissingApiKey
-            | Self::InvalidJwtToken
-            | Self::MalformedJwt
-            | Self::JwtSignatureError
-            | Self::JwtSignerError => 401,
-            Self::PrivateOnly | Self::Unauthorized => 403,
-            Self::ConnectionRateLimitReached
-            | Self::ClientJoinRateLimitReached
-            | Self::ChannelRateLimitReached => 429,
-            Self::RealtimeRestarting
-            | Self::UnableToConnectToProject
-            | Self::IncreaseConnectionPool
-            | Self::QueryCanceled
-            | Self::MissingPartition => 503,
-            Self::TopicNameRequired
-            | Self::InvalidJoinPayload
-            | Self::UnableToReplayMessages
-            | Self::UnknownErrorOnChannel => 400,
-        }
+        let (_, _, status, _) = self.row();
+        status
     }
 }
 
-/// A named no to a client: a code, and a text of its own where the code's is not enough.
+/// Checks at compile time that the rows stand in the order of the variants.
+#[expect(clippy::indexing_slicing, reason = "evaluated by the compiler")]
+const _: () = {
+    let mut place = 0;
+    while place < ErrorCode::TABLE.len() {
+        assert!(ErrorCode::TABLE[place].0 as usize == place);
+        place += 1;
+    }
+};
+
+/// The code as the value of a label.
+impl From<ErrorCode> for &'static str {
+    fn from(code: ErrorCode) -> Self {
+        code.as_str()
+    }
+}
+
+/// A refusal with a name: a code, and a text of its own where that of the code is not enough.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Refusal {
-    /// Which.
+    /// The code.
     pub code: ErrorCode,
     detail: Option<Cow<'static, str>>,
 }
 
 impl Refusal {
-    /// The code with its own text.
+    /// Creates a refusal with the text of its code.
     #[must_use]
     pub const fn new(code: ErrorCode) -> Self {
         Self { code, detail: None }
     }
 
-    /// The code with another text.
+    /// Creates a refusal with another text.
     #[must_use]
     pub fn with_detail(code: ErrorCode, detail: impl Into<Cow<'static, str>>) -> Self {
         Self { code, detail: Some(detail.into()) }
     }
 
-    /// The refusal to read a topic: the same whether it is forbidden or unknown.
+    /// Creates the refusal to read a topic: the same for a forbidden topic and an unknown one.
     #[must_use]
     pub fn unauthorized(sub_topic: &str) -> Self {
         Self::with_detail(
@@ -191,20 +208,20 @@ impl Refusal {
         )
     }
 
-    /// The text without the code: of a refused upgrade and of a `system` push.
+    /// The text without the code, as in a refused upgrade and in a `system` push.
     #[must_use]
     pub fn text(&self) -> &str {
         self.detail.as_deref().unwrap_or_else(|| self.code.text())
     }
 
-    /// The payload of an error reply:
+    /// Returns the payload of an error reply:
     /// `{"status":"error","response":{"reason":"TopicNameRequired: You must provide a topic name"}}`.
     pub(crate) fn reply(&self) -> Json {
         error_reply(&format!("{}: {}", self.code.as_str(), self.text()))
     }
 }
 
-/// The payload of an error reply with this reason.
+/// Returns the payload of an error reply with this reason.
 pub(crate) fn error_reply(reason: &str) -> Json {
     Json::from_value(&json!({ "status": "error", "response": { "reason": reason } }))
 }

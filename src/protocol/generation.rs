@@ -9,26 +9,27 @@ use super::{message::Json, serializer::Serializer};
 ///
 /// Source: observed of the published clients (`tests/js/generations.test.js`) and read in the
 /// packages 2.9.5, 2.10.0, 2.11.0, 2.12.0, 2.80.0 and 2.81.0.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, strum::VariantArray, strum::IntoStaticStr)]
 pub enum Generation {
     /// `config` has no `private`.
+    #[strum(serialize = "2.0-2.9")]
     Oldest,
     /// It has, and presence cannot be switched off.
+    #[strum(serialize = "2.10-2.11")]
     WithPrivate,
     /// `config.presence.enabled` is there: 2.12 to 2.90, and later ones that are told to speak V1.
+    #[strum(serialize = "2.12+")]
     WithPresenceSwitch,
     /// The same in V2: 2.91 and later, and those from 2.81 that are told to.
+    #[strum(serialize = "2.81+")]
     V2,
     /// None of these.
+    #[strum(serialize = "other")]
     Other,
 }
 
 impl Generation {
-    /// Every generation.
-    pub const ALL: [Self; 5] =
-        [Self::Oldest, Self::WithPrivate, Self::WithPresenceSwitch, Self::V2, Self::Other];
-
-    /// The generation of whoever sends this payload of a `phx_join`.
+    /// Returns the generation of the client that sends this payload of a `phx_join`.
     #[must_use]
     pub fn of(serializer: Serializer, join: &Json) -> Self {
         #[derive(Deserialize)]
@@ -52,18 +53,6 @@ impl Generation {
             (Serializer::V1, true, true) => Self::WithPresenceSwitch,
             (Serializer::V2, true, true) => Self::V2,
             (Serializer::V1, false, true) | (Serializer::V2, _, _) => Self::Other,
-        }
-    }
-
-    /// The metric's label.
-    #[must_use]
-    pub fn kind(self) -> &'static str {
-        match self {
-            Self::Oldest => "2.0-2.9",
-            Self::WithPrivate => "2.10-2.11",
-            Self::WithPresenceSwitch => "2.12+",
-            Self::V2 => "2.81+",
-            Self::Other => "other",
         }
     }
 }

@@ -223,7 +223,18 @@ impl Json {
 pub struct NotJson;
 
 /// Why a client's frame is not a message. The frame is dropped and counted, nothing else happens.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, thiserror::Error)]
+#[derive(
+    Debug,
+    Clone,
+    Copy,
+    PartialEq,
+    Eq,
+    Hash,
+    thiserror::Error,
+    strum::VariantArray,
+    strum::IntoStaticStr,
+)]
+#[strum(serialize_all = "snake_case")]
 pub enum Malformed {
     /// The text, or the payload of a binary frame that says so, is not JSON.
     #[error("not JSON")]
@@ -249,29 +260,10 @@ pub enum Malformed {
 }
 
 impl Malformed {
-    /// Every variant, for the metric's label set.
-    pub const ALL: [Self; 7] = [
-        Self::NotJson,
-        Self::WrongShape,
-        Self::Truncated,
-        Self::UnknownKind,
-        Self::NotUtf8,
-        Self::Metadata,
-        Self::TooLong,
-    ];
-
     /// The label of the metric and of the vectors.
     #[must_use]
-    pub fn kind(self) -> &'static str {
-        match self {
-            Self::NotJson => "not_json",
-            Self::WrongShape => "wrong_shape",
-            Self::Truncated => "truncated",
-            Self::UnknownKind => "unknown_kind",
-            Self::NotUtf8 => "not_utf8",
-            Self::Metadata => "metadata",
-            Self::TooLong => "too_long",
-        }
+    pub fn label(self) -> &'static str {
+        self.into()
     }
 }
 

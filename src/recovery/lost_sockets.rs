@@ -1,12 +1,12 @@
-//! Who was connected and is no more: what a client that comes back may have missed, and which
+//! Sockets that have ended without a leave: what a client that comes back may have missed, and which
 //! topics it may be deaf to.
 //!
-//! A client is known by its address and its `User-Agent`, which many may share: a record stands for
-//! all of them, and gives the longest absence that any of them may have had.
+//! A client is known by its address and its `User-Agent`, which many clients may share: a record
+//! stands for all of them, and holds the longest absence that any of them may have had.
 //!
-//! Invariants: at most `max` topics are remembered, and where one is not, no record is believed
-//! until it would have been over; a record is believed only while no other gateway, living or dead,
-//! may have lost the same client without telling.
+//! Invariants: at most `max` topics are remembered; once a topic was not remembered, no record is
+//! believed until that one would have expired; a record is believed only while no other gateway,
+//! running or ended, may have lost the same client without leaving its record.
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
@@ -16,25 +16,38 @@ use uuid::Uuid;
 
 use crate::limits::Address;
 
-/// How long a client may be away; then it gets the complete list.
+/// How long a client may be away; after that it gets the complete list.
 pub(crate) const REMEMBERED: Duration = Duration::from_secs(24 * 3600);
-/// What a socket was sent so long before its last sign of life has arrived.
+/// What a socket was sent so long before its last message has arrived.
 const SLACK: Duration = Duration::from_secs(60);
 
-/// Stands for a client's address and `User-Agent`: who guesses both can tell, and nobody else.
+/// Stands for a client's address and `User-Agent`. Whoever guesses both can verify the guess by it;
+/// nobody else learns anything from it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct ClientKey(pub(crate) Uuid);
+pub struct ClientKey(Uuid);
 
 impl ClientKey {
-    /// The same for all that share both.
+    /// Returns the same key for all clients that share both.
     #[must_use]
     pub fn new(address: Address, user_agent: &str) -> Self {
         let text = format!("{} {user_agent}", address.ip());
         Self(Uuid::new_v5(&Uuid::NAMESPACE_URL, text.as_bytes()))
     }
+
+    /// Reads a key that another gateway has written.
+    #[must_use]
+    pub fn from_uuid(uuid: Uuid) -> Self {
+        Self(uuid)
+    }
+
+    /// Returns the key as it is written for other gateways.
+    #[must_use]
+    pub fn uuid(self) -> Uuid {
+        self.0
+    }
 }
 
-/// All records.
+/// The records of all lost sockets.
 #[derive(Debug)]
 pub(crate) struct LostSockets {
     state: Mutex<State>,
@@ -46,16 +59,17 @@ pub(crate) struct LostSockets {
 #[derive(Debug, Default)]
 struct State {
     clients: HashMap<ClientKey, HashMap<Arc<str>, Lost>>,
+    /// How many topics all clients have together.
     topics: usize,
-    /// When a record was last not made for want of room.
+    /// When there was last no room for a record.
     overflowed: Option<Instant>,
-    /// Whether no other gateway may have lost a client that comes here.
+    /// No other gateway may have lost a client that comes here.
     is_alone: bool,
 }
 
 #[derive(Debug, Clone, Copy)]
 struct Lost {
-    /// The earliest of their last data frames; none if that is not known.
+    /// The earliest of their last data frames; `None` if that is not known.
     last_data: Option<Instant>,
     /// The latest of their ends.
     ended: Instant,
@@ -67,25 +81,25 @@ pub(crate) struct Record {
     pub(crate) client: ClientKey,
     /// Without `realtime:`.
     pub(crate) topic: Arc<str>,
-    /// Since its last data frame.
+    /// The time since its last data frame.
     pub(crate) age: Duration,
 }
 
 impl LostSockets {
-    /// No record, and room for `max` topics.
-    pub(crate) fn new(max: usize, silence_timeout: Duration) -> Self {
+    /// Creates an empty set of records, with room for `max` topics.
+    pub(super) fn new(max: usize, silence_timeout: Duration) -> Self {
         Self { state: Mutex::default(), max, silence_timeout }
     }
 
-    /// Notes that a socket which held the topic has ended, and when it last said something; none
-    /// if it may have been away before, for nobody knows how long.
+    /// Records that a socket which held the topic has ended, and when its last data frame came;
+    /// `None` if its client may have been away before, for an unknown time.
     pub(crate) fn record(&self, client: ClientKey, topic: &str, last_data: Option<Instant>) {
         let now = Instant::now();
         let mut state = self.state.lock();
         let is_full = state.topics >= self.max;
         let topics = state.clients.entry(client).or_default();
         if let Some(lost) = topics.get_mut(topic) {
-            // None is the least.
+            // `None` is the least.
             lost.last_data = lost.last_data.min(last_data);
             lost.ended = now;
         } else if !is_full {
@@ -99,9 +113,9 @@ impl LostSockets {
         }
     }
 
-    /// Since when a client that comes back to the topic may have missed something, if that is
-    /// known.
-    pub(crate) fn since(&self, client: ClientKey, topic: &str) -> Option<Instant> {
+    /// Returns since when a client that comes back to the topic may have missed something, if that
+    /// is known.
+    pub(super) fn since(&self, client: ClientKey, topic: &str) -> Option<Instant> {
         let now = Instant::now();
         let state = self.state.lock();
         if !state.is_alone || state.overflowed.is_some_and(|at| now.duration_since(at) < REMEMBERED)
@@ -112,23 +126,24 @@ impl LostSockets {
         if now.duration_since(lost.ended) >= REMEMBERED {
             return None;
         }
-        // The socket of another with the same record may be dead, too, and not found out yet.
+        // Another socket with the same record may be dead without having been closed yet.
         let unnoticed = now.checked_sub(self.silence_timeout)?;
         lost.last_data?.min(unnoticed).checked_sub(SLACK)
     }
 
-    /// The topics that the client may have lost.
-    pub(crate) fn topics(&self, client: ClientKey) -> Vec<Arc<str>> {
+    /// Returns the topics that the client may have lost.
+    pub(super) fn topics(&self, client: ClientKey) -> Vec<Arc<str>> {
         let state = self.state.lock();
-        state.clients.get(&client).map_or_else(Vec::new, |it| it.keys().cloned().collect())
+        state.clients.get(&client).map_or_else(Vec::new, |topics| topics.keys().cloned().collect())
     }
 
-    /// Says whether another gateway may have lost clients that come here and has not told.
+    /// Sets whether records may be believed: no other gateway may have lost a client that comes
+    /// here without leaving its record.
     pub(crate) fn set_alone(&self, is_alone: bool) {
         self.state.lock().is_alone = is_alone;
     }
 
-    /// All records, for another process.
+    /// Returns all records, for another process.
     pub(crate) fn records(&self) -> Vec<Record> {
         let now = Instant::now();
         let state = self.state.lock();
@@ -136,14 +151,14 @@ impl LostSockets {
             topics.iter().map(|(topic, lost)| Record {
                 client: *client,
                 topic: Arc::clone(topic),
-                age: lost.last_data.map_or(2 * REMEMBERED, |it| now.duration_since(it)),
+                age: lost.last_data.map_or(2 * REMEMBERED, |at| now.duration_since(at)),
             })
         });
         records.collect()
     }
 
-    /// Forgets what is over.
-    pub(crate) fn sweep(&self) {
+    /// Forgets records that have expired.
+    pub(super) fn sweep(&self) {
         let now = Instant::now();
         let mut state = self.state.lock();
         let mut left = 0;

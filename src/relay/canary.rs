@@ -15,111 +15,124 @@ use tokio::time::{Instant, timeout};
 use uuid::Uuid;
 
 use crate::{
-    db::{self, Snapshot, TriggerFailure},
-    server::Services,
+    db::{
+        Pool,
+        history::{self, Snapshot, TriggerFailure},
+    },
+    telemetry::metrics::Counter,
 };
 
-/// Where everything that `snapshot` sees has arrived.
+/// A point up to which everything has arrived: what `snapshot` sees.
 #[derive(Debug, Clone)]
-pub(crate) struct Good {
-    pub(crate) snapshot: Snapshot,
-    /// What triggers failed to do and this sees has been looked into.
-    pub(crate) looked: String,
-    /// Of the server that took it.
-    pub(crate) identity: String,
+pub(super) struct Good {
+    pub(super) snapshot: Snapshot,
+    /// The snapshot up to which failures of triggers have been looked into.
+    pub(super) looked: String,
+    /// The identity of the server that took the snapshot.
+    pub(super) identity: String,
 }
 
 /// The canary that is under way.
 #[derive(Debug)]
-pub(crate) struct Canary {
+pub(super) struct Canary {
     nonce: String,
     sent: Instant,
     is_committed: bool,
-    /// Once it may become good.
+    /// Set once it may become good.
     snapshot: Option<Snapshot>,
     has_arrived: bool,
 }
 
-/// What one look at the database gave.
+/// What one canary found out about the database.
 #[derive(Debug)]
-pub(crate) struct Look {
-    pub(crate) snapshot: Snapshot,
-    /// What triggers could not do since the last look, with what this one saw; none if that cannot
-    /// be read.
-    pub(crate) failures: Option<(String, Vec<TriggerFailure>)>,
+pub(super) struct Probe {
+    pub(super) snapshot: Snapshot,
+    /// What triggers could not do since the last probe, with the snapshot that this one saw; `None`
+    /// if that cannot be read.
+    pub(super) failures: Option<(String, Vec<TriggerFailure>)>,
 }
 
-/// The channel of one gateway's canary.
+/// Returns the NOTIFY channel of one gateway's canaries.
 pub(crate) fn channel(gateway: Uuid) -> String {
     format!("tidegate_canary_{}", gateway.simple())
 }
 
-/// Sends a canary over the pool, and then looks at what triggers could not do.
-pub(crate) async fn send(
-    services: &Services,
-    nonce: String,
-    looked: Option<String>,
-) -> Option<Look> {
-    let pool = services.pool.as_ref()?;
-    let look = async {
-        let channel = channel(services.gateway);
-        let snapshot = db::send_canary(pool, &channel, &nonce).await?;
-        // After the snapshot was taken: what it does not see is found now or by the next one.
-        let failures = match &looked {
-            Some(looked) => db::trigger_failures(pool, looked).await.ok(),
-            // Where nothing is good yet, the next session starts with the complete list.
-            None => None,
+/// Sends canaries over the pool, which is not the listening session's way to the database.
+#[derive(Debug)]
+pub(super) struct Canaries {
+    pub(super) pool: Option<Pool>,
+    /// The NOTIFY channel of this gateway's canaries.
+    pub(super) channel: String,
+    /// A canary that takes longer to send counts as failed.
+    pub(super) timeout: Duration,
+    /// Canaries that could not be sent.
+    pub(super) failures: Counter,
+}
+
+impl Canaries {
+    /// Sends a canary, and then reads what triggers could not do since `looked`.
+    pub(super) async fn send(&self, nonce: String, looked: Option<String>) -> Option<Probe> {
+        let pool = self.pool.as_ref()?;
+        let probe = async {
+            let snapshot = history::send_canary(pool, &self.channel, &nonce).await?;
+            // After the snapshot was taken: what it does not see is found now or by the next one.
+            let failures = match &looked {
+                Some(looked) => history::trigger_failures(pool, looked).await.ok(),
+                // Where nothing is good yet, the next session starts with the complete list.
+                None => None,
+            };
+            Ok::<_, sqlx::Error>(Probe { snapshot, failures })
         };
-        Ok::<_, sqlx::Error>(Look { snapshot, failures })
-    };
-    match timeout(services.config.relay.canary_timeout, look).await {
-        Ok(Ok(look)) => Some(look),
-        Ok(Err(error)) => {
-            services.metrics.canary_failures.inc();
-            tracing::debug!(error = &error as &dyn std::error::Error, "no canary sent");
-            None
-        }
-        Err(_elapsed) => {
-            services.metrics.canary_failures.inc();
-            None
+        match timeout(self.timeout, probe).await {
+            Ok(Ok(probe)) => Some(probe),
+            Ok(Err(error)) => {
+                self.failures.inc();
+                tracing::debug!(error = &error as &dyn std::error::Error, "no canary sent");
+                None
+            }
+            Err(_elapsed) => {
+                self.failures.inc();
+                None
+            }
         }
     }
 }
 
 impl Canary {
-    /// One that has not been sent yet.
-    pub(crate) fn new() -> Self {
+    /// Creates a canary that has not been sent yet.
+    pub(super) fn new() -> Self {
         let nonce = Uuid::new_v4().simple().to_string();
         let sent = Instant::now();
         Self { nonce, sent, is_committed: false, snapshot: None, has_arrived: false }
     }
 
-    /// What is notified.
-    pub(crate) fn nonce(&self) -> &str {
+    /// The payload that is notified.
+    pub(super) fn nonce(&self) -> &str {
         &self.nonce
     }
 
-    /// Notes that the nonce has been committed, after this snapshot was taken if that may become
+    /// Records that the nonce has been committed, after `snapshot` was taken if that may become
     /// good.
-    pub(crate) fn committed(&mut self, snapshot: Option<Snapshot>) {
+    pub(super) fn committed(&mut self, snapshot: Option<Snapshot>) {
         self.is_committed = true;
         self.snapshot = snapshot;
     }
 
-    /// Notes what has arrived on the canary's channel, and says how long it took if it is ours.
-    pub(crate) fn arrived(&mut self, payload: &str) -> Option<Duration> {
+    /// Records what has arrived on the canary's channel; returns how long it took if it is the
+    /// nonce.
+    pub(super) fn arrived(&mut self, payload: &str) -> Option<Duration> {
         let is_first = payload == self.nonce && !self.has_arrived;
         self.has_arrived |= is_first;
         is_first.then(|| self.sent.elapsed())
     }
 
     /// The snapshot, once it is good.
-    pub(crate) fn good(&self) -> Option<&Snapshot> {
+    pub(super) fn good(&self) -> Option<&Snapshot> {
         self.snapshot.as_ref().filter(|_| self.has_arrived)
     }
 
     /// Whether it has been committed and not arrived.
-    pub(crate) fn is_awaited(&self) -> bool {
+    pub(super) fn is_awaited(&self) -> bool {
         self.is_committed && !self.has_arrived
     }
 }

@@ -6,48 +6,48 @@
 //! of the transaction takes; triggers of other systems take `NOW()`, which is when the transaction
 //! began. So the time since then is that of the commit at most, and what a viewer waits for.
 //!
-//! Invariant: what nobody can believe is not measured, and what is measured is never negative.
+//! Invariant: a stamp that cannot be right is not measured, and no measurement is negative.
 
 use std::{collections::VecDeque, time::Duration};
 
 use serde::Deserialize;
 
-/// Looks that count: with the heartbeats' default interval those of 40 seconds.
-const LOOKS_MAX: usize = 8;
+/// Most samples that count: with the heartbeats' default interval those of 40 seconds.
+const SAMPLES_MAX: usize = 8;
 /// An older stamp is the time of something else.
 const AGE_MAX: f64 = 3_600.0;
 /// A stamp further ahead is, too; one less far ahead is by a clock that nobody has compared yet.
 const AHEAD_MAX: f64 = 60.0;
 
-/// The looks of one session at the database's clock.
+/// The samples of the database's clock of one session.
 #[derive(Debug, Default)]
 pub(super) struct Clocks {
-    looks: VecDeque<Look>,
+    samples: VecDeque<ClockSample>,
 }
 
 #[derive(Debug, Clone, Copy)]
-struct Look {
+struct ClockSample {
     took: Duration,
     offset: f64,
 }
 
 impl Clocks {
-    /// Notes that the database was asked for its time, which took so long, and has said `theirs`
-    /// when it was `ours` here at the end; both in seconds since 1970. Gives the database's clock
-    /// less ours: by the quickest of the last looks, each of which is wrong by half of what it took
-    /// at most.
+    /// Takes a sample: the database was asked for its time and answered `theirs`, which took `took`
+    /// and ended at `ours`, both in seconds since 1970. Returns the database's clock less the
+    /// gateway's by the quickest of the last samples, each of which is wrong by at most half of what
+    /// it took.
     pub(super) fn compare(&mut self, theirs: f64, ours: f64, took: Duration) -> f64 {
-        if self.looks.len() >= LOOKS_MAX {
-            self.looks.pop_front();
+        if self.samples.len() >= SAMPLES_MAX {
+            self.samples.pop_front();
         }
         let offset = theirs - (ours - took.as_secs_f64() / 2.0);
-        self.looks.push_back(Look { took, offset });
-        self.looks.iter().min_by_key(|look| look.took).map_or(offset, |look| look.offset)
+        self.samples.push_back(ClockSample { took, offset });
+        self.samples.iter().min_by_key(|sample| sample.took).map_or(offset, |sample| sample.offset)
     }
 }
 
-/// How long before `received`, by our clock, a payload was stamped by the database's, which is ahead
-/// of ours by `offset`; nothing if it has no stamp that can be believed.
+/// Returns how long before `received`, by the gateway's clock, a payload was stamped by the
+/// database's, which is ahead by `offset`; `None` if it has no stamp that can be believed.
 pub(super) fn age(payload: &str, received: f64, offset: f64) -> Option<Duration> {
     #[derive(Deserialize)]
     struct Stamped {
@@ -88,7 +88,7 @@ mod tests {
         // The answer was held up: as if the database were behind.
         is_about(clocks.compare(NOW, NOW + 1.0, millis(1_000)), -0.5);
         is_about(clocks.compare(NOW + 2.0, NOW + 2.0, millis(2)), 0.001);
-        for _ in 1..LOOKS_MAX {
+        for _ in 1..SAMPLES_MAX {
             is_about(clocks.compare(NOW, NOW + 1.0, millis(1_000)), 0.001);
         }
         is_about(clocks.compare(NOW, NOW + 1.0, millis(1_000)), -0.5);

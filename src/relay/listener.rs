@@ -18,20 +18,26 @@ use tokio::{
     sync::mpsc,
     time::{Instant, MissedTickBehavior, interval, sleep, timeout},
 };
+use tokio_util::sync::CancellationToken;
 
 use super::{
-    canary::{self, Canary, Good, Look},
+    canary::{Canaries, Canary, Good, Probe},
     clock_offset::Clocks,
-    gaps,
-    ingest::{self, Notification, STATS_CHANNEL},
+    gaps::Gaps,
+    ingest::{Notification, STATS_CHANNEL},
+    link::LinkError,
+    listens::{Changes, Listens},
+    metrics::Metrics,
+    settings::Settings,
+    status::LinkStatus,
 };
 use crate::{
-    clock::unix_seconds,
-    db::{self, REVOCATIONS_CHANNEL},
-    invalidation::{self, Cause},
-    metrics::Metrics,
+    auth::Authenticator,
+    clock::{Backoff, unix_seconds},
+    db::{self, history, revocations::REVOCATIONS_CHANNEL, session},
+    invalidation::{CatchUpCause, Feeds, GapCause},
     secret::Secret,
-    server::Services,
+    telemetry::metrics::{count, set_now},
 };
 
 /// The first wait after a session has ended.
@@ -44,177 +50,126 @@ const LISTENS_PER_STATEMENT: usize = 256;
 const SWEEP_INTERVAL: Duration = Duration::from_secs(5);
 const SWEEP_INTERVAL_MIN: Duration = Duration::from_millis(10);
 
-/// Why a listening session ended, or never began.
-#[derive(Debug, thiserror::Error)]
-pub enum LinkError {
-    /// The URL cannot be read.
-    #[error("the database URL cannot be read")]
-    Url(#[source] sqlx::Error),
-    /// No connection was made.
-    #[error("no connection to the database")]
-    Connect(#[source] sqlx::Error),
-    /// Somebody took the connection and said nothing in time.
-    #[error("the database does not answer")]
-    Unanswered,
-    /// The server is a standby: it refuses LISTEN.
-    #[error("the database is in recovery: LISTEN needs the primary")]
-    InRecovery,
-    /// A statement failed.
-    #[error("a statement of the listening session failed")]
-    Statement(#[source] sqlx::Error),
-    /// A statement was not answered in time: the connection is half open.
-    #[error("the listening session does not answer")]
-    Silent,
-    /// The server closed the connection.
-    #[error("the database closed the listening session")]
-    Closed,
-    /// The connection broke while notifications were awaited.
-    #[error("the listening session broke")]
-    Broken(#[source] sqlx::Error),
-    /// A notification to this gateway itself was committed and did not arrive.
-    #[error(
-        "a committed notification did not arrive: notify_database_url needs a session of its own, \
-         not one of a transaction pooler, in the database of database_url"
-    )]
-    CanaryLost,
+/// Listens to the database.
+#[derive(Debug)]
+pub(super) struct Listener {
+    pub(super) settings: Settings,
+    /// A session-mode connection.
+    pub(super) url: Secret,
+    /// Takes what the session receives.
+    pub(super) queue: mpsc::Sender<Notification>,
+    pub(super) gaps: Gaps,
+    pub(super) canaries: Canaries,
+    pub(super) listens: Arc<Listens>,
+    pub(super) feeds: Arc<Feeds>,
+    pub(super) auth: Arc<Authenticator>,
+    pub(super) link: Arc<LinkStatus>,
+    pub(super) metrics: Arc<Metrics>,
 }
 
-impl LinkError {
-    /// Every label that [`Self::kind`] gives.
-    pub const KINDS: [&'static str; 8] =
-        ["url", "connect", "in_recovery", "statement", "silent", "closed", "broken", "canary_lost"];
-
-    /// The metric's label.
-    #[must_use]
-    pub fn kind(&self) -> &'static str {
-        match self {
-            Self::Url(_) => "url",
-            Self::Connect(_) | Self::Unanswered => "connect",
-            Self::InRecovery => "in_recovery",
-            Self::Statement(_) => "statement",
-            Self::Silent => "silent",
-            Self::Closed => "closed",
-            Self::Broken(_) => "broken",
-            Self::CanaryLost => "canary_lost",
+impl Listener {
+    /// Listens until the server stops: one session after the other, with jittered backoff between.
+    pub(super) async fn run(self, stop: CancellationToken) {
+        let mut backoff = Backoff::new(BACKOFF_MIN);
+        let mut history = History { cause: GapCause::Start, good: None };
+        self.metrics.gap_begins(history.cause);
+        loop {
+            let mut was_up = false;
+            let ended = tokio::select! {
+                error = self.session(&mut history, &mut was_up) => error,
+                () = stop.cancelled() => break,
+            };
+            // What a viewer may miss from here on is missed for this reason, not for those of the
+            // attempts that fail.
+            if was_up {
+                history.cause = GapCause::Link((&ended).into());
+                self.metrics.gap_begins(history.cause);
+            }
+            self.link.set_up(false);
+            self.metrics.listens.set(0);
+            self.metrics.reconnects.of(&ended).inc();
+            self.listens.deactivate_all();
+            // What nobody holds any more is forgotten without a session, too.
+            drop(self.listens.changes(self.settings.linger));
+            if was_up {
+                backoff.reset();
+            }
+            tracing::warn!(error = &ended as &dyn Error, cause = ended.label(), "no database link");
+            let wait = backoff.next(self.settings.backoff_max);
+            tokio::select! {
+                () = sleep(wait.mul_f64(0.5 + fastrand::f64() / 2.0)) => {}
+                () = stop.cancelled() => break,
+            }
         }
+        self.link.set_up(false);
     }
-}
 
-/// Listens until the server drains: one session after the other, with jittered backoff between.
-pub(crate) async fn run(services: Arc<Services>) {
-    let (queue, notifications) = mpsc::channel(ingest::BACKLOG_MAX);
-    services.tracker.spawn(ingest::run(Arc::clone(&services), notifications));
-    let mut backoff = BACKOFF_MIN;
-    let mut link = Link { cause: Cause::Start, good: None };
-    gap_begins(&services.metrics, link.cause);
-    loop {
-        let mut was_up = false;
-        let ended = tokio::select! {
-            error = session(&services, &queue, &mut link, &mut was_up) => error,
-            () = services.stopped.cancelled() => break,
+    /// Runs one session, from its connection to the error that ends it.
+    async fn session(&self, history: &mut History, was_up: &mut bool) -> LinkError {
+        let connect_timeout = self.settings.connect_timeout;
+        let listener = match timeout(connect_timeout, open(&self.url, connect_timeout)).await {
+            Ok(Ok(listener)) => listener,
+            Ok(Err(error)) => return error,
+            Err(_elapsed) => return LinkError::Unanswered,
         };
-        // What a viewer may miss from here on is missed for this reason, not for those of the
-        // attempts that fail.
-        if was_up {
-            link.cause = Cause::Link(ended.kind());
-            gap_begins(&services.metrics, link.cause);
+        let deadline = self.settings.heartbeat_timeout;
+        let mut session = Session { parent: self, listener: Some(listener), deadline };
+        let Err(error) = session.serve(history, was_up).await;
+        // What arrived while a statement waited for its answer.
+        while let Some(notification) = session.listener().next_buffered() {
+            if notification.channel() != self.canaries.channel {
+                self.forward(&notification).await;
+            }
         }
-        services.metrics.relay_link_up.set(0);
-        services.metrics.relay_listens.set(0);
-        services.metrics.relay_reconnects.with_label_values(&[ended.kind()]).inc();
-        services.listens.deactivate_all();
-        // What nobody holds any more is forgotten without a session, too.
-        drop(services.listens.changes(services.config.relay.linger));
-        if was_up {
-            backoff = BACKOFF_MIN;
-        }
-        tracing::warn!(error = &ended as &dyn Error, cause = ended.kind(), "no database link");
-        tokio::select! {
-            () = sleep(backoff.mul_f64(0.5 + fastrand::f64() / 2.0)) => {}
-            () = services.stopped.cancelled() => break,
-        }
-        backoff = (backoff * 2).min(services.config.relay.backoff_max);
+        error
     }
-    services.metrics.relay_link_up.set(0);
-}
 
-/// From here on something may be missed, until viewers have been told what.
-pub(super) fn gap_begins(metrics: &Metrics, cause: Cause) {
-    metrics.relay_gaps.with_label_values(&[cause.kind()]).inc();
-    metrics.relay_gap_open.set(1);
-}
-
-/// One session, from its connection to the error that ends it.
-async fn session(
-    services: &Services,
-    queue: &mpsc::Sender<Notification>,
-    link: &mut Link,
-    was_up: &mut bool,
-) -> LinkError {
-    let relay = &services.config.relay;
-    let connect = open(services.config.notify_url(), relay.connect_timeout);
-    let listener = match timeout(relay.connect_timeout, connect).await {
-        Ok(Ok(listener)) => listener,
-        Ok(Err(error)) => return error,
-        Err(_elapsed) => return LinkError::Unanswered,
-    };
-    let own_channel = canary::channel(services.gateway);
-    let mut session =
-        Session { listener: Some(listener), deadline: relay.heartbeat_timeout, own_channel };
-    let Err(error) = session.serve(services, queue, link, was_up).await;
-    // What arrived while a statement waited for its answer.
-    while let Some(notification) = session.listener().next_buffered() {
-        if notification.channel() != session.own_channel {
-            forward(queue, &notification).await;
-        }
+    /// Hands a notification on. Waits if the queue is full: the rest stays in Postgres.
+    async fn forward(&self, notification: &PgNotification) {
+        let notification = Notification {
+            channel: notification.channel().into(),
+            payload: notification.payload().to_owned(),
+            pid: notification.process_id(),
+            received: Instant::now(),
+        };
+        // The receiver lives as long as the sender, which `self` holds.
+        let _ = self.queue.send(notification).await;
     }
-    error
 }
 
 async fn open(url: &Secret, connect_timeout: Duration) -> Result<PgListener, LinkError> {
     let options = db::options(url).map_err(LinkError::Url)?;
     // A connection of its own asks first: a pool tries a refused connection again until its time
     // is over, and then does not say why.
-    if db::is_in_recovery(&options).await.map_err(LinkError::Connect)? {
+    if session::is_in_recovery(&options).await.map_err(LinkError::Connect)? {
         return Err(LinkError::InRecovery);
     }
     let pool = db::single(options, connect_timeout);
     let mut listener = PgListener::connect_with(&pool).await.map_err(LinkError::Connect)?;
-    // A lost connection is told, never mended behind our back.
+    // A lost connection is reported, never replaced without notice.
     listener.eager_reconnect(false);
     listener.ignore_pool_close_event(true);
     Ok(listener)
 }
 
-/// Waits if the queue is full: the rest stays in Postgres.
-async fn forward(queue: &mpsc::Sender<Notification>, notification: &PgNotification) {
-    let notification = Notification {
-        channel: notification.channel().into(),
-        payload: notification.payload().to_owned(),
-        pid: notification.process_id(),
-        received: Instant::now(),
-    };
-    // The receiver lives as long as the sender, which `run` holds.
-    let _ = queue.send(notification).await;
-}
-
 /// What one session leaves to the next.
-struct Link {
+struct History {
     /// Why something may be missed.
-    cause: Cause,
-    /// Up to where nothing is.
+    cause: GapCause,
+    /// The point up to which nothing is.
     good: Option<Good>,
 }
 
-struct Session {
+/// One session.
+struct Session<'a> {
+    parent: &'a Listener,
     /// Taken when the session ends.
     listener: Option<PgListener>,
+    /// For each statement.
     deadline: Duration,
-    /// The canary's.
-    own_channel: String,
 }
 
-impl Drop for Session {
+impl Drop for Session<'_> {
     /// Closes the connection at once. A listener that is dropped spawns a last `UNLISTEN`, which
     /// on a frozen connection holds that and the server's session until TCP gives up; on a runtime
     /// that never runs it, it is dropped with its connection.
@@ -230,17 +185,17 @@ impl Drop for Session {
 }
 
 type Statement<'a, T> = Pin<Box<dyn Future<Output = Result<T, sqlx::Error>> + Send + 'a>>;
-type Looking<'a> = Pin<Box<dyn Future<Output = Option<Look>> + Send + 'a>>;
+type Probing<'a> = Pin<Box<dyn Future<Output = Option<Probe>> + Send + 'a>>;
 
-/// What the look gives that is under way, if one is.
-async fn look(looking: &mut Option<Looking<'_>>) -> Option<Look> {
-    match looking {
-        Some(looking) => looking.await,
+/// Waits for the probe that is under way; forever if none is.
+async fn probed(probing: &mut Option<Probing<'_>>) -> Option<Probe> {
+    match probing {
+        Some(probing) => probing.await,
         None => std::future::pending().await,
     }
 }
 
-impl Session {
+impl Session<'_> {
     #[expect(clippy::expect_used, reason = "only `drop` takes it")]
     fn listener(&mut self) -> &mut PgListener {
         self.listener.as_mut().expect("a session has its listener until it is dropped")
@@ -249,70 +204,66 @@ impl Session {
     /// Listens until an error ends the session.
     async fn serve(
         &mut self,
-        services: &Services,
-        queue: &mpsc::Sender<Notification>,
-        link: &mut Link,
+        history: &mut History,
         was_up: &mut bool,
     ) -> Result<Infallible, LinkError> {
-        let relay = &services.config.relay;
-        self.begin(services, link).await?;
+        let Listener { settings, canaries, listens, link, metrics, .. } = self.parent;
+        self.begin(history).await?;
         *was_up = true;
-        services.metrics.relay_link_up.set(1);
-        services.metrics.relay_last_heartbeat.set(unix_seconds());
+        link.set_up(true);
+        set_now(&metrics.last_heartbeat);
         tracing::info!("database link is up");
 
-        let mut heartbeat = interval(relay.heartbeat_interval);
-        let mut sweep = interval(SWEEP_INTERVAL.min(relay.linger.max(SWEEP_INTERVAL_MIN)));
-        let mut canaries = interval(relay.canary_interval);
-        for timer in [&mut heartbeat, &mut sweep, &mut canaries] {
+        let mut heartbeat = interval(settings.heartbeat_interval);
+        let mut sweep = interval(SWEEP_INTERVAL.min(settings.linger.max(SWEEP_INTERVAL_MIN)));
+        let mut next_canary = interval(settings.canary_interval);
+        for timer in [&mut heartbeat, &mut sweep, &mut next_canary] {
             timer.set_missed_tick_behavior(MissedTickBehavior::Delay);
         }
         let mut clocks = Clocks::default();
         let mut canary = Canary::new();
         // The canary's way to the database is not the session's: it must not be waited for.
-        let mut looking: Option<Looking<'_>> = None;
+        let mut probing: Option<Probing<'_>> = None;
         let mut overdue = pin!(sleep(Duration::MAX));
         loop {
             tokio::select! {
                 received = self.listener().try_recv() => match received {
-                    Ok(Some(notification)) if notification.channel() == self.own_channel => {
+                    Ok(Some(notification)) if notification.channel() == canaries.channel => {
                         if let Some(took) = canary.arrived(notification.payload()) {
-                            services.metrics.canary_seconds.observe(took.as_secs_f64());
-                            services.metrics.canary_last.set(unix_seconds());
+                            metrics.canary_seconds.observe(took.as_secs_f64());
+                            link.canary_arrived();
                         }
                     }
-                    Ok(Some(notification)) => forward(queue, &notification).await,
+                    Ok(Some(notification)) => self.parent.forward(&notification).await,
                     Ok(None) => return Err(LinkError::Closed),
                     Err(error) => return Err(LinkError::Broken(error)),
                 },
-                look = look(&mut looking) => {
-                    looking = None;
-                    if let Some(look) = look {
-                        self.look_into(services, link, &look).await?;
+                probe = probed(&mut probing) => {
+                    probing = None;
+                    if let Some(probe) = probe {
+                        self.look_into(history, &probe).await?;
                         // What cannot be looked into makes no snapshot good.
-                        canary.committed(look.failures.is_some().then_some(look.snapshot));
-                        overdue.as_mut().reset(Instant::now() + relay.canary_timeout);
+                        canary.committed(probe.failures.is_some().then_some(probe.snapshot));
+                        overdue.as_mut().reset(Instant::now() + settings.canary_timeout);
                     }
                 }
                 () = &mut overdue, if canary.is_awaited() => return Err(LinkError::CanaryLost),
-                () = services.listens.changed() => self.sync(services).await?,
-                _ = sweep.tick() => self.sync(services).await?,
+                () = listens.changed() => self.sync().await?,
+                _ = sweep.tick() => self.sync().await?,
                 _ = heartbeat.tick() => {
                     let asked = Instant::now();
-                    let theirs = self.run(|listener| Box::pin(db::heartbeat(listener))).await?;
-                    let (ours, metrics) = (unix_seconds(), &services.metrics);
-                    metrics.relay_last_heartbeat.set(ours);
-                    let offset = clocks.compare(theirs, ours, asked.elapsed());
-                    metrics.database_clock_offset.set(offset);
+                    let theirs = self.run(|listener| Box::pin(session::heartbeat(listener))).await?;
+                    let ours = unix_seconds();
+                    metrics.last_heartbeat.set(ours);
+                    link.set_clock_offset(clocks.compare(theirs, ours, asked.elapsed()));
                 }
-                _ = canaries.tick(), if looking.is_none() && !canary.is_awaited() => {
+                _ = next_canary.tick(), if probing.is_none() && !canary.is_awaited() => {
                     canary = Canary::new();
-                    let looked = link.good.as_ref().map(|good| good.looked.clone());
-                    let nonce = canary.nonce().to_owned();
-                    looking = Some(Box::pin(canary::send(services, nonce, looked)));
+                    let looked = history.good.as_ref().map(|good| good.looked.clone());
+                    probing = Some(Box::pin(canaries.send(canary.nonce().to_owned(), looked)));
                 }
             }
-            if let (Some(snapshot), Some(good)) = (canary.good(), &mut link.good)
+            if let (Some(snapshot), Some(good)) = (canary.good(), &mut history.good)
                 && good.snapshot != *snapshot
             {
                 good.snapshot = snapshot.clone();
@@ -320,56 +271,51 @@ impl Session {
         }
     }
 
-    /// Listens to everything that is wanted, then tells who may have missed something.
-    async fn begin(&mut self, services: &Services, link: &mut Link) -> Result<(), LinkError> {
+    /// Listens to everything that is wanted, then offers what viewers may have missed.
+    async fn begin(&mut self, history: &mut History) -> Result<(), LinkError> {
+        let Listener { gaps, canaries, listens, auth, metrics, .. } = self.parent;
         let limit = self.deadline / 2;
-        self.run(|listener| Box::pin(db::bound(listener, limit))).await?;
-        let own_channel = self.own_channel.clone();
+        self.run(|listener| Box::pin(session::bound(listener, limit))).await?;
         self.run(|listener| {
             Box::pin(async move {
-                listener.listen_all([STATS_CHANNEL, REVOCATIONS_CHANNEL, &*own_channel]).await
+                let channels = [STATS_CHANNEL, REVOCATIONS_CHANNEL, &*canaries.channel];
+                listener.listen_all(channels).await
             })
         })
         .await?;
-        // One may have been told before.
-        services.revocations_changed.notify_one();
-        let identity = self.run(|listener| Box::pin(db::identity(listener))).await?;
-        let (cause, covered) = (link.cause, services.listens.covered());
-        self.sync_for(services, cause).await?;
-        let snapshot = self.run(|listener| Box::pin(db::snapshot(listener))).await?;
-        let good = link.good.clone();
+        // One may have been notified before.
+        auth.revocations.mark_stale();
+        let identity = self.run(|listener| Box::pin(session::identity(listener))).await?;
+        let (cause, covered) = (history.cause, listens.covered());
+        self.sync_for(cause.into()).await?;
+        let snapshot = self.run(|listener| Box::pin(history::snapshot(listener))).await?;
+        let good = history.good.clone();
         let now = Good { looked: snapshot.xacts.clone(), snapshot, identity };
         let this = now.clone();
         self.run(|listener| {
-            Box::pin(async move {
-                gaps::catch_up(services, listener, cause, covered, good.as_ref(), &this).await
-            })
+            Box::pin(
+                async move { gaps.catch_up(listener, cause, covered, good.as_ref(), &this).await },
+            )
         })
         .await?;
         // What it sees has been heard, or was read just now.
-        link.good = Some(now);
-        services.metrics.relay_gap_open.set(0);
+        history.good = Some(now);
+        metrics.gap_ends();
         Ok(())
     }
 
-    /// Tells viewers of what the canary has found that triggers could not notify.
-    async fn look_into(
-        &mut self,
-        services: &Services,
-        link: &mut Link,
-        look: &Look,
-    ) -> Result<(), LinkError> {
-        let (Some(good), Some((seen, failures))) = (&mut link.good, &look.failures) else {
+    /// Offers what the canary has found that triggers could not notify.
+    async fn look_into(&mut self, history: &mut History, probe: &Probe) -> Result<(), LinkError> {
+        let (Some(good), Some((seen, failures))) = (&mut history.good, &probe.failures) else {
             return Ok(());
         };
         good.looked.clone_from(seen);
         if failures.is_empty() {
             return Ok(());
         }
-        let since = &good.snapshot;
-        self.run(|listener| Box::pin(gaps::catch_up_failures(services, listener, since, look)))
-            .await?;
-        services.metrics.relay_gap_open.set(0);
+        let (gaps, since) = (&self.parent.gaps, &good.snapshot);
+        self.run(|listener| Box::pin(gaps.catch_up_failures(listener, since, probe))).await?;
+        self.parent.metrics.gap_ends();
         Ok(())
     }
 
@@ -386,36 +332,36 @@ impl Session {
     }
 
     /// Listens to what is wanted and unlistens what is not.
-    async fn sync(&mut self, services: &Services) -> Result<(), LinkError> {
-        self.sync_for(services, Cause::LateListen).await
+    async fn sync(&mut self) -> Result<(), LinkError> {
+        self.sync_for(CatchUpCause::LateListen).await
     }
 
-    /// As [`Self::sync`]; who has joined an event that nobody has listened to is caught up for this
-    /// cause.
-    async fn sync_for(&mut self, services: &Services, cause: Cause) -> Result<(), LinkError> {
-        let changes = services.listens.changes(services.config.relay.linger);
+    /// As [`Self::sync`]; viewers who have joined an event before it was ever listened to are caught
+    /// up for this cause.
+    async fn sync_for(&mut self, cause: CatchUpCause) -> Result<(), LinkError> {
+        let Listener { settings, gaps, listens, feeds, metrics, .. } = self.parent;
+        let changes = listens.changes(settings.linger);
         for channels in changes.listen.chunks(LISTENS_PER_STATEMENT) {
             self.run(|listener| {
                 Box::pin(async move { listener.listen_all(channels.iter().map(|it| &**it)).await })
             })
             .await?;
-            let sources = channels.iter().filter_map(|it| services.listens.source(it)).collect();
-            self.run(|listener| Box::pin(gaps::learn(services, listener, sources))).await?;
-            for source in services.listens.activate(channels) {
-                if let Some(event) = source.event.as_ref().filter(|event| event.take_owed()) {
-                    invalidation::offer_gap(services, event, cause, None, Instant::now());
+            let relayed = channels.iter().filter_map(|it| listens.relayed(it)).collect();
+            self.run(|listener| Box::pin(gaps.learn(listener, relayed))).await?;
+            for relayed in listens.activate(channels) {
+                if let Some(feed) = relayed.target.feed.as_ref().filter(|feed| feed.take_owed()) {
+                    feeds.offer_gap(feed, cause, None, Instant::now());
                 }
             }
         }
         for channel in &changes.unlisten {
             self.run(|listener| Box::pin(listener.unlisten(channel))).await?;
         }
-        if changes != super::listens::Changes::default() {
+        if changes != Changes::default() {
             let (listened, unlistened) = (changes.listen.len(), changes.unlisten.len());
             tracing::debug!(listened, unlistened, "listens changed");
-            let gauge = &services.metrics.relay_listens;
-            gauge.add(i64::try_from(listened).unwrap_or(i64::MAX));
-            gauge.sub(i64::try_from(unlistened).unwrap_or(i64::MAX));
+            metrics.listens.add(count(listened));
+            metrics.listens.sub(count(unlistened));
         }
         Ok(())
     }

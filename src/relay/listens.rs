@@ -15,32 +15,30 @@ use tokio::{
     time::Instant,
 };
 
-use crate::{
-    access::rule::NOTIFY_CHANNEL_BYTES_MAX, invalidation::Event, protocol::topic::TopicKey,
-};
+use crate::{access::NOTIFY_CHANNEL_BYTES_MAX, publish::Target, telemetry::metrics::CounterBy};
 
-/// Most UNLISTENs of one look, each an exchange with the server while joins wait for theirs.
+/// Most UNLISTENs at a time, each an exchange with the server while joins wait for their LISTENs.
 const UNLISTENS_MAX: usize = 16;
 
-/// A NOTIFY channel and where its notifications go.
+/// A NOTIFY channel, and where its notifications go.
 #[derive(Debug)]
-pub struct Source {
+pub(super) struct Relayed {
     /// The channel's name, at most 63 bytes.
-    pub channel: Box<str>,
+    pub(super) channel: Box<str>,
     /// The user event of the broadcast.
-    pub user_event: Box<str>,
-    /// One for each spelling of the event.
-    pub topics: Vec<TopicKey>,
-    /// The event, where the rule merges.
-    pub(crate) event: Option<Arc<Event>>,
+    pub(super) user_event: Box<str>,
+    /// The event's spellings and its feed.
+    pub(super) target: Target,
 }
 
 /// The channels that are wanted.
 #[derive(Debug)]
-pub struct Listens {
+pub(crate) struct Listens {
     state: Mutex<State>,
     changed: Notify,
     max: usize,
+    wait: Duration,
+    refused: CounterBy<ListenError>,
 }
 
 #[derive(Debug, Default)]
@@ -52,7 +50,7 @@ struct State {
 
 #[derive(Debug)]
 struct Wanted {
-    source: Arc<Source>,
+    relayed: Arc<Relayed>,
     holders: usize,
     /// Since when nobody holds it.
     idle_since: Option<Instant>,
@@ -64,32 +62,24 @@ struct Wanted {
 
 /// A viewer's hold on a NOTIFY channel; dropping it lets go.
 #[derive(Debug)]
-pub struct Listening {
+pub(crate) struct ListenGuard {
     listens: Arc<Listens>,
-    source: Arc<Source>,
+    relayed: Arc<Relayed>,
     active: watch::Receiver<bool>,
 }
 
 /// Why an event that is joined cannot be listened to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum Unlistenable {
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, thiserror::Error, strum::VariantArray, strum::IntoStaticStr,
+)]
+#[strum(serialize_all = "snake_case")]
+pub(crate) enum ListenError {
     /// Postgres would cut the name.
     #[error("name longer than {NOTIFY_CHANNEL_BYTES_MAX} bytes")]
     TooLong,
     /// All places are held.
     #[error("too many channels")]
     Full,
-}
-
-impl Unlistenable {
-    /// The metric's label.
-    #[must_use]
-    pub fn kind(self) -> &'static str {
-        match self {
-            Self::TooLong => "too_long",
-            Self::Full => "full",
-        }
-    }
 }
 
 /// What the session has to do.
@@ -100,30 +90,57 @@ pub(crate) struct Changes {
 }
 
 impl Listens {
-    /// At most `max` channels.
-    #[must_use]
-    pub fn new(max: usize) -> Self {
-        Self { state: Mutex::default(), changed: Notify::new(), max }
+    /// Creates room for `max` channels; a join waits for its LISTEN for at most `wait`. `refused`
+    /// counts the channels that find no room.
+    pub(crate) fn new(max: usize, wait: Duration, refused: CounterBy<ListenError>) -> Self {
+        Self { state: Mutex::default(), changed: Notify::new(), max, wait, refused }
     }
 
-    /// Holds a NOTIFY channel, and has it listened to.
+    /// How long a join waits for its LISTEN at most.
+    pub(crate) fn wait(&self) -> Duration {
+        self.wait
+    }
+
+    /// Holds a NOTIFY channel, and has it listened to. `target` is made for the first holder.
     ///
     /// # Errors
-    /// [`Unlistenable`]; the event's other sources still reach its viewers.
-    pub fn hold(self: &Arc<Self>, source: Source) -> Result<Listening, Unlistenable> {
-        if source.channel.len() > NOTIFY_CHANNEL_BYTES_MAX {
-            return Err(Unlistenable::TooLong);
+    /// [`ListenError`], which is counted; the event's other sources still reach its viewers.
+    pub(crate) fn hold(
+        self: &Arc<Self>,
+        channel: Box<str>,
+        user_event: &str,
+        target: impl FnOnce() -> Target,
+    ) -> Result<ListenGuard, ListenError> {
+        let held = self.try_hold(channel, user_event, target);
+        if let Err(error) = &held {
+            self.refused.of(*error).inc();
+        }
+        held
+    }
+
+    fn try_hold(
+        self: &Arc<Self>,
+        channel: Box<str>,
+        user_event: &str,
+        target: impl FnOnce() -> Target,
+    ) -> Result<ListenGuard, ListenError> {
+        if channel.len() > NOTIFY_CHANNEL_BYTES_MAX {
+            return Err(ListenError::TooLong);
         }
         let (listening, is_new) = {
             let mut state = self.state.lock();
             let State { wanted, held } = &mut *state;
-            let entry = wanted.get(&source.channel);
+            let entry = wanted.get(&channel);
             let (is_new, is_held) = (entry.is_none(), entry.is_some_and(|it| it.holders > 0));
             if !is_held && *held >= self.max || is_new && wanted.len() >= 2 * self.max {
-                return Err(Unlistenable::Full);
+                return Err(ListenError::Full);
             }
-            let entry = wanted.entry(source.channel.clone()).or_insert_with(|| Wanted {
-                source: Arc::new(source),
+            let entry = wanted.entry(channel).or_insert_with_key(|channel| Wanted {
+                relayed: Arc::new(Relayed {
+                    channel: channel.clone(),
+                    user_event: user_event.into(),
+                    target: target(),
+                }),
                 holders: 0,
                 idle_since: None,
                 active: watch::Sender::new(false),
@@ -132,9 +149,9 @@ impl Listens {
             *held += usize::from(!is_held);
             entry.holders += 1;
             entry.idle_since = None;
-            let listening = Listening {
+            let listening = ListenGuard {
                 listens: Arc::clone(self),
-                source: Arc::clone(&entry.source),
+                relayed: Arc::clone(&entry.relayed),
                 active: entry.active.subscribe(),
             };
             (listening, is_new)
@@ -145,9 +162,9 @@ impl Listens {
         Ok(listening)
     }
 
-    /// Where notifications on `channel` go, if anybody wanted it.
-    pub(crate) fn source(&self, channel: &str) -> Option<Arc<Source>> {
-        self.state.lock().wanted.get(channel).map(|wanted| Arc::clone(&wanted.source))
+    /// Where notifications on `channel` go, if anybody has asked for it.
+    pub(super) fn relayed(&self, channel: &str) -> Option<Arc<Relayed>> {
+        self.state.lock().wanted.get(channel).map(|wanted| Arc::clone(&wanted.relayed))
     }
 
     /// Waits until a channel is wanted that was not.
@@ -158,9 +175,9 @@ impl Listens {
         self.changed.notified().await;
     }
 
-    /// What differs from what the session listens to: channels to listen to, and some of the
-    /// channels that nobody has held for `linger`, which are forgotten here. While more are
-    /// remembered than may be held, nothing lingers.
+    /// Returns the channels to listen to, and some of those to unlisten, which nobody has held for
+    /// `linger` and which are forgotten here. While more are remembered than may be held, nothing
+    /// lingers.
     pub(crate) fn changes(&self, linger: Duration) -> Changes {
         let now = Instant::now();
         let mut changes = Changes::default();
@@ -183,16 +200,16 @@ impl Listens {
         changes
     }
 
-    /// Says that these channels are listened to, and wakes who waits for them. Gives those that
-    /// were not before, not by an earlier session either.
-    pub(crate) fn activate(&self, channels: &[Box<str>]) -> Vec<Arc<Source>> {
+    /// Records that these channels are listened to, and wakes the joins that wait for them. Returns
+    /// those that were not listened to before, not by an earlier session either.
+    pub(super) fn activate(&self, channels: &[Box<str>]) -> Vec<Arc<Relayed>> {
         let mut state = self.state.lock();
         let mut fresh = Vec::new();
         for channel in channels {
             if let Some(wanted) = state.wanted.get_mut(channel) {
                 if wanted.covered_since.is_none() {
                     wanted.covered_since = Some(Instant::now());
-                    fresh.push(Arc::clone(&wanted.source));
+                    fresh.push(Arc::clone(&wanted.relayed));
                 }
                 wanted.active.send_replace(true);
             }
@@ -201,14 +218,14 @@ impl Listens {
     }
 
     /// The channels that were listened to, by this session or an earlier one.
-    pub(crate) fn covered(&self) -> Vec<Arc<Source>> {
+    pub(super) fn covered(&self) -> Vec<Arc<Relayed>> {
         let state = self.state.lock();
         let covered = state.wanted.values().filter(|it| it.covered_since.is_some());
-        covered.map(|it| Arc::clone(&it.source)).collect()
+        covered.map(|it| Arc::clone(&it.relayed)).collect()
     }
 
-    /// Says that not everything on the channel has been heard up to now.
-    pub(crate) fn cover_anew(&self, channel: &str) {
+    /// Records that not everything on the channel has been heard up to now.
+    pub(crate) fn cover_from_now(&self, channel: &str) {
         if let Some(wanted) = self.state.lock().wanted.get_mut(channel) {
             wanted.covered_since = Some(Instant::now());
         }
@@ -224,7 +241,7 @@ impl Listens {
         self.state.lock().wanted.get(channel).is_some_and(|it| *it.active.borrow())
     }
 
-    /// Says that no channel is listened to: the session is gone.
+    /// Records that no channel is listened to: the session is gone.
     pub(crate) fn deactivate_all(&self) {
         for wanted in self.state.lock().wanted.values() {
             wanted.active.send_replace(false);
@@ -232,16 +249,16 @@ impl Listens {
     }
 }
 
-impl Listening {
+impl ListenGuard {
     /// Whether the channel is listened to.
     #[must_use]
-    pub fn is_active(&self) -> bool {
+    pub(crate) fn is_active(&self) -> bool {
         *self.active.borrow()
     }
 
     /// Since when everything on the channel has been heard.
     pub(crate) fn covered_since(&self) -> Option<Instant> {
-        self.listens.covered_since(&self.source.channel)
+        self.listens.covered_since(&self.relayed.channel)
     }
 
     /// Waits, apart from this hold, until the channel is listened to.
@@ -257,11 +274,11 @@ impl Listening {
     }
 }
 
-impl Drop for Listening {
+impl Drop for ListenGuard {
     fn drop(&mut self) {
         let mut state = self.listens.state.lock();
         let State { wanted, held } = &mut *state;
-        if let Some(wanted) = wanted.get_mut(&self.source.channel) {
+        if let Some(wanted) = wanted.get_mut(&self.relayed.channel) {
             wanted.holders -= 1;
             if wanted.holders == 0 {
                 wanted.idle_since = Some(Instant::now());
@@ -274,18 +291,29 @@ impl Drop for Listening {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{
+        hub::Hub, invalidation::Feeds, protocol::topic::Privacy, publish::Publisher,
+        telemetry::metrics::Registry,
+    };
 
     const LINGER: Duration = Duration::from_secs(60);
 
-    fn source(channel: &str) -> Source {
-        Source { channel: channel.into(), user_event: "e".into(), topics: Vec::new(), event: None }
+    fn listens(max: usize) -> Arc<Listens> {
+        let refused = Registry::new().counter_by("refused", ["reason"], "Refused.");
+        Arc::new(Listens::new(max, Duration::ZERO, refused))
+    }
+
+    fn hold(listens: &Arc<Listens>, channel: &str) -> Result<ListenGuard, ListenError> {
+        let registry = Registry::new();
+        let hub = Arc::new(Hub::new(&registry));
+        let publisher = Publisher::new(Arc::clone(&hub), Arc::new(Feeds::new(9, hub, &registry)));
+        listens.hold(channel.into(), "e", || publisher.target("t", Privacy::Public, None))
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_channel_is_listened_to_once_and_lingers_after_its_last_holder() {
-        let listens = Arc::new(Listens::new(9));
-        let (first, second) =
-            (listens.hold(source("a")).unwrap(), listens.hold(source("a")).unwrap());
+        let listens = listens(9);
+        let (first, second) = (hold(&listens, "a").unwrap(), hold(&listens, "a").unwrap());
         let listen = listens.changes(LINGER).listen;
         assert_eq!(listen, ["a".into()]);
         assert_eq!(listens.activate(&listen).len(), 1);
@@ -295,42 +323,42 @@ mod tests {
         assert_eq!(listens.changes(LINGER), Changes::default());
         tokio::time::advance(LINGER).await;
         assert_eq!(listens.changes(LINGER).unlisten, ["a".into()]);
-        assert!(listens.source("a").is_none());
+        assert!(listens.relayed("a").is_none());
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_viewer_who_comes_back_in_time_keeps_the_listen() {
-        let listens = Arc::new(Listens::new(9));
-        drop(listens.hold(source("a")).unwrap());
+        let listens = listens(9);
+        drop(hold(&listens, "a").unwrap());
         tokio::time::advance(LINGER / 2).await;
-        let _back = listens.hold(source("a")).unwrap();
+        let _back = hold(&listens, "a").unwrap();
         tokio::time::advance(LINGER).await;
         assert!(listens.changes(LINGER).unlisten.is_empty());
     }
 
     #[test]
     fn the_number_of_channels_and_their_length_are_bounded() {
-        let listens = Arc::new(Listens::new(1));
-        let _held = listens.hold(source(&"a".repeat(63))).unwrap();
-        assert_eq!(listens.hold(source("b")).unwrap_err(), Unlistenable::Full);
-        assert_eq!(listens.hold(source(&"a".repeat(64))).unwrap_err(), Unlistenable::TooLong);
+        let listens = listens(1);
+        let _held = hold(&listens, &"a".repeat(63)).unwrap();
+        assert_eq!(hold(&listens, "b").unwrap_err(), ListenError::Full);
+        assert_eq!(hold(&listens, &"a".repeat(64)).unwrap_err(), ListenError::TooLong);
     }
 
     #[tokio::test(start_paused = true)]
     async fn what_only_lingers_makes_room_for_who_comes() {
-        let listens = Arc::new(Listens::new(1));
-        drop(listens.hold(source("a")).unwrap());
+        let listens = listens(1);
+        drop(hold(&listens, "a").unwrap());
         drop(listens.activate(&["a".into()]));
-        let _held = listens.hold(source("b")).unwrap();
+        let _held = hold(&listens, "b").unwrap();
         let changes = listens.changes(LINGER);
         assert_eq!((changes.listen, changes.unlisten), (vec!["b".into()], vec!["a".into()]));
-        assert_eq!(listens.hold(source("c")).unwrap_err(), Unlistenable::Full);
+        assert_eq!(hold(&listens, "c").unwrap_err(), ListenError::Full);
     }
 
     #[tokio::test]
     async fn a_lost_session_makes_channels_wait_again() {
-        let listens = Arc::new(Listens::new(9));
-        let held = listens.hold(source("a")).unwrap();
+        let listens = listens(9);
+        let held = hold(&listens, "a").unwrap();
         drop(listens.activate(&["a".into()]));
         held.activation().await;
         listens.deactivate_all();

@@ -1,24 +1,33 @@
 //! Settings that are read again while the server runs: topic rules and keys.
 //!
-//! Invariants: mistakes leave everything as it was; no socket is closed; whoever has joined is
-//! decided about anew.
+//! Invariants: mistakes leave everything as it was; no socket is closed; each channel that is joined
+//! is decided about again.
 
 use std::{
     error::Error,
-    fmt, fs,
-    path::{Path, PathBuf},
+    fmt,
+    path::PathBuf,
     sync::{Arc, OnceLock},
-    time::{Duration, SystemTime},
+    time::Duration,
 };
 
 use parking_lot::Mutex;
+use strum::VariantNames;
 use tokio::time::sleep;
+use tokio_util::sync::CancellationToken;
 
-use super::{
-    Services,
-    settings::{Config, ConfigError},
+use super::settings::{Config, ConfigError};
+use crate::{
+    access::{Access, Rules},
+    admin::ReloadFailure,
+    auth::{Authenticator, jwks::JwksError},
+    clock::FileStamp,
+    hub::Sockets,
+    telemetry::{
+        audit::Audit,
+        metrics::{CounterBy, OkOr, Registry},
+    },
 };
-use crate::{access::rule::TopicRules, auth::jwks::JwksError, telemetry::audit::Audit};
 
 /// Between two looks at the settings' file.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
@@ -26,29 +35,21 @@ const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 /// Reads the settings as they were read at the start.
 pub type Read = Box<dyn Fn() -> Result<Config, ConfigError> + Send + Sync>;
 
-/// Where the settings come from; nowhere in a server that was given its settings.
-#[derive(Default)]
+/// Reads rules and keys again.
 pub(crate) struct Reload {
+    /// Where the settings come from; unset in a server that was given its settings.
     source: OnceLock<(Read, Option<Watched>)>,
     turn: Mutex<()>,
+    auth: Arc<Authenticator>,
+    access: Arc<Access>,
+    sockets: Arc<Sockets>,
+    results: CounterBy<OkOr<ReloadError>>,
 }
 
-/// A file, and what it was when it was first looked at.
+/// A file, and its stamp when the settings were first read.
 struct Watched {
     file: PathBuf,
-    seen: Option<Look>,
-}
-
-/// What tells a file from what it was before.
-type Look = (SystemTime, u64);
-
-impl Reload {
-    /// Says where from, once.
-    pub(crate) fn set(&self, read: Read, file: Option<PathBuf>) {
-        let watched = file.map(|file| Watched { seen: look(&file), file });
-        // Whoever comes second is not heard: a server has one source.
-        let _ = self.source.set((read, watched));
-    }
+    seen: Option<FileStamp>,
 }
 
 impl fmt::Debug for Reload {
@@ -58,12 +59,13 @@ impl fmt::Debug for Reload {
 }
 
 /// Why nothing was read again.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug, thiserror::Error, VariantNames, strum::IntoStaticStr)]
+#[strum(serialize_all = "snake_case")]
 pub enum ReloadError {
     /// The server was given its settings.
     #[error("this server has no settings to read again")]
     NoSource,
-    /// They are wrong; the old ones hold.
+    /// The settings are wrong; the old ones hold.
     #[error("the settings are wrong, and the old ones hold")]
     Config(#[source] ConfigError),
     /// The key set's file cannot be used; the old keys hold.
@@ -71,31 +73,56 @@ pub enum ReloadError {
     Keys(#[source] JwksError),
 }
 
-impl ReloadError {
-    /// Every label that [`Self::kind`] gives.
-    pub const KINDS: [&'static str; 3] = ["no_source", "config", "keys"];
-
-    /// The metric's label.
-    #[must_use]
-    pub fn kind(&self) -> &'static str {
-        match self {
-            Self::NoSource => "no_source",
-            Self::Config(_) => "config",
-            Self::Keys(_) => "keys",
-        }
+impl From<ReloadError> for ReloadFailure {
+    fn from(error: ReloadError) -> Self {
+        let message = error.to_string();
+        let mistakes = match error {
+            ReloadError::Config(ConfigError(mistakes)) => mistakes,
+            ReloadError::Keys(error) => vec![error.to_string()],
+            ReloadError::NoSource => Vec::new(),
+        };
+        Self { message, mistakes }
     }
 }
 
-impl Services {
-    /// Reads the settings again and takes over rules and keys; what else has changed waits for the
-    /// next start.
+impl Reload {
+    /// Creates a reload without a source.
+    pub(super) fn new(
+        auth: Arc<Authenticator>,
+        access: Arc<Access>,
+        sockets: Arc<Sockets>,
+        registry: &Registry,
+    ) -> Self {
+        Self {
+            source: OnceLock::new(),
+            turn: Mutex::default(),
+            auth,
+            access,
+            sockets,
+            results: registry.counter_by(
+                "reloads_total",
+                ["result"],
+                "Readings of rules and keys while running, by result.",
+            ),
+        }
+    }
+
+    /// Sets where the settings come from, once.
+    pub(super) fn set(&self, read: Read, file: Option<PathBuf>) {
+        let watched = file.map(|file| Watched { seen: FileStamp::of(&file), file });
+        // A second source is ignored: a server has one.
+        let _ = self.source.set((read, watched));
+    }
+
+    /// Reads the settings again and takes over rules and keys; other settings wait for the next
+    /// start.
     ///
     /// # Errors
     /// [`ReloadError`]; everything is as before.
-    pub fn reload(&self) -> Result<(), ReloadError> {
+    pub(super) fn reload(&self) -> Result<(), ReloadError> {
         let done = self.try_reload();
-        let result = done.as_ref().map_or_else(ReloadError::kind, |()| "ok");
-        self.metrics.reloads.with_label_values(&[result]).inc();
+        self.results.of(&done).inc();
+        let result = done.as_ref().map_or_else(Into::into, |()| "ok");
         Audit::Reload { result }.note(None, None);
         match &done {
             Ok(()) => tracing::info!("rules and keys read again"),
@@ -112,48 +139,43 @@ impl Services {
     }
 
     fn try_reload(&self) -> Result<(), ReloadError> {
-        let (read, _) = self.reload.source.get().ok_or(ReloadError::NoSource)?;
+        let (read, _) = self.source.get().ok_or(ReloadError::NoSource)?;
         // Of two at once the one that reads later takes over later.
-        let _one_at_a_time = self.reload.turn.lock();
+        let _one_at_a_time = self.turn.lock();
         let config = read().map_err(ReloadError::Config)?;
-        self.verifier.reload(&config, &self.metrics).map_err(ReloadError::Keys)?;
-        self.replace_rules(TopicRules::new(config.topic, config.topics));
-        self.review();
+        self.auth.reload(&config.trust()).map_err(ReloadError::Keys)?;
+        self.access.replace(Rules::new(config.topic, config.topics));
+        self.sockets.review();
         Ok(())
     }
-}
 
-/// Reads the settings again whenever their file changes.
-pub(crate) async fn watch(services: Arc<Services>) {
-    let Some((_, Some(Watched { file, seen }))) = services.reload.source.get() else { return };
-    let mut seen = *seen;
-    let watch = async {
-        loop {
-            sleep(LOOK_INTERVAL).await;
-            let now = look(file);
-            // A file that is away is being replaced.
-            if now.is_some() && now != seen {
-                seen = now;
-                // It has told what is wrong, and the file will change again.
-                let _ = services.reload();
+    /// Reads the settings again whenever their file changes, until the server stops.
+    pub(super) async fn watch(self: Arc<Self>, stop: CancellationToken) {
+        let Some((_, Some(Watched { file, seen }))) = self.source.get() else { return };
+        let mut seen = *seen;
+        let watch = async {
+            loop {
+                sleep(LOOK_INTERVAL).await;
+                let now = FileStamp::of(file);
+                // A file that is away is being replaced.
+                if now.is_some() && now != seen {
+                    seen = now;
+                    // What is wrong has been logged, and the file will change again.
+                    let _ = self.reload();
+                }
             }
-        }
-    };
-    services.stopped.run_until_cancelled(watch).await;
-}
+        };
+        stop.run_until_cancelled(watch).await;
+    }
 
-/// Has whoever has joined be decided about anew whenever the keys are others.
-pub(crate) async fn follow_keys(services: Arc<Services>) {
-    let mut changes = services.verifier.changes();
-    let follow = async {
-        while changes.changed().await.is_ok() {
-            services.review();
-        }
-    };
-    services.stopped.run_until_cancelled(follow).await;
-}
-
-fn look(file: &Path) -> Option<Look> {
-    let metadata = fs::metadata(file).ok()?;
-    Some((metadata.modified().ok()?, metadata.len()))
+    /// Has channels decided about again whenever the keys change, until the server stops.
+    pub(super) async fn follow_keys(self: Arc<Self>, stop: CancellationToken) {
+        let mut changes = self.auth.changes();
+        let follow = async {
+            while changes.changed().await.is_ok() {
+                self.sockets.review();
+            }
+        };
+        stop.run_until_cancelled(follow).await;
+    }
 }

@@ -2,29 +2,38 @@
 //!
 //! Invariants: messages of one topic are handled in their order, also while its join waits for a
 //! LISTEN, its refusal for the delay, or its channel for the database's policies; other topics go on
-//! meanwhile. A socket holds at most
-//! `channels_per_socket_max` channels and as many refusals that wait, and no more bytes of messages
-//! behind them than may wait in its outbox. A socket that ends without a leave leaves a record of
-//! each topic that the database tells of.
+//! meanwhile. A socket holds at most `channels_per_socket_max` channels and as many refusals that
+//! wait. A socket that ends without a leave leaves a record of each topic that the database tells
+//! of.
 
-pub(crate) mod channel;
+mod broadcast;
+mod channel;
+mod listening;
+mod metrics;
+mod pending;
 mod private;
+mod settings;
+mod shared;
+mod tokens;
 
-use std::{collections::HashMap, pin::Pin, sync::Arc, time::Duration};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
-use futures_util::stream::{FuturesUnordered, StreamExt};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
-use self::channel::{Channel, Context, EndReason, Fate};
+pub(crate) use self::metrics::{Dropped, Metrics};
+use self::{
+    channel::{Admission, Channel, Context, Next},
+    metrics::{EndReason, JoinResult, Timing},
+    pending::{Answer, Awaiting, Joining, Pending, Slot, Waiting},
+};
+pub use self::{pending::Due, settings::Settings, shared::Shared};
 use crate::{
-    access::rule::Found,
-    auth::jwt::Token,
+    access::{Found, Rules},
+    auth::Token,
     clock::unix_now,
     hub::outbox::{Outbox, Replaceable},
-    invalidation::Known,
+    invalidation::ClientHistory,
     limits::Limited,
-    metrics::Dropped,
-    policies::{Allowed, Asking, AuthorizeError},
     protocol::{
         error_code::{ErrorCode, Refusal, error_reply},
         generation::Generation,
@@ -33,167 +42,60 @@ use crate::{
         serializer::Push,
         topic::TOPIC_PREFIX,
     },
-    recovery::{
-        healing::{FIRST_ROUND, Healing, Suspicion},
-        lost_sockets::ClientKey,
-    },
-    server::Services,
+    recovery::{ClientKey, History, Hold},
     telemetry::audit::{Audit, Caller},
 };
 
-/// Most messages of one topic that wait for the answer to its join.
-const BACKLOG_MAX: usize = 100;
-
-/// Beyond so many topics, a socket's past ones are forgotten.
-const HELD_MAX: usize = 1_000;
-
-/// Clients beat every 25 or 30 s; a heartbeat after so long a silence is one of a hidden tab, which
-/// sends one a minute, or of a page that was frozen.
+/// Clients beat every 25 or 30 s. A heartbeat after a longer silence than this comes from a hidden
+/// tab, which sends one a minute, or from a page that was frozen.
 const HEARTBEAT_LATE: Duration = Duration::from_secs(40);
 
 /// The state of one client's channels.
 #[derive(Debug)]
 pub struct Socket {
-    services: Arc<Services>,
+    shared: Arc<Shared>,
     outbox: Arc<Outbox>,
     /// The token of the upgrade.
     apikey: Arc<Token>,
-    client: ClientKey,
     caller: Caller,
-    opened: Instant,
-    /// When the client last said something.
-    last_data: Instant,
-    /// What its first message says of it.
-    origin: Origin,
-    /// Whether it has asked to join anything.
-    has_asked: bool,
-    /// Of the topics that the database tells of, without `realtime:`.
-    held: HashMap<Box<str>, Hold>,
-    /// While it may be deaf to some topic.
-    suspicion: Option<Suspicion>,
+    /// What the client may have missed, and whether it may be deaf.
+    history: History,
     channels: HashMap<Box<str>, Slot>,
-    /// Gives the topic whose answer is due.
-    waiting: FuturesUnordered<Later>,
-    /// Topics that wait for the delay of a refusal.
-    refusals: usize,
-    /// Of the upgrade, for the policies: a JSON object.
+    /// Topics that wait for an answer.
+    pending: Pending,
+    /// Headers of the upgrade as a JSON object, for RLS policies.
     headers: Arc<str>,
-    /// Bytes of all backlogs' payloads.
-    backlog_bytes: usize,
     /// Not later than the first token of a channel ends, in seconds since 1970.
     expires_at: i64,
     /// Since when a socket that has had channels has none.
     empty_since: Option<Instant>,
 }
 
-/// What a socket's first message says of its client.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Origin {
-    /// It has not come.
-    Unknown,
-    /// The page was just loaded.
-    Fresh,
-    /// The page has had a socket before, or began with something else than a join.
-    Earlier,
-    /// Neither is certain.
-    Unclear,
-}
-
-/// How a socket stands to a topic.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Hold {
-    /// It has asked to join. Whether it hears anything, its channel knows.
-    Asked,
-    /// It has heard the topic, and has left.
-    Left,
-}
-
-#[derive(Debug)]
-enum Slot {
-    Joined(Box<Channel>),
-    Waiting(Box<Waiting>),
-}
-
-/// A topic that waits, with the messages that have come for it since.
-#[derive(Debug)]
-struct Waiting {
-    who: Who,
-    backlog: Vec<Message>,
-}
-
-/// Who waits.
-#[derive(Debug)]
-enum Who {
-    Joining(Box<Joining>),
-    /// A joined channel, for its policies.
-    Channel(Box<Channel>),
-}
-
-/// A join that has not been answered yet.
-#[derive(Debug)]
-struct Joining {
-    join_ref: Option<Ref>,
-    reference: Option<Ref>,
-    answer: Result<Channel, Refusal>,
-    /// What was known of the client when it asked.
-    known: Known,
-    /// The channel that the join replaces.
-    replaced: Option<Box<Channel>>,
-}
-
-/// Gives a topic when it need not wait any longer.
-type Later = Pin<Box<dyn Future<Output = Due> + Send>>;
-
-/// A topic that need not wait any longer.
-#[derive(Debug)]
-pub struct Due {
-    topic: Box<str>,
-    answer: Answer,
-}
-
-/// What it has waited for.
-#[derive(Debug)]
-enum Answer {
-    /// A time to come, or a LISTEN.
-    Nothing,
-    Reads(Result<Allowed, AuthorizeError>),
-    Writes(Result<bool, AuthorizeError>),
-}
-
 impl Socket {
-    /// A socket without channels.
+    /// Creates a socket without channels.
     #[must_use]
     pub fn new(
-        services: Arc<Services>,
+        shared: Arc<Shared>,
         outbox: Arc<Outbox>,
         apikey: Arc<Token>,
         client: ClientKey,
         caller: Caller,
     ) -> Self {
-        let now = Instant::now();
         Self {
-            headers: Arc::clone(services.policies.no_headers()),
-            services,
+            headers: Arc::clone(shared.policies.no_headers()),
+            history: History::new(client),
+            shared,
             outbox,
             apikey,
-            client,
             caller,
-            opened: now,
-            last_data: now,
-            origin: Origin::Unknown,
-            has_asked: false,
-            held: HashMap::new(),
-            suspicion: None,
             channels: HashMap::new(),
-            waiting: FuturesUnordered::new(),
-            refusals: 0,
-            backlog_bytes: 0,
+            pending: Pending::default(),
             expires_at: i64::MAX,
             empty_since: None,
         }
     }
 
-    /// With these headers of the upgrade, a JSON object, for the policies of private channels.
+    /// Sets the headers of the upgrade, a JSON object, for the policies of private channels.
     #[must_use]
     pub fn with_headers(mut self, headers: Option<Arc<str>>) -> Self {
         if let Some(headers) = headers {
@@ -206,32 +108,18 @@ impl Socket {
     pub async fn handle(&mut self, messages: impl IntoIterator<Item = Message>) {
         let mut messages = messages.into_iter().peekable();
         while let Some(message) = messages.next() {
-            let now = Instant::now();
-            let silence = now - std::mem::replace(&mut self.last_data, now);
-            if self.origin == Origin::Unknown {
-                self.note_origin(&message);
-            }
+            let Self { shared, outbox, apikey, history, .. } = &mut *self;
+            let silence = history.hear(&message, &shared.recovery.healing, outbox, apikey);
+            let bytes_max = self.shared.limits.settings().outbox_bytes_max;
             if let Some(Slot::Waiting(waiting)) = self.channels.get_mut(&message.topic) {
-                let bytes = self.backlog_bytes + message.payload.len();
-                let bytes_max = self.services.limits.settings().outbox_bytes_max;
-                if waiting.backlog.len() < BACKLOG_MAX && bytes <= bytes_max {
-                    self.backlog_bytes = bytes;
-                    waiting.backlog.push(message);
-                } else {
-                    self.services.metrics.count_dropped(Dropped::Backlog);
+                if !self.pending.keep(waiting, message, bytes_max) {
+                    self.shared.metrics.dropped.of(Dropped::Backlog).inc();
                 }
                 continue;
             }
             match (&*message.topic, &*message.event) {
-                ("phoenix", "heartbeat") => {
-                    let timing = if silence > HEARTBEAT_LATE { "late" } else { "on_time" };
-                    self.services.metrics.heartbeats.with_label_values(&[timing]).inc();
-                    self.reply_unjoined(&message, None, OK);
-                }
-                (_, "phx_join") => {
-                    self.note_generation(&message);
-                    self.join(message);
-                }
+                ("phoenix", "heartbeat") => self.heartbeat(&message, silence),
+                (_, "phx_join") => self.join(message),
                 (_, "phx_leave") => self.leave(&message),
                 (_, "broadcast") => {
                     // Neighbours on one topic are fanned out together.
@@ -241,24 +129,23 @@ impl Socket {
                     while let Some(next) = messages.next_if(is_next) {
                         pushes.push(next);
                     }
-                    // In a place of its own: few sockets ever broadcast, and none need have room.
+                    // Boxed: few sockets ever broadcast, and the rest should not reserve space for
+                    // it.
                     Box::pin(self.broadcast(&topic, pushes)).await;
                 }
-                (_, _) => self.route(&message),
+                (_, "access_token") => self.on_channel(&message, Channel::token_received),
+                (_, "presence") => self.on_channel(&message, Channel::presence_received),
+                (_, _) => self.on_channel(&message, Channel::unknown_received),
             }
         }
     }
 
-    /// Waits until a topic need not wait any longer, which [`Self::answer`] is told.
+    /// Waits until the answer is there that a topic waits for; [`Self::answer`] takes it.
     ///
     /// # Cancel safety
     /// Nothing is lost.
     pub async fn due(&mut self) -> Due {
-        match self.waiting.next().await {
-            Some(due) => due,
-            // Nothing waits; what will is put in between two calls.
-            None => std::future::pending().await,
-        }
+        self.pending.due().await
     }
 
     /// Does what a topic has waited for, then handles what came after it.
@@ -267,84 +154,24 @@ impl Socket {
         let Some(Slot::Waiting(waiting)) = self.channels.remove(&topic) else {
             return;
         };
-        let Waiting { who, mut backlog } = *waiting;
-        self.backlog_bytes -= backlog.iter().map(|it| it.payload.len()).sum::<usize>();
-        match who {
-            Who::Joining(joining) => self.answer_join(&topic, *joining, answer),
-            Who::Channel(channel) => self.tell(channel, answer, &mut backlog),
+        let Waiting { what, mut backlog } = *waiting;
+        self.pending.take(&backlog);
+        match what {
+            Awaiting::Join(joining) => self.answer_join(&topic, *joining, answer),
+            Awaiting::Channel(channel) => self.answer_channel(channel, answer, &mut backlog),
         }
-        // What may have been revoked or exchanged meanwhile.
-        let Self { services, outbox, apikey, channels, caller, .. } = self;
-        let context = Context { services, outbox, apikey, caller: *caller };
+        // Tokens may have been revoked, keys or rules exchanged, while it waited.
+        let Self { shared, outbox, apikey, channels, caller, .. } = self;
+        let context = Context { shared, outbox, apikey, caller: *caller };
         if let Some(Slot::Joined(channel)) = channels.get_mut(&topic) {
-            let fate = channel.review(context);
+            let next = channel.review(context);
             // While it waited, a tick has not looked at it.
-            let ends_at = channel.expires_at(services.config.auth.grace);
+            let ends_at = channel.expires_at(shared.auth.grace());
             self.expires_at = self.expires_at.min(ends_at);
-            self.settle(&topic, fate);
+            self.settle(&topic, next);
         }
         self.handle(backlog).await;
         self.note_emptiness();
-    }
-
-    fn answer_join(&mut self, topic: &str, joining: Joining, answer: Answer) {
-        let Joining { join_ref, reference, answer: decided, known, replaced } = joining;
-        if decided.is_err() {
-            self.refusals -= 1;
-        }
-        let decided = match (decided, answer) {
-            (Ok(channel), Answer::Reads(reads)) => channel.admit_by(reads),
-            (decided, Answer::Nothing | Answer::Reads(_) | Answer::Writes(_)) => decided,
-        };
-        let decided = decided.and_then(|mut channel| {
-            channel.confirm(self.context())?;
-            Ok(channel)
-        });
-        match decided {
-            Ok(channel) => self.open(channel, reference.as_ref(), known, replaced),
-            Err(refusal) => {
-                let (join_ref, reference) = (join_ref.as_ref(), reference.as_ref());
-                self.refuse(topic, join_ref, reference, &refusal, replaced);
-            }
-        }
-    }
-
-    /// Tells a joined channel what its policies have answered.
-    fn tell(&mut self, mut channel: Box<Channel>, answer: Answer, backlog: &mut Vec<Message>) {
-        let fate = match answer {
-            Answer::Nothing => Fate::Open,
-            Answer::Reads(reads) => channel.take_reads(self.context(), reads),
-            Answer::Writes(writes) => {
-                if let Err(reason) = channel.take_writes(writes) {
-                    let is_other = |it: &Message| &*it.event != "broadcast";
-                    let count = backlog.iter().position(is_other).unwrap_or(backlog.len());
-                    for _ in backlog.drain(..count) {
-                        self.services.metrics.count_dropped(reason);
-                    }
-                }
-                Fate::Open
-            }
-        };
-        let topic: Box<str> = channel.topic().into();
-        self.channels.insert(topic.clone(), Slot::Joined(channel));
-        self.settle(&topic, fate);
-    }
-
-    /// Asks the policies what the channel may read. To a join a no is told when it would be if a rule
-    /// forbade the topic.
-    fn ask_reads(&self, channel: &Channel, refused_at: Option<Instant>) -> Later {
-        let (policies, asking) = (Arc::clone(&self.services.policies), self.asking(channel));
-        let (topic, presence) = (channel.topic().into(), channel.wants_presence());
-        let is_refused_anyway = channel.wants_replay();
-        Box::pin(async move {
-            let reads = policies.read(asking, presence).await;
-            if let Some(refused_at) = refused_at
-                && (is_refused_anyway || !reads.as_ref().is_ok_and(|it| it.any()))
-            {
-                sleep_until(refused_at).await;
-            }
-            Due { topic, answer: Answer::Reads(reads) }
-        })
     }
 
     /// How long until [`Self::tick`] has something to do, at most `at_most`.
@@ -353,7 +180,7 @@ impl Socket {
         let seconds = self.expires_at.saturating_sub(unix_now());
         let expiry = Duration::from_secs(seconds.max(0).unsigned_abs());
         let suspicion = if self.is_silent() {
-            (self.opened + FIRST_ROUND).saturating_duration_since(Instant::now())
+            self.history.suspect_at().saturating_duration_since(Instant::now())
         } else {
             at_most
         };
@@ -363,46 +190,22 @@ impl Socket {
     /// Ends or changes the channels whose tokens have expired, and tries again to listen for those
     /// that found no place.
     pub fn tick(&mut self) {
-        if self.is_silent() && self.opened.elapsed() >= FIRST_ROUND {
-            self.suspect();
+        if self.is_silent() && self.history.suspect_at() <= Instant::now() {
+            let Self { shared, outbox, apikey, history, .. } = &mut *self;
+            history.suspect(&shared.recovery.healing, outbox, apikey);
         }
-        let now = unix_now();
-        let Self { services, outbox, apikey, channels, caller, .. } = self;
-        let grace = services.config.auth.grace;
-        let context = Context { services, outbox, apikey, caller: *caller };
-        let mut fates: Vec<(Box<str>, Fate)> = Vec::new();
-        for (topic, slot) in channels {
-            let Slot::Joined(channel) = slot else { continue };
-            if channel.expires_at(grace) <= now {
-                fates.push((topic.clone(), channel.check_expiry(context)));
-            }
+        let (now, grace) = (unix_now(), self.shared.auth.grace());
+        self.each_channel(|channel, context| {
+            let is_over = channel.expires_at(grace) <= now;
+            let next = if is_over { channel.check_expiry(context) } else { Next::Open };
             drop(channel.listen(context));
-        }
-        for (topic, fate) in fates {
-            self.settle(&topic, fate);
-        }
-        self.note_expiry();
+            next
+        });
     }
 
-    fn note_expiry(&mut self) {
-        let grace = self.services.config.auth.grace;
-        let ends = self.joined().map(|channel| channel.expires_at(grace));
-        self.expires_at = ends.min().unwrap_or(i64::MAX);
-    }
-
-    /// Looks at each channel's token and topic anew: keys, rules or revocations have changed.
+    /// Decides again about each channel's token and topic: keys, rules or revocations have changed.
     pub fn review(&mut self) {
-        let Self { services, outbox, apikey, channels, caller, .. } = self;
-        let context = Context { services, outbox, apikey, caller: *caller };
-        let mut fates: Vec<(Box<str>, Fate)> = Vec::new();
-        for (topic, slot) in channels {
-            let Slot::Joined(channel) = slot else { continue };
-            fates.push((topic.clone(), channel.review(context)));
-        }
-        for (topic, fate) in fates {
-            self.settle(&topic, fate);
-        }
-        self.note_expiry();
+        self.each_channel(Channel::review);
     }
 
     /// Tells the client what has changed on a topic whose messages it was too slow for.
@@ -410,10 +213,10 @@ impl Socket {
         for slot in self.channels.values() {
             let channel = match slot {
                 Slot::Joined(channel) => Some(channel),
-                Slot::Waiting(waiting) => match &waiting.who {
-                    // It is still heard.
-                    Who::Joining(joining) => joining.replaced.as_ref(),
-                    Who::Channel(channel) => Some(channel),
+                Slot::Waiting(waiting) => match &waiting.what {
+                    // The channel that a join replaces still hears its topic.
+                    Awaiting::Join(joining) => joining.replaced.as_ref(),
+                    Awaiting::Channel(channel) => Some(channel),
                 },
             };
             if let Some(channel) = channel {
@@ -424,10 +227,10 @@ impl Socket {
 
     /// When the connection was upgraded.
     pub(crate) fn opened(&self) -> Instant {
-        self.opened
+        self.history.opened()
     }
 
-    /// Who is at the other end.
+    /// The client at the other end.
     #[must_use]
     pub fn caller(&self) -> Caller {
         self.caller
@@ -445,221 +248,215 @@ impl Socket {
         self.empty_since
     }
 
-    /// Whether it has joined nothing, and nobody has taken notice of it.
-    fn is_silent(&self) -> bool {
-        self.suspicion.is_none() && self.channels.is_empty() && self.empty_since.is_none()
-    }
-
-    fn suspect(&mut self) {
-        let asked = self.held.iter().filter(|(_, hold)| **hold == Hold::Asked);
-        let joined = asked.map(|(topic, _)| Arc::from(&**topic)).collect();
-        let Self { services, outbox, apikey, client, opened, .. } = self;
-        let suspicion = Healing::suspect(services, outbox, apikey, *client, *opened, joined);
-        self.suspicion = Some(suspicion);
-    }
-
-    /// A page that was just loaded begins with a join, whose ref is the first of all; the newest
-    /// clients begin at 6, without a token. Anything else comes from a page that has had a socket
-    /// before, and may be deaf to what it joined there, also if it begins with a leave or a join of
-    /// something else. What is ignored by who is not costs little.
-    ///
-    /// Source: observed of the published clients.
-    fn note_origin(&mut self, first: &Message) {
-        let number = match &first.reference {
-            Some(Ref::Text(text) | Ref::Number(text)) => text.parse::<u64>().ok(),
-            None => None,
-        };
-        let has_token = || first.payload.has_field("access_token");
-        self.origin = match (&*first.event, number) {
-            ("phx_join", Some(1)) => Origin::Fresh,
-            ("phx_join", Some(6)) if !has_token() => Origin::Fresh,
-            // No client library that counts.
-            ("phx_join", None) => Origin::Unclear,
-            (_, _) => Origin::Earlier,
-        };
-        if self.origin == Origin::Earlier && self.suspicion.is_none() {
-            self.suspect();
-        }
-    }
-
-    /// Counts the client by its first join, which of a deaf one comes late.
-    fn note_generation(&mut self, join: &Message) {
-        if !self.has_asked
-            && let Payload::Json(payload) = &join.payload
-        {
-            self.has_asked = true;
-            let generation = Generation::of(self.outbox.serializer(), payload);
-            self.services.metrics.client_versions.with_label_values(&[generation.kind()]).inc();
-        }
-    }
-
-    /// What is known of the client and a topic that it joins.
-    fn known(&self, sub_topic: &str, replaced: Option<&Channel>) -> Known {
-        if replaced.is_some_and(Channel::is_subscribed) {
-            return Known::Held;
-        }
-        match (self.held.get(sub_topic), self.origin) {
-            (Some(Hold::Left), _) => Known::Held,
-            // It has asked before and was not told what happened since.
-            (Some(Hold::Asked), _) => Known::Nothing,
-            (None, Origin::Fresh) => Known::Fresh,
-            (None, Origin::Unknown | Origin::Earlier | Origin::Unclear) => {
-                let since = self.services.lost_sockets.since(self.client, sub_topic);
-                since.map_or(Known::Nothing, Known::Since)
-            }
-        }
-    }
-
-    /// Remembers how the socket stands to a topic, if the database tells of it.
-    fn hold(&mut self, topic: &str, hold: Hold) {
-        let sub_topic = topic.strip_prefix(TOPIC_PREFIX).unwrap_or(topic);
-        if let Some(held) = self.held.get_mut(sub_topic) {
-            *held = hold;
-        } else if self.services.rules().is_listened(sub_topic) {
-            if self.held.len() >= HELD_MAX {
-                // What is held must be remembered; all else saves a complete list at best.
-                let channels = &self.channels;
-                self.held.retain(|it, _| channels.contains_key(&*format!("{TOPIC_PREFIX}{it}")));
-            }
-            self.held.insert(sub_topic.into(), hold);
-        }
-        match (&self.suspicion, hold) {
-            (Some(suspicion), Hold::Asked) => suspicion.joined(sub_topic),
-            (Some(suspicion), Hold::Left) => suspicion.left(sub_topic),
-            (None, Hold::Asked | Hold::Left) => {}
-        }
-    }
-
-    fn joined(&self) -> impl Iterator<Item = &Channel> {
-        self.channels.values().filter_map(|slot| match slot {
-            Slot::Joined(channel) => Some(&**channel),
-            Slot::Waiting(_) => None,
-        })
-    }
-
-    /// A question to the policies by a channel of this socket.
-    fn asking(&self, channel: &Channel) -> Asking {
-        channel.asking(&self.headers)
-    }
-
-    fn context(&self) -> Context<'_> {
-        let Self { services, outbox, apikey, caller, .. } = self;
-        Context { services, outbox, apikey, caller: *caller }
+    fn heartbeat(&self, heartbeat: &Message, silence: Duration) {
+        let timing = if silence > HEARTBEAT_LATE { Timing::Late } else { Timing::OnTime };
+        self.shared.metrics.heartbeats.of(timing).inc();
+        self.reply_unjoined(heartbeat, None, OK);
     }
 
     fn join(&mut self, join: Message) {
+        self.note_generation(&join);
         if join.reference.as_ref().is_some_and(Ref::is_empty) {
             // A leftover of a join that was answered too late: an answer would remove the
             // client's healthy channel.
-            return self.services.metrics.count_dropped(Dropped::EmptyRef);
+            return self.shared.metrics.dropped.of(Dropped::EmptyRef).inc();
         }
         let Some(sub_topic) = join.topic.strip_prefix(TOPIC_PREFIX) else {
             return self.reply_unmatched(&join);
         };
-        let is_nameless = sub_topic.is_empty();
         let mut replaced = match self.channels.remove(&join.topic) {
             Some(Slot::Joined(channel)) => Some(channel),
             Some(Slot::Waiting(_)) | None => None,
         };
-        let channels_max = self.services.limits.settings().channels_per_socket_max;
         let (join_ref, reference) = (join.join_ref.clone(), join.reference.clone());
         let topic = join.topic.clone();
-        let known = self.known(sub_topic, replaced.as_deref());
-        let mut answer = if is_nameless {
-            Err(Refusal::new(ErrorCode::TopicNameRequired))
-        } else if self.services.draining.is_cancelled() {
-            Err(Refusal::new(ErrorCode::RealtimeRestarting))
-        } else if self.joins_too_fast(sub_topic) {
-            Err(Refusal::new(ErrorCode::ClientJoinRateLimitReached))
-        } else if self.channels.len() - self.refusals >= channels_max {
-            Err(Refusal::new(ErrorCode::ChannelRateLimitReached))
-        } else {
-            Channel::admit(self.context(), join)
+        let is_heard = replaced.as_ref().is_some_and(|channel| channel.is_subscribed());
+        let lost_sockets = &self.shared.recovery.lost_sockets;
+        let history = self.history.of(sub_topic, is_heard, lost_sockets);
+        // The one search for the topic's rule.
+        let rules = self.shared.access.rules();
+        let found = rules.find(sub_topic);
+        let is_listened = found.is_listened();
+        let mut decided = match self.refuse_early(sub_topic, &rules, &found) {
+            Some(code) => Err(Refusal::new(code)),
+            None => Channel::admit(self.context(), join, Admission { rules, found }),
         };
-        // Who goes away before it is answered has lost the topic, too.
-        self.hold(&topic, Hold::Asked);
-        let error_delay = self.services.config.protocol.error_delay;
-        let due: Later = match &mut answer {
+        // A client that goes away before the answer has lost the topic, too.
+        self.hold(&topic, Hold::Asked, is_listened);
+        let error_delay = self.shared.settings.error_delay;
+        match &mut decided {
             Ok(channel) if channel.is_private() => {
                 self.empty_since = None;
-                self.ask_reads(channel, Some(Instant::now() + error_delay))
+                let answer = self.ask_reads(channel, Some(Instant::now() + error_delay));
+                self.pending.wait(&topic, answer);
             }
             Ok(channel) => match channel.listen(self.context()) {
                 None => {
-                    if let Ok(channel) = answer {
-                        self.open(channel, reference.as_ref(), known, replaced);
+                    if let Ok(channel) = decided {
+                        self.open(channel, reference.as_ref(), history, replaced);
                     }
                     return;
                 }
-                Some(activation) => {
+                Some((activation, listen_wait)) => {
                     self.empty_since = None;
-                    let listen_wait = self.services.config.relay.listen_wait;
-                    let topic = topic.clone();
-                    Box::pin(async move {
+                    self.pending.wait(&topic, async move {
                         // Answered all the same when the time is over.
                         let _ = timeout(listen_wait, activation).await;
-                        Due { topic, answer: Answer::Nothing }
-                    })
+                        Answer::Nothing
+                    });
                 }
             },
             Err(refusal) => {
                 if let Some(replaced) = &mut replaced {
                     replaced.unsubscribe();
                 }
-                if self.refusals >= channels_max {
+                if self.pending.refusals >= self.shared.limits.settings().channels_per_socket_max {
                     // No place to wait in: the delay is a courtesy, the bound is not.
                     let (join_ref, reference) = (join_ref.as_ref(), reference.as_ref());
                     return self.refuse(&topic, join_ref, reference, refusal, replaced);
                 }
-                self.refusals += 1;
-                let topic = topic.clone();
-                Box::pin(async move {
+                self.pending.refusals += 1;
+                self.pending.wait(&topic, async move {
                     sleep(error_delay).await;
-                    Due { topic, answer: Answer::Nothing }
-                })
+                    Answer::Nothing
+                });
             }
-        };
-        let joining = Joining { join_ref, reference, answer, known, replaced };
-        let waiting = Waiting { who: Who::Joining(Box::new(joining)), backlog: Vec::new() };
+        }
+        let joining = Joining { join_ref, reference, decided, history, replaced };
+        let waiting = Waiting { what: Awaiting::Join(Box::new(joining)), backlog: Vec::new() };
         self.channels.insert(topic, Slot::Waiting(Box::new(waiting)));
-        self.waiting.push(due);
     }
 
-    /// Counts a join. A rule's topic is joined at any rate: what its viewers are refused they do
-    /// not ask for again.
-    fn joins_too_fast(&self, sub_topic: &str) -> bool {
-        let services = &self.services;
-        let is_refused = !services.limits.join() && {
-            let rules = services.rules();
-            // Where others are not served, all that is not allowed is answered alike.
-            rules.topics().allow_other && matches!(rules.find(sub_topic), Found::Other)
-        };
+    /// Why a join is refused before its token is looked at, if it is.
+    fn refuse_early(&self, sub_topic: &str, rules: &Rules, found: &Found) -> Option<ErrorCode> {
+        let channels_max = self.shared.limits.settings().channels_per_socket_max;
+        if sub_topic.is_empty() {
+            Some(ErrorCode::TopicNameRequired)
+        } else if self.shared.draining.is_cancelled() {
+            Some(ErrorCode::RealtimeRestarting)
+        } else if self.joins_too_fast(rules, found) {
+            Some(ErrorCode::ClientJoinRateLimitReached)
+        } else if self.channels.len() - self.pending.refusals >= channels_max {
+            Some(ErrorCode::ChannelRateLimitReached)
+        } else {
+            None
+        }
+    }
+
+    /// Counts a join. A rule's topic is joined at any rate, because viewers who are refused do not
+    /// ask again; and where topics without a rule are not served, every refusal is alike.
+    fn joins_too_fast(&self, rules: &Rules, found: &Found) -> bool {
+        let limits = &self.shared.limits;
+        let is_limited = rules.topics().allow_other && matches!(found, Found::Other);
+        let is_refused = !limits.join() && is_limited;
         if is_refused {
-            services.limits.count(Limited::Joins);
+            limits.count(Limited::Joins);
         }
         is_refused
+    }
+
+    fn answer_join(&mut self, topic: &str, joining: Joining, answer: Answer) {
+        let Joining { join_ref, reference, decided, history, replaced } = joining;
+        if decided.is_err() {
+            self.pending.refusals -= 1;
+        }
+        let decided = match (decided, answer) {
+            (Ok(channel), Answer::Reads(reads)) => channel.admit_by(reads),
+            (decided, Answer::Nothing | Answer::Reads(_) | Answer::Writes(_)) => decided,
+        };
+        let decided = decided.and_then(|mut channel| {
+            channel.confirm(self.context())?;
+            Ok(channel)
+        });
+        match decided {
+            Ok(channel) => self.open(channel, reference.as_ref(), history, replaced),
+            Err(refusal) => {
+                let (join_ref, reference) = (join_ref.as_ref(), reference.as_ref());
+                self.refuse(topic, join_ref, reference, &refusal, replaced);
+            }
+        }
+    }
+
+    /// Hands a joined channel the answer of its policies.
+    fn answer_channel(
+        &mut self,
+        mut channel: Box<Channel>,
+        answer: Answer,
+        backlog: &mut Vec<Message>,
+    ) {
+        let next = match answer {
+            Answer::Nothing => Next::Open,
+            Answer::Reads(reads) => channel.take_reads(self.context(), reads),
+            Answer::Writes(writes) => {
+                if let Err(reason) = channel.take_writes(writes) {
+                    let is_other = |it: &Message| &*it.event != "broadcast";
+                    let count = backlog.iter().position(is_other).unwrap_or(backlog.len());
+                    for _ in backlog.drain(..count) {
+                        self.shared.metrics.dropped.of(reason).inc();
+                    }
+                }
+                Next::Open
+            }
+        };
+        let topic: Box<str> = channel.topic().into();
+        self.channels.insert(topic.clone(), Slot::Joined(channel));
+        self.settle(&topic, next);
+    }
+
+    /// Asks the policies what the channel may read. A join that they refuse is answered at
+    /// `refused_at`, as one that a rule forbids.
+    fn ask_reads(
+        &self,
+        channel: &Channel,
+        refused_at: Option<Instant>,
+    ) -> impl Future<Output = Answer> + Send + use<> {
+        let (policies, query) = (Arc::clone(&self.shared.policies), channel.query(&self.headers));
+        let (presence, is_refused_anyway) = (channel.wants_presence(), channel.wants_replay());
+        async move {
+            let reads = policies.read(query, presence).await;
+            if let Some(refused_at) = refused_at
+                && (is_refused_anyway || !reads.as_ref().is_ok_and(|it| it.any()))
+            {
+                sleep_until(refused_at).await;
+            }
+            Answer::Reads(reads)
+        }
+    }
+
+    /// Has the policies asked whether the channel may broadcast; what comes for its topic waits,
+    /// these pushes first.
+    fn ask_writes(&mut self, topic: &str, pushes: Vec<Message>) {
+        let Some(Slot::Joined(channel)) = self.channels.remove(topic) else {
+            return;
+        };
+        let (policies, query) = (Arc::clone(&self.shared.policies), channel.query(&self.headers));
+        let answer = async move { Answer::Writes(policies.write(query).await) };
+        self.pending.wait(topic, answer);
+        self.pending.put(&pushes);
+        let waiting = Waiting { what: Awaiting::Channel(channel), backlog: pushes };
+        self.channels.insert(topic.into(), Slot::Waiting(Box::new(waiting)));
     }
 
     fn open(
         &mut self,
         mut channel: Channel,
         reference: Option<&Ref>,
-        known: Known,
+        history: ClientHistory,
         replaced: Option<Box<Channel>>,
     ) {
         let context = self.context();
         match replaced {
             Some(mut replaced) => {
                 channel.take_over(&mut replaced);
-                channel.open(context, reference, known);
+                channel.open(context, reference, history);
                 replaced.close(context, EndReason::Replaced);
             }
-            None => channel.open(context, reference, known),
+            None => channel.open(context, reference, history),
         }
         if channel.is_listened() {
-            self.services.healing.note_joined(&channel.sub_topic());
+            self.shared.recovery.healing.note_joined(&channel.sub_topic());
         }
-        self.expires_at = self.expires_at.min(channel.expires_at(self.services.config.auth.grace));
+        self.expires_at = self.expires_at.min(channel.expires_at(self.shared.auth.grace()));
         self.channels.insert(channel.topic().into(), Slot::Joined(Box::new(channel)));
         self.empty_since = None;
     }
@@ -671,12 +468,12 @@ impl Socket {
         if let (Some(asked), Some(joined)) = (&leave.join_ref, channel.join_ref())
             && asked != joined
         {
-            // Of a channel that this one has replaced.
-            return self.services.metrics.count_dropped(Dropped::StaleLeave);
+            // The leave of a channel that this one has replaced.
+            return self.shared.metrics.dropped.of(Dropped::StaleLeave).inc();
         }
         if let Some(Slot::Joined(channel)) = self.channels.remove(&leave.topic) {
             if channel.is_subscribed() {
-                self.hold(&leave.topic, Hold::Left);
+                self.hold(&leave.topic, Hold::Left, channel.is_listened());
             }
             channel.reply(self.context(), leave.reference.as_ref(), OK);
             channel.close(self.context(), EndReason::Left);
@@ -691,12 +488,12 @@ impl Socket {
         {
             return self.ask_writes(topic, pushes);
         }
-        let Self { services, outbox, apikey, channels, caller, .. } = self;
-        let context = Context { services, outbox, apikey, caller: *caller };
+        let Self { shared, outbox, apikey, channels, caller, .. } = self;
+        let context = Context { shared, outbox, apikey, caller: *caller };
         match channels.get(topic) {
             Some(Slot::Joined(channel)) => {
-                let fate = channel.broadcast(context, pushes).await;
-                self.settle(topic, fate);
+                let next = channel.broadcast_received(context, pushes).await;
+                self.settle(topic, next);
             }
             Some(Slot::Waiting(_)) | None => {
                 for push in &pushes {
@@ -706,53 +503,72 @@ impl Socket {
         }
     }
 
-    /// Has the policies asked whether the channel may broadcast; what comes for its topic waits,
-    /// these pushes first.
-    fn ask_writes(&mut self, topic: &str, pushes: Vec<Message>) {
-        let Some(Slot::Joined(channel)) = self.channels.remove(topic) else {
-            return;
-        };
-        let (policies, asking) = (Arc::clone(&self.services.policies), self.asking(&channel));
-        let due_topic: Box<str> = topic.into();
-        self.waiting.push(Box::pin(async move {
-            Due { topic: due_topic, answer: Answer::Writes(policies.write(asking).await) }
-        }));
-        self.backlog_bytes += pushes.iter().map(|it| it.payload.len()).sum::<usize>();
-        let waiting = Waiting { who: Who::Channel(channel), backlog: pushes };
-        self.channels.insert(topic.into(), Slot::Waiting(Box::new(waiting)));
-    }
-
-    /// Hands any other message to its channel.
-    fn route(&mut self, message: &Message) {
-        let Self { services, outbox, apikey, channels, caller, .. } = self;
-        let context = Context { services, outbox, apikey, caller: *caller };
+    /// Hands a message to its channel.
+    fn on_channel(
+        &mut self,
+        message: &Message,
+        receive: impl FnOnce(&mut Channel, Context<'_>, &Message) -> Next,
+    ) {
+        let Self { shared, outbox, apikey, channels, caller, .. } = self;
+        let context = Context { shared, outbox, apikey, caller: *caller };
         let Some(Slot::Joined(channel)) = channels.get_mut(&message.topic) else {
             return self.reply_unmatched(message);
         };
-        let fate = channel.receive(context, message);
-        self.expires_at = self.expires_at.min(channel.expires_at(self.services.config.auth.grace));
-        self.settle(&message.topic, fate);
+        let next = receive(channel, context, message);
+        self.expires_at = self.expires_at.min(channel.expires_at(shared.auth.grace()));
+        self.settle(&message.topic, next);
+    }
+
+    /// Acts on each joined channel, then finds the next expiry.
+    fn each_channel(&mut self, mut act: impl FnMut(&mut Channel, Context<'_>) -> Next) {
+        let Self { shared, outbox, apikey, channels, caller, .. } = self;
+        let context = Context { shared, outbox, apikey, caller: *caller };
+        let mut nexts: Vec<(Box<str>, Next)> = Vec::new();
+        for (topic, slot) in channels {
+            let Slot::Joined(channel) = slot else { continue };
+            match act(channel, context) {
+                Next::Open => {}
+                next @ (Next::Ended(_) | Next::AskReads) => nexts.push((topic.clone(), next)),
+            }
+        }
+        for (topic, next) in nexts {
+            self.settle(&topic, next);
+        }
+        let grace = self.shared.auth.grace();
+        let ends = self.joined().map(|channel| channel.expires_at(grace));
+        self.expires_at = ends.min().unwrap_or(i64::MAX);
     }
 
     /// Does what is left to do for a channel after an event.
-    fn settle(&mut self, topic: &str, fate: Fate) {
-        if fate == Fate::Open {
+    fn settle(&mut self, topic: &str, next: Next) {
+        if next == Next::Open {
             return;
         }
         let Some(Slot::Joined(channel)) = self.channels.remove(topic) else {
             return;
         };
-        match fate {
-            Fate::Open => {}
-            Fate::Ended(reason) => {
+        match next {
+            Next::Open => {}
+            Next::Ended(reason) => {
                 channel.close(self.context(), reason);
                 self.note_emptiness();
             }
-            Fate::Asking => {
-                self.waiting.push(self.ask_reads(&channel, None));
-                let waiting = Waiting { who: Who::Channel(channel), backlog: Vec::new() };
+            Next::AskReads => {
+                let answer = self.ask_reads(&channel, None);
+                self.pending.wait(topic, answer);
+                let waiting = Waiting { what: Awaiting::Channel(channel), backlog: Vec::new() };
                 self.channels.insert(topic.into(), Slot::Waiting(Box::new(waiting)));
             }
+        }
+    }
+
+    /// Counts the client by its first join, which of a deaf one comes late.
+    fn note_generation(&mut self, join: &Message) {
+        if let Payload::Json(payload) = &join.payload
+            && self.history.asks_first()
+        {
+            let generation = Generation::of(self.outbox.serializer(), payload);
+            self.shared.metrics.client_versions.of(generation).inc();
         }
     }
 
@@ -760,6 +576,30 @@ impl Socket {
         if self.channels.is_empty() && self.empty_since.is_none() {
             self.empty_since = Some(Instant::now());
         }
+    }
+
+    /// Records how the socket stands to a topic, if the database tells of it.
+    fn hold(&mut self, topic: &str, hold: Hold, is_listened: bool) {
+        let channels = &self.channels;
+        let has_channel = |topic: &str| channels.contains_key(topic);
+        self.history.hold(topic, hold, |_| is_listened, has_channel);
+    }
+
+    /// Whether the client has joined nothing, and is not suspected yet of being deaf.
+    fn is_silent(&self) -> bool {
+        !self.history.is_suspect() && self.channels.is_empty() && self.empty_since.is_none()
+    }
+
+    fn joined(&self) -> impl Iterator<Item = &Channel> {
+        self.channels.values().filter_map(|slot| match slot {
+            Slot::Joined(channel) => Some(&**channel),
+            Slot::Waiting(_) => None,
+        })
+    }
+
+    fn context(&self) -> Context<'_> {
+        let Self { shared, outbox, apikey, caller, .. } = self;
+        Context { shared, outbox, apikey, caller: *caller }
     }
 
     /// Answers a join with an error; the channel that it would have replaced is gone, too.
@@ -771,10 +611,10 @@ impl Socket {
         refusal: &Refusal,
         replaced: Option<Box<Channel>>,
     ) {
-        self.services.metrics.joins.with_label_values(&["error", refusal.code.as_str()]).inc();
+        self.shared.metrics.joins.of(JoinResult::Error(refusal.code)).inc();
         tracing::debug!(code = refusal.code.as_str(), "join refused");
         Audit::RefuseJoin { topic, reason: refusal.code.as_str() }
-            .note(self.caller, Some(&self.apikey));
+            .note(self.caller, Some(self.apikey.subject()));
         let payload = refusal.reply();
         let payload = payload.as_str();
         self.context().push(&Push { join_ref, reference, topic, event: "phx_reply", payload });
@@ -795,18 +635,13 @@ impl Socket {
 }
 
 impl Drop for Socket {
+    /// Leaves a record of each topic that the socket has asked for and not left.
     fn drop(&mut self) {
-        let lost = self.held.iter().filter(|(_, hold)| **hold == Hold::Asked);
         let is_behind = self.outbox.is_behind();
-        for (sub_topic, _) in lost {
-            let heard = match self.channels.get(&*format!("{TOPIC_PREFIX}{sub_topic}")) {
-                Some(Slot::Joined(channel)) => channel.is_subscribed(),
-                Some(Slot::Waiting(_)) | None => false,
-            };
-            // Nobody knows how long who was never answered had been away before, nor what of it has
-            // reached who was too slow.
-            let last_heard = (heard && !is_behind).then_some(self.last_data);
-            self.services.lost_sockets.record(self.client, sub_topic, last_heard);
-        }
+        let has_heard = |topic: &str| match self.channels.get(topic) {
+            Some(Slot::Joined(channel)) => channel.is_subscribed() && !is_behind,
+            Some(Slot::Waiting(_)) | None => false,
+        };
+        self.history.end(&self.shared.recovery.lost_sockets, has_heard);
     }
 }

@@ -1,15 +1,17 @@
-//! A private channel: what it asks the database's policies, and what it does with their answers.
+//! A private channel: its queries to the database's policies, and what their answers change.
 //!
 //! Invariants: until the policies have said yes, nothing is read or written; an answer holds until
-//! the token changes, whatever becomes of the policies; trouble with the database is never told as a
-//! no, and never ends a channel for good.
+//! the token changes, whatever becomes of the policies; trouble with the database is never reported
+//! as a denial, and never ends a channel for good.
 
 use std::sync::Arc;
 
-use super::channel::{Channel, Context, EndReason, Fate};
+use super::{
+    channel::{Channel, Context, Next},
+    metrics::{Dropped, EndReason},
+};
 use crate::{
-    metrics::Dropped,
-    policies::{Allowed, Asking, AuthorizeError},
+    policies::{Allowed, PolicyQuery, QueryError},
     protocol::{
         error_code::{ErrorCode, Refusal},
         topic::Privacy,
@@ -20,12 +22,12 @@ use crate::{
 #[derive(Debug)]
 pub(super) struct Answers {
     reads: Allowed,
-    /// None until it was asked about by this token.
+    /// `None` until the policies were asked by this token.
     writes: Option<bool>,
 }
 
 impl Answers {
-    /// Nothing.
+    /// No answer.
     pub(super) const NOTHING: Self = Self { reads: Allowed::NONE, writes: None };
 
     /// Whether broadcasts may be sent.
@@ -38,51 +40,49 @@ impl Answers {
         self.reads.presence
     }
 
-    /// By another token the policies are asked anew. What may be read stays until they answer.
+    /// Forgets the answer about writing, because another token is asked for. What may be read stays
+    /// until the policies answer.
     pub(super) fn forget_writes(&mut self) {
         self.writes = None;
     }
 }
 
 impl Channel {
-    /// Whether the policies decide about it.
-    pub(crate) fn is_private(&self) -> bool {
-        self.key.privacy == Privacy::Private
+    /// Whether the policies decide about the channel.
+    pub(super) fn is_private(&self) -> bool {
+        self.privacy() == Privacy::Private
     }
 
     /// Whether the policies must be asked before a broadcast.
-    pub(crate) fn asks_before_writing(&self) -> bool {
+    pub(super) fn asks_before_writing(&self) -> bool {
         self.is_private() && self.policies.writes.is_none()
     }
 
     /// Whether the client waits for the presence of others.
-    pub(crate) fn wants_presence(&self) -> bool {
+    pub(super) fn wants_presence(&self) -> bool {
         self.config.presence
     }
 
-    /// Whether the client wants what was sent before, which is not offered.
-    pub(crate) fn wants_replay(&self) -> bool {
+    /// Whether the client wants the messages that were sent before, which is not offered.
+    pub(super) fn wants_replay(&self) -> bool {
         self.config.replay
     }
 
-    /// A question of this channel's.
-    pub(crate) fn asking(&self, headers: &Arc<str>) -> Asking {
-        Asking {
+    /// Returns a query by this channel's token.
+    pub(super) fn query(&self, headers: &Arc<str>) -> PolicyQuery {
+        PolicyQuery {
             token: Arc::clone(&self.token),
             sub_topic: self.sub_topic(),
             headers: Arc::clone(headers),
         }
     }
 
-    /// What the policies' answer makes of a join.
+    /// Admits a join by the policies' answer.
     ///
     /// # Errors
-    /// [`Refusal`] if nothing may be read, or nobody knows.
-    pub(crate) fn admit_by(
-        mut self,
-        reads: Result<Allowed, AuthorizeError>,
-    ) -> Result<Self, Refusal> {
-        let sub_topic = &self.key.sub_topic;
+    /// [`Refusal`] if nothing may be read, or the policies gave no answer.
+    pub(super) fn admit_by(mut self, reads: Result<Allowed, QueryError>) -> Result<Self, Refusal> {
+        let sub_topic = self.sub_topic_text();
         let reads = reads.map_err(|error| error.refuse(sub_topic))?;
         if !reads.any() {
             return Err(Refusal::unauthorized(sub_topic));
@@ -98,30 +98,30 @@ impl Channel {
         Ok(self)
     }
 
-    /// Does what the policies say of a joined channel by its new token.
+    /// Applies the policies' answer for a new token to a joined channel.
     ///
     /// Source: supabase/realtime `realtime_channel.ex` `handle_in("access_token", …)` @833cf36.
-    pub(crate) fn take_reads(
+    pub(super) fn take_reads(
         &mut self,
         context: Context<'_>,
-        reads: Result<Allowed, AuthorizeError>,
-    ) -> Fate {
+        reads: Result<Allowed, QueryError>,
+    ) -> Next {
         let had = self.policies.reads;
         let reads = match reads {
             Ok(reads) => reads,
-            Err(error @ AuthorizeError::Policy { .. }) => {
-                return self.end_with(context, &error.refuse(&self.key.sub_topic));
+            Err(error @ QueryError::Policy { .. }) => {
+                return self.end_with(context, &error.refuse(self.sub_topic_text()));
             }
             Err(error) => {
-                self.complain(context, error.refuse(&self.key.sub_topic).text());
-                return Fate::Ended(EndReason::Unanswered);
+                self.complain(context, error.refuse(self.sub_topic_text()).text());
+                return Next::Ended(EndReason::Unanswered);
             }
         };
         if !reads.any() {
-            return self.end_with(context, &Refusal::unauthorized(&self.key.sub_topic));
+            return self.end_with(context, &Refusal::unauthorized(self.sub_topic_text()));
         }
         if (had.broadcast && !reads.broadcast) || (had.presence && !reads.presence) {
-            let sub_topic = &self.key.sub_topic;
+            let sub_topic = self.sub_topic_text();
             let text = format!(
                 "You no longer have permission to read from this Channel topic: {sub_topic}"
             );
@@ -130,15 +130,15 @@ impl Channel {
         self.policies.reads = reads;
         self.may_read = reads.broadcast;
         self.follow(context);
-        Fate::Open
+        Next::Open
     }
 
-    /// Remembers whether the policies let it broadcast. Without an answer what has waited for it is
-    /// dropped, and they are asked again.
-    pub(crate) fn take_writes(
-        &mut self,
-        writes: Result<bool, AuthorizeError>,
-    ) -> Result<(), Dropped> {
+    /// Records whether the policies let the channel broadcast.
+    ///
+    /// # Errors
+    /// Without an answer the reason why the waiting messages are dropped; the policies are asked
+    /// again.
+    pub(super) fn take_writes(&mut self, writes: Result<bool, QueryError>) -> Result<(), Dropped> {
         self.policies.writes = Some(writes.map_err(|_counted| Dropped::WriteUnanswered)?);
         Ok(())
     }

@@ -1,36 +1,36 @@
-//! The audit log: who came, what they were let do or refused, and what operators did, as one JSON
-//! object per line.
+//! The audit log: connections, joins, refusals and operators' calls, one JSON object per line.
 //!
-//! Invariants: only this file speaks on its target, and only that is written to the audit log; a
-//! line holds names and reasons, never a token, a key, a query string or a payload; whatever text a
-//! client chose is cut, and escaped as JSON, so that an event is one line (CWE-117); while the log
-//! is off, an event costs a look at a flag.
+//! Invariants: only this file emits events with its target, and only those are written to the audit
+//! log; a line holds names and reasons, never a token, a key, a query string or a payload; a text
+//! that a client chose is cut, and escaped as JSON, so that an event is one line (CWE-117); while
+//! the log is off, nothing is formatted and nothing is allocated.
 //!
-//! | `event` | when | with, beside `connection`, `address`, `role` and `sub` as far as they are known |
+//! | `event` | when | fields, besides `connection`, `address`, `role` and `sub` as far as they are known |
 //! |---|---|---|
 //! | `start` | the server begins | `gateway`, `version` |
 //! | `connect` | an upgrade has succeeded | |
-//! | `refuse_upgrade` | it has not | `reason`, `fault` |
+//! | `refuse_upgrade` | an upgrade is refused | `reason`, `fault` |
 //! | `join` | a join is answered | `topic`, `result`, `rule`, `because`; or the `reason` of a refusal |
 //! | `leave` | a channel ends before its connection | `topic`, `reason` |
-//! | `token` | a channel is decided about anew, and it or its token changes | `topic`, `result`, `rule`, `because`, `fault` |
-//! | `refuse_broadcast` | a channel may not send | `topic`, `rule`, `count` of those that came together |
+//! | `token` | a channel is decided about again, and its access or its token changes | `topic`, `result`, `rule`, `because`, `fault` |
+//! | `refuse_broadcast` | a channel may not send | `topic`, `rule`, `count` of the broadcasts that arrived together |
 //! | `rest` | a REST broadcast | `topic`, `result`, `rule`, `because`, `fault` |
-//! | `close` | a connection ends, its channels with it | `reason`, `code` |
-//! | `admin` | an operator's call; a look at metrics or health only if it is refused | `method`, `route`, `status` |
+//! | `close` | a connection ends, and its channels with it | `reason`, `code` |
+//! | `admin` | an operator's call; metrics and health only if the call is refused | `method`, `route`, `status` |
 //! | `revoke` | an operator revokes tokens | `by`, `value`, `result` |
 //! | `reload` | settings and keys are read again | `result` |
 //!
-//! `result` and `because` are those of [`Decision`]; `fault` is what is wrong with the token that
-//! was offered, or why the policies of a private channel have not allowed it. Where a join or a
-//! token is refused, `role` and `sub` are those that hold otherwise: of the connection's token, or
-//! the channel's.
+//! `result` and `because` are the verdict and the reason of an access decision; `fault` is the fault
+//! of the token that was offered, or the reason why the policies of a private channel have not
+//! allowed the action. When a join or a token is refused, `role` and `sub` are those of the token
+//! that stays in force: the connection's, or the channel's.
 //!
 //! A file may be rotated with `copytruncate`, or renamed and then [reopened](AuditLog::reopen),
 //! which SIGHUP does.
 
 use std::{
     borrow::Cow,
+    fmt::Display,
     fs::{File, OpenOptions},
     io::{self, Write},
     net::IpAddr,
@@ -48,19 +48,14 @@ use tracing_subscriber::{
     registry::LookupSpan,
 };
 
-use crate::{
-    access::decision::{Because, Decision, Verdict},
-    auth::jwt::Token,
-};
-
-/// Where audit events go, and nothing else does.
-const TARGET: &str = "super::audit";
-/// The setting that means standard output.
+/// The target of audit events, and of no others.
+const TARGET: &str = "tidegate::telemetry::audit";
+/// The value of the setting that means standard output.
 const STANDARD_OUTPUT: &str = "-";
-/// A text of a client's is cut there.
+/// Longest text of a client; the rest is cut off.
 const TEXT_BYTES_MAX: usize = 256;
 
-/// Who is at the other end: the client's address, and the number of its connection once it has one.
+/// The client: its address, and the number of its connection once it has one.
 #[derive(Debug, Clone, Copy)]
 pub struct Caller {
     address: IpAddr,
@@ -68,37 +63,57 @@ pub struct Caller {
 }
 
 impl Caller {
-    /// Somebody who asks from here.
+    /// A client at this address, without a connection.
     #[must_use]
     pub fn at(address: IpAddr) -> Self {
         Self { address: address.to_canonical(), connection: None }
     }
 
-    /// Where from.
+    /// The client's address.
     #[must_use]
     pub fn address(self) -> IpAddr {
         self.address
     }
 
-    /// The same, on the connection of this number.
+    /// The same client on the connection of this number.
     #[must_use]
     pub fn on(self, connection: u64) -> Self {
         Self { connection: Some(connection), ..self }
     }
 }
 
-/// What has happened; the module's table says when and what the fields mean.
+/// The holder of a token.
 #[derive(Debug, Clone, Copy)]
+pub(crate) struct Subject<'a> {
+    /// The token's role.
+    pub(crate) role: &'a str,
+    /// The token's `sub`, if it is a text.
+    pub(crate) sub: Option<&'a str>,
+}
+
+/// An access decision.
+#[derive(Clone, Copy)]
+pub(crate) struct Decided<'a> {
+    /// The verdict.
+    pub(crate) result: &'static str,
+    /// The name of the topic's rule.
+    pub(crate) rule: Option<&'a str>,
+    /// The reason.
+    pub(crate) because: &'a dyn Display,
+}
+
+/// An event; the table of this file has the meaning of its fields.
+#[derive(Clone, Copy)]
 pub(crate) enum Audit<'a> {
     Start { gateway: uuid::Uuid },
     Connect,
     RefuseUpgrade { reason: &'static str, fault: Option<&'static str> },
-    Join { topic: &'a str, result: Verdict, rule: Option<&'a str>, because: &'a Because },
+    Join { topic: &'a str, decided: Decided<'a> },
     RefuseJoin { topic: &'a str, reason: &'a str },
     Leave { topic: &'a str, reason: &'static str },
-    Token { topic: &'a str, decision: &'a Decision, fault: Option<&'static str> },
+    Token { topic: &'a str, decided: Decided<'a>, fault: Option<&'static str> },
     RefuseBroadcast { topic: &'a str, rule: Option<&'a str>, count: usize },
-    Rest { topic: &'a str, decision: &'a Decision, fault: Option<&'static str> },
+    Rest { topic: &'a str, decided: Decided<'a>, fault: Option<&'static str> },
     RefuseRest { fault: &'static str },
     Close { reason: &'static str, code: &'static str },
     Admin { method: &'a str, route: &'static str, status: u16 },
@@ -107,22 +122,21 @@ pub(crate) enum Audit<'a> {
 }
 
 impl Audit<'_> {
-    /// Notes it: who did it, unless it was nobody, and with which token, as far as it is known.
-    pub(crate) fn note(self, caller: impl Into<Option<Caller>>, token: Option<&Token>) {
+    /// Writes the event with its client and the holder of the token, as far as they are known.
+    pub(crate) fn note(self, caller: impl Into<Option<Caller>>, subject: Option<Subject<'_>>) {
         if !tracing::enabled!(target: TARGET, Level::INFO) {
             return;
         }
         let caller = caller.into();
-        let sub = token.and_then(|it| it.claims.text_at(std::iter::once("sub".to_owned())));
         macro_rules! line {
             ($event:literal $($field:tt)*) => {
                 tracing::info!(
                     target: TARGET,
                     event = $event,
-                    connection = caller.and_then(|it| it.connection),
-                    address = caller.map(|it| tracing::field::display(it.address)),
-                    role = token.map(|it| text(&it.claims.role)).as_deref(),
-                    sub = sub.map(text).as_deref()
+                    connection = caller.and_then(|caller| caller.connection),
+                    address = caller.map(|caller| tracing::field::display(caller.address)),
+                    role = subject.map(|subject| text(subject.role)).as_deref(),
+                    sub = subject.and_then(|subject| subject.sub).map(text).as_deref()
                     $($field)*
                 )
             };
@@ -133,25 +147,20 @@ impl Audit<'_> {
             }
             Self::Connect => line!("connect"),
             Self::RefuseUpgrade { reason, fault } => line!("refuse_upgrade", reason, fault),
-            Self::Join { topic, result, rule, because } => {
-                let result = result.kind();
+            Self::Join { topic, decided: Decided { result, rule, because } } => {
                 line!("join", topic = &*text(topic), result, rule, because = %because);
             }
             Self::RefuseJoin { topic, reason } => {
                 line!("join", topic = &*text(topic), result = "refused", reason);
             }
             Self::Leave { topic, reason } => line!("leave", topic = &*text(topic), reason),
-            Self::Token { topic, decision, fault } => {
-                let Decision { verdict, because, .. } = decision;
-                let (result, rule) = (verdict.kind(), decision.rule_name());
+            Self::Token { topic, decided: Decided { result, rule, because }, fault } => {
                 line!("token", topic = &*text(topic), result, rule, because = %because, fault);
             }
             Self::RefuseBroadcast { topic, rule, count } => {
                 line!("refuse_broadcast", topic = &*text(topic), rule, count);
             }
-            Self::Rest { topic, decision, fault } => {
-                let Decision { verdict, because, .. } = decision;
-                let (result, rule) = (verdict.kind(), decision.rule_name());
+            Self::Rest { topic, decided: Decided { result, rule, because }, fault } => {
                 line!("rest", topic = &*text(topic), result, rule, because = %because, fault);
             }
             Self::RefuseRest { fault } => line!("rest", result = "refused", fault),
@@ -167,8 +176,8 @@ impl Audit<'_> {
     }
 }
 
-/// A text that somebody else chose, as far as it is shown. JSON escapes the old control characters;
-/// those beyond are taken for commands by terminals, too.
+/// Returns what is shown of a text that a client chose. JSON escapes the ASCII control characters;
+/// terminals obey those beyond ASCII as well, which are replaced here.
 fn text(text: &str) -> Cow<'_, str> {
     let text = text.get(..text.floor_char_boundary(TEXT_BYTES_MAX)).unwrap_or_default();
     let is_command = |c: char| c.is_control() && !c.is_ascii_control() || c == '\u{7f}';
@@ -179,15 +188,16 @@ fn text(text: &str) -> Cow<'_, str> {
     }
 }
 
-/// Keeps audit events out of another log.
+/// Returns the filter that keeps audit events out of another log.
 #[must_use]
 pub fn is_elsewhere() -> FilterFn<fn(&Metadata<'_>) -> bool> {
     let is_elsewhere: fn(&Metadata<'_>) -> bool = |metadata| metadata.target() != TARGET;
-    // Without the hint all levels would be looked at, whatever the other log's filter is.
+    // Without the hint, events of every level would reach the filter, whatever the other log's
+    // level is.
     filter_fn(is_elsewhere).with_max_level_hint(LevelFilter::TRACE)
 }
 
-/// Why there is no audit log.
+/// Why the audit log cannot be opened.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot write the audit log {} (audit_log)", path.display())]
 pub struct AuditError {
@@ -203,16 +213,16 @@ pub enum AuditLog {
     StandardOutput,
     /// A file.
     File {
-        /// Its name.
+        /// The name of the file.
         path: PathBuf,
-        /// Open for appending.
+        /// The file, open for appending.
         file: RwLock<Arc<File>>,
     },
 }
 
 impl AuditLog {
-    /// Opens what the setting names: a file, made readable for its owner alone if it is new, or `-`
-    /// for standard output; nothing if it is empty.
+    /// Opens the log that the setting names: a file, which is readable for its owner alone if it is
+    /// new, or `-` for standard output. Returns `None` if the setting is empty.
     ///
     /// # Errors
     /// [`AuditError`] if the file cannot be opened for appending.
@@ -228,10 +238,10 @@ impl AuditLog {
         })
     }
 
-    /// Opens the file again by its name, because it may have been renamed.
+    /// Opens the file again by its name, because an operator may have renamed it.
     ///
     /// # Errors
-    /// [`AuditError`] if it cannot be opened; what was open stays so.
+    /// [`AuditError`] if the file cannot be opened; the old one stays open.
     pub fn reopen(&self) -> Result<(), AuditError> {
         match self {
             Self::StandardOutput => {}
@@ -243,8 +253,8 @@ impl AuditLog {
         Ok(())
     }
 
-    /// Writes the audit events, and nothing else. A line that cannot be written is named on standard
-    /// error.
+    /// Returns the layer that writes audit events, and no others. A line that cannot be written is
+    /// reported on standard error.
     #[must_use]
     pub fn layer<S>(self: Arc<Self>) -> impl Layer<S> + Send + Sync
     where

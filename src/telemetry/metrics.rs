@@ -7,11 +7,13 @@
 
 use std::marker::PhantomData;
 
+use parking_lot::Mutex;
 pub(crate) use prometheus::{
-    Counter as SecondsCounter, Histogram, IntCounter as Counter, IntGauge as Gauge,
+    Counter as SecondsCounter, Histogram, IntCounter as Counter, IntCounterVec as CounterOpen,
+    IntGauge as Gauge, IntGaugeVec as GaugeOpen,
 };
 use prometheus::{
-    Encoder, HistogramOpts, HistogramVec, IntCounterVec, IntGaugeVec, Opts, TextEncoder,
+    Encoder, HistogramOpts, HistogramVec, Opts, TextEncoder,
     core::{AtomicF64, Collector, GenericGaugeVec},
     process_collector::ProcessCollector,
 };
@@ -36,6 +38,8 @@ pub(crate) type GaugeBy<L, const N: usize = 1> = By<L, Gauge, N>;
 pub(crate) type NumberGaugeBy<L> = By<L, NumberGauge>;
 /// Histograms by the values of a label.
 pub(crate) type HistogramBy<L> = By<L, Histogram>;
+/// Gauges of fractions or of seconds by a label whose values are not a closed set.
+pub(crate) type NumberOpen = GenericGaugeVec<AtomicF64>;
 
 /// A closed set of values of `N` labels.
 pub(crate) trait Label<const N: usize = 1>: Sized {
@@ -134,17 +138,34 @@ impl<L: Label<N>, M: Clone, const N: usize> By<L, M, N> {
 
 /// The metrics of one server. Names get the prefix `tidegate_`.
 #[derive(Debug)]
-pub struct Registry(prometheus::Registry);
+pub struct Registry {
+    registry: prometheus::Registry,
+    open: Mutex<Vec<OpenFamily>>,
+}
+
+/// A family whose label values the database or an operator decides: it has no series at first.
+#[derive(Debug, Clone)]
+pub struct OpenFamily {
+    /// The name without its prefix.
+    pub name: String,
+    /// `counter` or `gauge`.
+    pub kind: &'static str,
+    /// The names of its labels.
+    pub labels: Vec<String>,
+}
 
 #[expect(clippy::expect_used, reason = "names are literals; a test makes all metrics")]
 impl Registry {
     /// A registry with the version and the process' own metrics.
     pub(crate) fn new() -> Self {
-        let registry = Self(prometheus::Registry::new());
-        let info = IntGaugeVec::new(opts("build_info", "Always 1."), &["version"]);
+        let registry = Self { registry: prometheus::Registry::new(), open: Mutex::default() };
+        let info = GaugeOpen::new(opts("build_info", "Always 1."), &["version"]);
         let info = registry.register(info.expect("names are valid"));
         info.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
-        registry.0.register(Box::new(ProcessCollector::for_self())).expect("names are distinct");
+        registry
+            .registry
+            .register(Box::new(ProcessCollector::for_self()))
+            .expect("names are distinct");
         registry
     }
 
@@ -165,7 +186,8 @@ impl Registry {
         labels: [&str; N],
         help: &str,
     ) -> CounterBy<L, N> {
-        let all = self.counter_open(name, labels, help);
+        let all = CounterOpen::new(opts(name, help), &labels).expect("names are valid");
+        let all = self.register(all);
         let unlisted = Counter::with_opts(opts(name, help)).expect("names are valid");
         By::new(|values| all.with_label_values(values), unlisted)
     }
@@ -176,8 +198,9 @@ impl Registry {
         name: &str,
         labels: [&str; N],
         help: &str,
-    ) -> IntCounterVec {
-        self.register(IntCounterVec::new(opts(name, help), &labels).expect("names are valid"))
+    ) -> CounterOpen {
+        self.note_open(name, "counter", &labels);
+        self.register(CounterOpen::new(opts(name, help), &labels).expect("names are valid"))
     }
 
     /// A gauge.
@@ -192,7 +215,8 @@ impl Registry {
         labels: [&str; N],
         help: &str,
     ) -> GaugeBy<L, N> {
-        let all = self.gauge_open(name, labels, help);
+        let all = GaugeOpen::new(opts(name, help), &labels).expect("names are valid");
+        let all = self.register(all);
         let unlisted = Gauge::with_opts(opts(name, help)).expect("names are valid");
         By::new(|values| all.with_label_values(values), unlisted)
     }
@@ -203,8 +227,9 @@ impl Registry {
         name: &str,
         labels: [&str; N],
         help: &str,
-    ) -> IntGaugeVec {
-        self.register(IntGaugeVec::new(opts(name, help), &labels).expect("names are valid"))
+    ) -> GaugeOpen {
+        self.note_open(name, "gauge", &labels);
+        self.register(GaugeOpen::new(opts(name, help), &labels).expect("names are valid"))
     }
 
     /// A gauge of a fraction or of seconds.
@@ -219,19 +244,16 @@ impl Registry {
         label: &str,
         help: &str,
     ) -> NumberGaugeBy<L> {
-        let all = self.number_open(name, label, help);
+        let all = NumberOpen::new(opts(name, help), &[label]).expect("names are valid");
+        let all = self.register(all);
         let unlisted = NumberGauge::with_opts(opts(name, help)).expect("names are valid");
         By::new(|values| all.with_label_values(values), unlisted)
     }
 
     /// Gauges of fractions or of seconds by a label whose values the database decides.
-    pub(crate) fn number_open(
-        &self,
-        name: &str,
-        label: &str,
-        help: &str,
-    ) -> GenericGaugeVec<AtomicF64> {
-        self.register(GenericGaugeVec::new(opts(name, help), &[label]).expect("names are valid"))
+    pub(crate) fn number_open(&self, name: &str, label: &str, help: &str) -> NumberOpen {
+        self.note_open(name, "gauge", &[label]);
+        self.register(NumberOpen::new(opts(name, help), &[label]).expect("names are valid"))
     }
 
     /// A histogram of seconds, with [`LATENCY_BUCKETS`].
@@ -259,17 +281,28 @@ impl Registry {
         By::new(|values| all.with_label_values(values), unlisted)
     }
 
+    /// The families that have no series at first.
+    #[must_use]
+    pub fn open_families(&self) -> Vec<OpenFamily> {
+        self.open.lock().clone()
+    }
+
     /// Everything that is measured, in Prometheus' text format.
     #[must_use]
     pub fn render(&self) -> Vec<u8> {
         let mut text = Vec::new();
         // Writing into memory does not fail, and a half-written scrape is better than none.
-        let _ = TextEncoder::new().encode(&self.0.gather(), &mut text);
+        let _ = TextEncoder::new().encode(&self.registry.gather(), &mut text);
         text
     }
 
-    pub(crate) fn register<M: Collector + Clone + 'static>(&self, metric: M) -> M {
-        self.0.register(Box::new(metric.clone())).expect("names are distinct");
+    fn note_open(&self, name: &str, kind: &'static str, labels: &[&str]) {
+        let labels = labels.iter().map(|label| (*label).to_owned()).collect();
+        self.open.lock().push(OpenFamily { name: name.to_owned(), kind, labels });
+    }
+
+    fn register<M: Collector + Clone + 'static>(&self, metric: M) -> M {
+        self.registry.register(Box::new(metric.clone())).expect("names are distinct");
         metric
     }
 }
@@ -319,6 +352,7 @@ mod tests {
 
     #[derive(Debug, VariantNames, strum::IntoStaticStr)]
     #[strum(serialize_all = "snake_case")]
+    #[expect(dead_code, reason = "its data is not a label")]
     enum Fault {
         #[strum(serialize = "lost")]
         Gone(u8),

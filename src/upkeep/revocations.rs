@@ -1,48 +1,77 @@
-//! Revocations that another gateway has taken, or this one before it was started.
+//! Reads the revocations that other gateways, or earlier processes of this one, have stored.
 //!
-//! Invariant: a notification carries nothing, so that whoever may notify can make a gateway read
-//! the table, at most so often, and nothing else.
+//! Invariant: a notification's payload is ignored, so that a session with the right to notify can
+//! only make the gateway read the table, and that at most once per [`SPACING`].
 
 use std::{error::Error, sync::Arc, time::Duration};
 
-use sqlx::PgPool;
 use tokio::time::{sleep, timeout};
+use tokio_util::sync::CancellationToken;
 
-use crate::{clock::unix_now, db, server::Services};
+use crate::{
+    auth::{
+        Authenticator,
+        revocations::{Revocation, RevokedBy},
+    },
+    clock::unix_now,
+    db::{self, Pool},
+    hub::Sockets,
+};
 
-/// Between two readings, if nobody tells of a change.
+/// Longest time between two readings.
 const REREAD: Duration = Duration::from_secs(60);
-/// After one that failed.
+/// Longest time between a failed reading and the next.
 const RETRY: Duration = Duration::from_secs(2);
-/// Between two readings, whoever tells of changes: a revocation counts within a second.
+/// Shortest time between two readings, however many notifications arrive. A revocation takes effect
+/// within a second.
 const SPACING: Duration = Duration::from_millis(250);
 
-/// Reads the revocations whenever they change, until the server stops.
-pub(crate) async fn run(services: Arc<Services>, pool: PgPool) {
-    let rounds = async {
-        loop {
-            let wait = match read(&services, &pool).await {
-                Ok(()) => REREAD,
-                Err(error) => {
-                    tracing::debug!(error = &*error, "revocations not read");
-                    RETRY
-                }
-            };
-            // Whichever comes first.
-            let _ = timeout(wait, services.revocations_changed.notified()).await;
-            sleep(SPACING).await;
-        }
-    };
-    services.stopped.run_until_cancelled(rounds).await;
+/// The task that reads the revocations at the start, after each notification, and regularly.
+#[derive(Debug)]
+pub(crate) struct RevocationReader {
+    pub(crate) pool: Pool,
+    /// Holds the revocations in force.
+    pub(crate) auth: Arc<Authenticator>,
+    /// For one reading.
+    pub(crate) timeout: Duration,
+    /// Open sockets, which check their tokens again after a change.
+    pub(crate) sockets: Arc<Sockets>,
 }
 
-async fn read(services: &Services, pool: &PgPool) -> Result<(), Box<dyn Error + Send + Sync>> {
-    let revocations = db::revocations(pool, services.config.auth.revocations_max);
-    let revocations = timeout(services.config.relay.connect_timeout, revocations).await??;
-    let list = &services.verifier.revocations;
-    if list.replace(revocations.into_iter(), unix_now()) {
-        tracing::info!(revocations = list.count(), "revocations have changed");
-        services.review();
+impl RevocationReader {
+    /// Reads until the server stops.
+    pub(crate) async fn run(self, stop: CancellationToken) {
+        let rounds = async {
+            loop {
+                let wait = match self.read().await {
+                    Ok(()) => REREAD,
+                    Err(error) => {
+                        tracing::debug!(error = &*error, "revocations not read");
+                        RETRY
+                    }
+                };
+                // Elapsing is as good a reason to read as a notification.
+                let _ = timeout(wait, self.auth.revocations.stale()).await;
+                sleep(SPACING).await;
+            }
+        };
+        stop.run_until_cancelled(rounds).await;
     }
-    Ok(())
+
+    /// Reads the revocations and, if they have changed, makes every socket check its tokens.
+    async fn read(&self) -> Result<(), Box<dyn Error + Send + Sync>> {
+        let rows = db::revocations::revocations(&self.pool, self.auth.revocations.max());
+        let rows = timeout(self.timeout, rows).await??;
+        // A newer gateway may revoke by claims that this one does not know.
+        let known = rows.into_iter().filter_map(|row| {
+            let by = RevokedBy::named(&row.claim)?;
+            Some(Revocation { by, value: row.value.into(), at: row.at, until: row.until })
+        });
+        let list = &self.auth.revocations;
+        if list.replace(known, unix_now()) {
+            tracing::info!(revocations = list.count(), "revocations have changed");
+            self.sockets.review();
+        }
+        Ok(())
+    }
 }

@@ -1,110 +1,151 @@
-//! What a gateway tells the others and hears from them, and the retention of what they share.
+//! Exchanges with the other gateways what all of them need, and prunes what they share.
 //!
-//! Invariant: a record of a lost socket is believed only after the database has said that no other
-//! gateway lives, or has died within a day without leaving its records.
+//! Invariant: records of lost sockets are trusted only after the database has confirmed that no
+//! other gateway is alive or has died within 24 hours without leaving its records.
 
 use std::{error::Error, sync::Arc, time::Duration};
 
-use sqlx::PgPool;
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout, timeout_at};
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
 
-use crate::{db, recovery::lost_sockets::REMEMBERED, server::Services};
+use super::settings::Settings;
+use crate::{
+    db::{
+        Pool,
+        gateways::{self, LostSocket},
+        history,
+    },
+    invalidation::Feeds,
+    recovery::{ClientKey, REMEMBERED, Record, Recovery},
+};
 
-/// How often what is slow is done: retention, topics joined of late.
-const SLOW: Duration = Duration::from_secs(60);
-/// Most topics that are read of those joined of late.
+/// Time between two sweeps of memory and prunings of the database.
+const SWEEP_INTERVAL: Duration = Duration::from_secs(60);
+/// Most recent topics that are read at the start.
 const RECENT_MAX: usize = 10_000;
-/// How far back records are read again: longer than the transaction that writes them takes.
+/// Overlap of two readings of lost sockets: longer than the transaction that writes them takes.
 const REREAD: Duration = Duration::from_secs(120);
-/// For a batch of the history.
-const FORGET_TIMEOUT: Duration = Duration::from_secs(30);
+/// For the prunings of one sweep.
+const PRUNE_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Looks after what is shared until the server stops.
-pub(crate) async fn run(services: Arc<Services>, pool: PgPool) {
-    let mut ticks = interval(services.config.relay.canary_interval);
-    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut upkeep = Upkeep { read_at: None, slow_at: None };
-    loop {
-        let round = async {
-            ticks.tick().await;
-            upkeep.round(&services, &pool).await;
-        };
-        tokio::select! {
-            () = round => {}
-            // Each statement is a transaction of its own: one that is cut off is as if never begun.
-            () = services.stopped.cancelled() => return,
-        }
-    }
+/// The task that exchanges heartbeats, lost sockets and recent topics with other gateways.
+#[derive(Debug)]
+pub(crate) struct Sharing {
+    pub(crate) settings: Settings,
+    pub(crate) pool: Pool,
+    pub(crate) gateway: Uuid,
+    pub(crate) feeds: Arc<Feeds>,
+    pub(crate) recovery: Arc<Recovery>,
+    /// Time between two rounds.
+    pub(crate) interval: Duration,
+    /// For one exchange with the database.
+    pub(crate) timeout: Duration,
 }
 
-struct Upkeep {
-    /// When it was last read what others have left.
+/// Times of the last successful reading and of the last sweep.
+#[derive(Default)]
+struct Progress {
     read_at: Option<Instant>,
-    slow_at: Option<Instant>,
+    swept_at: Option<Instant>,
 }
 
-impl Upkeep {
-    async fn round(&mut self, services: &Services, pool: &PgPool) {
-        let deadline = services.config.relay.connect_timeout;
-        let result = timeout(deadline, self.share(services, pool)).await;
+impl Sharing {
+    /// Works in rounds until the server stops.
+    pub(crate) async fn run(self, stop: CancellationToken) {
+        let rounds = async {
+            let mut ticks = interval(self.interval);
+            ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+            let mut progress = Progress::default();
+            loop {
+                ticks.tick().await;
+                self.round(&mut progress).await;
+            }
+        };
+        // Each statement is a transaction of its own, so a round that is cut off leaves nothing half
+        // done.
+        stop.run_until_cancelled(rounds).await;
+    }
+
+    async fn round(&self, progress: &mut Progress) {
+        let result = timeout(self.timeout, self.exchange(progress)).await;
         if !matches!(result, Ok(Ok(()))) {
-            // Nobody knows who lives and dies meanwhile.
-            services.lost_sockets.set_alone(false);
+            // Other gateways may start or die until the next exchange.
+            self.recovery.lost_sockets.set_alone(false);
         }
         if let Ok(Err(error)) = result {
             tracing::debug!(error = &error as &dyn Error, "nothing shared with other gateways");
         }
-        if self.slow_at.is_none_or(|at| at.elapsed() >= SLOW) {
-            self.slow_at = Some(Instant::now());
-            services.events.sweep();
-            services.lost_sockets.sweep();
-            services.healing.sweep();
-            let forgotten = timeout(FORGET_TIMEOUT, forget(services, pool)).await;
-            if let Ok(Err(error)) = forgotten {
+        if progress.swept_at.is_none_or(|at| at.elapsed() >= SWEEP_INTERVAL) {
+            progress.swept_at = Some(Instant::now());
+            self.feeds.sweep();
+            self.recovery.sweep();
+            let pruned = timeout(PRUNE_TIMEOUT, self.prune()).await;
+            if let Ok(Err(error)) = pruned {
                 tracing::debug!(error = &error as &dyn Error, "nothing forgotten");
             }
         }
     }
 
-    async fn share(&mut self, services: &Services, pool: &PgPool) -> Result<(), sqlx::Error> {
-        let has_others = db::sign_of_life(pool, services.gateway).await?;
-        // After that: who has ended by then has left its records.
+    /// Sends a heartbeat, reads the lost sockets of other gateways, and writes recent topics.
+    async fn exchange(&self, progress: &mut Progress) -> Result<(), sqlx::Error> {
+        let has_others = gateways::heartbeat(&self.pool, self.gateway).await?;
+        // After the heartbeat: a gateway that it saw as ended has committed its records by now.
         let now = Instant::now();
-        let within = self.read_at.map_or(REMEMBERED, |at| now.duration_since(at) + REREAD);
-        for record in db::lost_sockets(pool, services.gateway, within).await? {
-            let last_data = Instant::now().checked_sub(record.age);
-            services.lost_sockets.record(record.client, &record.topic, last_data);
+        let within = progress.read_at.map_or(REMEMBERED, |at| now.duration_since(at) + REREAD);
+        for lost in gateways::lost_sockets(&self.pool, self.gateway, within).await? {
+            let last_data = Instant::now().checked_sub(lost.age);
+            self.recovery.lost_sockets.record(
+                ClientKey::from_uuid(lost.client),
+                &lost.topic,
+                last_data,
+            );
         }
-        if self.read_at.is_none() {
-            for (topic, age) in db::recent_topics(pool, RECENT_MAX).await? {
-                services.healing.note_recent(&topic, age);
+        if progress.read_at.is_none() {
+            for (topic, age) in gateways::recent_topics(&self.pool, RECENT_MAX).await? {
+                self.recovery.healing.note_recent(&topic, age);
             }
         }
-        self.read_at = Some(now);
-        let topics: Vec<_> = services.healing.take_new().iter().map(ToString::to_string).collect();
+        progress.read_at = Some(now);
+        let topics: Vec<_> =
+            self.recovery.healing.take_new().iter().map(ToString::to_string).collect();
         if !topics.is_empty() {
-            db::note_recent_topics(pool, &topics).await?;
+            gateways::note_recent_topics(&self.pool, &topics).await?;
         }
-        services.lost_sockets.set_alone(!has_others);
+        self.recovery.lost_sockets.set_alone(!has_others);
         Ok(())
+    }
+
+    /// Deletes what is past its retention, the history in batches.
+    async fn prune(&self) -> Result<(), sqlx::Error> {
+        let keep = self.settings.keep;
+        while history::prune_history(&self.pool, keep).await? >= history::PRUNE_BATCH {}
+        gateways::prune_shared(&self.pool).await
     }
 }
 
-async fn forget(services: &Services, pool: &PgPool) -> Result<(), sqlx::Error> {
-    while db::forget_history(pool, services.config.history.keep).await? >= db::FORGET_BATCH {}
-    db::forget_shared(pool).await
-}
-
-/// Leaves this gateway's records to the others, until the deadline. Its end is orderly if every
-/// socket has ended and so has its record.
-pub(crate) async fn end(services: &Services, pool: &PgPool, is_orderly: bool, deadline: Instant) {
-    let records = services.lost_sockets.records();
-    let end = db::end_gateway(pool, services.gateway, is_orderly, &records);
-    match timeout_at(deadline, end).await {
+/// Writes this gateway's lost sockets for the other gateways, and gives up at the deadline. The end
+/// is orderly if every socket has ended, because then no record is missing.
+pub(crate) async fn deregister(
+    pool: &Pool,
+    gateway: Uuid,
+    recovery: &Recovery,
+    is_orderly: bool,
+    deadline: Instant,
+) {
+    let records: Vec<_> = recovery.lost_sockets.records().into_iter().map(row).collect();
+    let deregister = gateways::deregister(pool, gateway, is_orderly, &records);
+    match timeout_at(deadline, deregister).await {
         Ok(Ok(())) => tracing::info!(records = records.len(), "records of lost sockets are left"),
         Ok(Err(error)) => {
             tracing::warn!(error = &error as &dyn Error, "no records of lost sockets are left");
         }
         Err(_elapsed) => tracing::warn!("no records of lost sockets are left in time"),
     }
+}
+
+/// Converts a record to its row.
+fn row(record: Record) -> LostSocket {
+    let Record { client, topic, age } = record;
+    LostSocket { client: client.uuid(), topic: topic.to_string(), age }
 }

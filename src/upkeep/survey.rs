@@ -1,114 +1,117 @@
-//! What operators are told of the database: whether it has its triggers and functions, what is
-//! written to it and what of that is told, how full its queue is.
+//! Surveys the database: are triggers and functions in place, what is written, and which of it is
+//! recorded in the history?
 //!
-//! Invariants: it is looked at over the pool, each time within a deadline. Counts are compared with
-//! those of the same run of the same server and of late, so that a counter neither goes back nor
-//! jumps where a server was away, was restored, or has forgotten its statistics. The log says what
-//! is missing once, and again when that changes.
+//! Invariants: a survey uses the pool and has a deadline. Counters continue only from a baseline of
+//! the same run of the same server that is younger than [`BASELINE_AGE_MAX`], so that none goes back
+//! or jumps when a server was away, was restored, or has reset its statistics. The log names missing
+//! objects once, and again when the set changes.
 
 use std::{error::Error, sync::Arc, time::Duration};
 
-use sqlx::PgPool;
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
+use tokio_util::sync::CancellationToken;
 
-use crate::clock::unix_seconds;
+use super::metrics::{HistorySource, Metrics, WrittenTable};
 use crate::{
     db::{
-        self, Recorded,
+        Pool,
+        catalog::{self, Recorded},
         deployed::{Deployed, Migrations, TRIGGERS, Table},
     },
-    metrics::Metrics,
-    server::Services,
+    telemetry::metrics::{count, set_now},
 };
 
-/// What was counted longer ago is not compared with: the counters go on from where they are.
-const COMPARED: Duration = Duration::from_secs(300);
+/// A baseline that is older is not compared with.
+const BASELINE_AGE_MAX: Duration = Duration::from_secs(300);
 
-/// What stands for a table in the metrics of the history, besides those that have triggers: what
-/// operators invalidate, and what other programs have written into it.
-pub(crate) const MANUAL: &str = "manual";
-pub(crate) const OTHER: &str = "other";
-
-/// Looks at the database until the server stops.
-pub(crate) async fn run(services: Arc<Services>, pool: PgPool) {
-    let pool_max = i64::from(pool.options().get_max_connections());
-    services.metrics.database_pool_max.set(pool_max);
-    let rounds = async {
-        let mut ticks = interval(services.config.metrics.database_interval);
-        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut survey = Survey::default();
-        loop {
-            ticks.tick().await;
-            survey.round(&services, &pool).await;
-        }
-    };
-    services.stopped.run_until_cancelled(rounds).await;
+/// The task that surveys the database at an interval.
+#[derive(Debug)]
+pub(crate) struct Survey {
+    pub(crate) pool: Pool,
+    pub(crate) metrics: Arc<Metrics>,
+    /// Time between two surveys.
+    pub(crate) interval: Duration,
+    /// For one survey.
+    pub(crate) timeout: Duration,
 }
 
+/// What a survey compares with.
 #[derive(Default)]
-struct Survey {
-    counted: Option<Counted>,
-    /// What the log has said of it: missing triggers, functions, migrations.
-    told: Option<[String; 3]>,
+struct State {
+    baseline: Option<Baseline>,
+    /// The missing triggers, functions and migrations that were logged last.
+    logged: Option<[String; 3]>,
+    /// Whether the last survey failed.
     has_failed: bool,
 }
 
-/// What the counters have counted.
-struct Counted {
+/// The counts of one survey, from which the next continues.
+struct Baseline {
+    /// Identifies the run of the server.
     run: String,
     at: Instant,
     tables: Vec<Table>,
-    /// What triggers have written down, as `pg_snapshot` writes it; none if there is no history.
+    /// Snapshot in which the rows of triggers were counted, in the text form of `pg_snapshot`;
+    /// `None` if there is no history.
     recorded: Option<String>,
 }
 
-impl Counted {
-    /// Whether what is counted in this run goes on from here.
+impl Baseline {
+    /// Whether counts of this run of the server continue from here.
     fn is_comparable(&self, run: &str) -> bool {
-        self.run == run && self.at.elapsed() < COMPARED
+        self.run == run && self.at.elapsed() < BASELINE_AGE_MAX
     }
 }
 
 impl Survey {
-    async fn round(&mut self, services: &Services, pool: &PgPool) {
-        let limit = services.config.relay.connect_timeout;
-        let failure: Box<dyn Error> = match timeout(limit, self.look(services, pool, limit)).await {
+    /// Surveys until the server stops.
+    pub(crate) async fn run(self, stop: CancellationToken) {
+        let rounds = async {
+            let mut ticks = interval(self.interval);
+            ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+            let mut state = State::default();
+            loop {
+                ticks.tick().await;
+                self.round(&mut state).await;
+            }
+        };
+        stop.run_until_cancelled(rounds).await;
+    }
+
+    /// Surveys once, and logs a failure: the first as a warning, those that follow it at debug.
+    async fn round(&self, state: &mut State) {
+        let failure: Box<dyn Error> = match timeout(self.timeout, self.survey(state)).await {
             Ok(Ok(())) => {
-                services.metrics.database_last_look.set(unix_seconds());
-                self.has_failed = false;
+                set_now(&self.metrics.last_look);
+                state.has_failed = false;
                 return;
             }
             Ok(Err(error)) => error.into(),
             Err(elapsed) => elapsed.into(),
         };
-        services.metrics.database_look_failures.inc();
-        if self.has_failed {
+        self.metrics.look_failures.inc();
+        if state.has_failed {
             tracing::debug!(error = &*failure, "the database cannot be looked at");
         } else {
             tracing::warn!(error = &*failure, "the database cannot be looked at");
         }
-        self.has_failed = true;
+        state.has_failed = true;
     }
 
-    async fn look(
-        &mut self,
-        services: &Services,
-        pool: &PgPool,
-        limit: Duration,
-    ) -> Result<(), sqlx::Error> {
-        let metrics = &services.metrics;
-        let mut session = db::begin_reading(pool, limit).await?;
-        let deployed = Deployed::look(&mut session).await?;
-        let server = db::server(&mut session).await?;
+    async fn survey(&self, state: &mut State) -> Result<(), sqlx::Error> {
+        let metrics = &*self.metrics;
+        let mut session = catalog::begin_reading(&self.pool, self.timeout).await?;
+        let deployed = Deployed::read(&mut session).await?;
+        let server = catalog::server_state(&mut session).await?;
         show(metrics, &deployed);
-        self.tell(&deployed);
-        metrics.database_notify_queue.set(server.notify_queue);
+        state.log(&deployed);
+        metrics.notify_queue.set(server.notify_queue);
 
-        let before = self.counted.as_ref();
-        let before = before.filter(|it| it.is_comparable(&server.run));
-        // After the statistics, which are late: what they count has been written down by now.
-        let since = before.and_then(|it| it.recorded.as_deref());
-        let recorded = match db::recorded(&mut session, since).await {
+        let before = state.baseline.as_ref();
+        let before = before.filter(|baseline| baseline.is_comparable(&server.run));
+        // After the statistics, which lag behind: the rows that they count are recorded by now.
+        let since = before.and_then(|baseline| baseline.recorded.as_deref());
+        let recorded = match catalog::recorded(&mut session, since).await {
             Err(sqlx::Error::Database(error)) if is_absent(&*error) => None,
             recorded => Some(recorded?),
         };
@@ -116,24 +119,26 @@ impl Survey {
         if let Some(recorded) = &recorded {
             count_recorded(metrics, recorded);
         }
-        let oldest = recorded.as_ref().and_then(|it| it.oldest);
-        metrics.database_history_oldest.set(oldest.unwrap_or_default());
+        let oldest = recorded.as_ref().and_then(|recorded| recorded.oldest);
+        metrics.history_oldest.set(oldest.unwrap_or_default());
         if let Some(before) = before {
             count_writes(metrics, &before.tables, &deployed.tables);
         }
-        self.counted = Some(Counted {
+        state.baseline = Some(Baseline {
             run: server.run,
             at: Instant::now(),
             tables: deployed.tables,
-            recorded: recorded.map(|it| it.seen),
+            recorded: recorded.map(|recorded| recorded.seen),
         });
         Ok(())
     }
+}
 
-    /// Logs what is missing, if that is not what was logged last.
-    fn tell(&mut self, deployed: &Deployed) {
+impl State {
+    /// Logs which objects are missing, unless the same were logged last.
+    fn log(&mut self, deployed: &Deployed) {
         let triggers = deployed.missing_triggers();
-        let triggers = triggers.map(|(table, operation)| format!("{table} {}", operation.kind()));
+        let triggers = triggers.map(|(table, operation)| format!("{table} {}", operation.label()));
         let functions = if deployed.drifted().count() == deployed.functions.len() {
             "all".to_owned()
         } else {
@@ -147,12 +152,12 @@ impl Survey {
             }
             Migrations::Unreadable => ("cannot be read".to_owned(), false),
         };
-        let told = [triggers.collect::<Vec<_>>().join(", "), functions, migrations];
-        if self.told.as_ref() == Some(&told) {
+        let missing = [triggers.collect::<Vec<_>>().join(", "), functions, migrations];
+        if self.logged.as_ref() == Some(&missing) {
             return;
         }
-        let [triggers, functions, migrations] = &told;
-        if told.iter().all(String::is_empty) {
+        let [triggers, functions, migrations] = &missing;
+        if missing.iter().all(String::is_empty) {
             let tables = deployed.tables.len();
             tracing::info!(tables, "the database has every trigger, function and migration");
         } else if is_newer {
@@ -170,53 +175,54 @@ impl Survey {
                 "missing in the database, or not this version's: run `tidegate migrate`"
             );
         }
-        self.told = Some(told);
+        self.logged = Some(missing);
     }
 }
 
-/// Whether a table or the schema is not there: what does not exist has no rows.
+/// Whether a table or the schema does not exist, which is as good as an empty table.
 fn is_absent(error: &dyn sqlx::error::DatabaseError) -> bool {
     matches!(error.code().as_deref(), Some("42P01" | "3F000"))
 }
 
+/// Shows which triggers, functions and migrations are missing.
 fn show(metrics: &Metrics, deployed: &Deployed) {
     for trigger in TRIGGERS {
-        let table = deployed.tables.iter().find(|it| it.name == trigger.table);
+        let table = deployed.tables.iter().find(|table| table.name == trigger.table);
         for operation in trigger.operations {
-            let labels = [trigger.table, operation.kind()];
+            let labels = [trigger.table, operation.label()];
             match table {
                 Some(table) => {
                     let is_present = !table.missing.contains(operation);
-                    metrics.database_triggers.with_label_values(&labels).set(is_present.into());
+                    metrics.triggers.with_label_values(&labels).set(is_present.into());
                 }
-                // It may not have been there before, either.
-                None => drop(metrics.database_triggers.remove_label_values(&labels)),
+                // Removing fails for a series that never existed.
+                None => drop(metrics.triggers.remove_label_values(&labels)),
             }
         }
     }
     for (name, drift) in &deployed.functions {
-        metrics.database_drift.with_label_values(&[*name]).set(drift.is_some().into());
+        metrics.drift.with_label_values(&[*name]).set(drift.is_some().into());
     }
-    let pending = i64::try_from(deployed.migrations.pending_count()).unwrap_or(i64::MAX);
-    metrics.database_migrations_pending.set(pending);
+    metrics.migrations_pending.set(count(deployed.migrations.pending_count()));
 }
 
+/// Counts the rows that triggers have recorded since the baseline.
 fn count_recorded(metrics: &Metrics, recorded: &Recorded) {
     for (table, rows) in &recorded.history {
-        let mut known = TRIGGERS.iter().map(|it| it.table).chain([MANUAL]);
-        let label = known.find(|it| Some(*it) == table.as_deref()).unwrap_or(OTHER);
-        metrics.database_history_rows.with_label_values(&[label]).inc_by(*rows);
+        metrics.history_rows.of(HistorySource::of(table.as_deref())).inc_by(*rows);
     }
-    metrics.database_trigger_failures.inc_by(recorded.failures);
+    metrics.trigger_failures.inc_by(recorded.failures);
 }
 
+/// Counts the rows that were written since the baseline.
 fn count_writes(metrics: &Metrics, before: &[Table], tables: &[Table]) {
     for table in tables {
-        // Another table of the name, or one with other partitions, has counted others' rows.
-        let is_it = |it: &&Table| it.name == table.name && it.relations == table.relations;
-        if let Some(before) = before.iter().find(is_it) {
-            let counter = metrics.database_writes.with_label_values(&[table.name]);
-            counter.inc_by(table.writes.saturating_sub(before.writes));
+        // A table that was created again, or has other partitions, has counted other rows.
+        let is_same =
+            |before: &&Table| before.name == table.name && before.relations == table.relations;
+        if let Some(before) = before.iter().find(is_same) {
+            let writes = metrics.writes.of(WrittenTable(table.name));
+            writes.inc_by(table.writes.saturating_sub(before.writes));
         }
     }
 }
@@ -229,12 +235,16 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn counts_go_on_in_the_same_run_and_not_after_five_minutes() {
-        let counted =
-            Counted { run: "a".to_owned(), at: Instant::now(), tables: Vec::new(), recorded: None };
-        assert!(counted.is_comparable("a") && !counted.is_comparable("b"));
-        advance(COMPARED - Duration::from_millis(1)).await;
-        assert!(counted.is_comparable("a"));
+        let baseline = Baseline {
+            run: "a".to_owned(),
+            at: Instant::now(),
+            tables: Vec::new(),
+            recorded: None,
+        };
+        assert!(baseline.is_comparable("a") && !baseline.is_comparable("b"));
+        advance(BASELINE_AGE_MAX - Duration::from_millis(1)).await;
+        assert!(baseline.is_comparable("a"));
         advance(Duration::from_millis(1)).await;
-        assert!(!counted.is_comparable("a"));
+        assert!(!baseline.is_comparable("a"));
     }
 }

@@ -1,10 +1,10 @@
 //! WebSocket frames as a client sees them: parses the server's, masks its own.
 //!
-//! Pure. Nothing is kept of a finished frame, and at most one unfinished frame is: ten thousand
-//! readers cost ten thousand empty vectors. Messages in several frames are refused by name, as
-//! no server of this protocol sends them.
+//! Pure. Invariants: a reader keeps at most one unfinished frame and nothing of a finished one, so
+//! that ten thousand readers cost ten thousand empty vectors. Messages in several frames are
+//! refused by name: no server of this protocol sends them.
 
-/// Largest payload that is accepted, in bytes; servers of this protocol stop at 5 MB.
+/// Largest payload of a frame, in bytes; servers of this protocol stop at 5 MB.
 const PAYLOAD_BYTES_MAX: u64 = 16 << 20;
 
 /// One whole frame of the server.
@@ -17,7 +17,7 @@ pub(crate) enum Frame<'a> {
     Close(Option<u16>),
 }
 
-/// What a server must not send.
+/// A frame that a server must not send.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum FrameError {
     #[error("the server masked a frame")]
@@ -37,15 +37,15 @@ pub(crate) struct FrameReader {
 }
 
 impl FrameReader {
-    /// A reader that has already received `rest`, as after a handshake's head.
+    /// Creates a reader that has already received `rest`, as after a handshake's head.
     pub(crate) const fn resumed(rest: Vec<u8>) -> Self {
         Self { unfinished: rest }
     }
 
-    /// Hands every frame that `input` completes to `each`, in order.
+    /// Passes every frame that `input` completes to `each`, in order.
     ///
     /// # Errors
-    /// The first error of a frame or of `each`; the stream cannot be read on after it.
+    /// The first error of a frame or of `each`, after which the stream cannot be read any further.
     pub(crate) fn read<E: From<FrameError>>(
         &mut self,
         input: &[u8],
@@ -59,7 +59,7 @@ impl FrameReader {
         self.unfinished.extend_from_slice(input);
         let left = read_all(&self.unfinished, &mut each)?.len();
         if left == 0 {
-            // Gives the capacity back: a socket that once got half a frame is idle for seconds.
+            // Frees the buffer: a socket that once got half a frame is idle for seconds.
             self.unfinished = Vec::new();
         } else {
             self.unfinished.drain(..self.unfinished.len() - left);
@@ -69,7 +69,7 @@ impl FrameReader {
 }
 
 impl Frame<'_> {
-    /// The frame's bytes as a server writes them, header and payload.
+    /// Returns the frame's bytes as a server writes them, header and payload.
     pub(crate) fn to_server_bytes(self) -> Vec<u8> {
         let mut bytes = Vec::new();
         let (opcode, payload) = self.parts();
@@ -87,7 +87,8 @@ impl Frame<'_> {
         out.extend(payload.iter().zip(key.iter().cycle()).map(|(byte, key)| byte ^ key));
     }
 
-    /// Opcode and payload. A close frame is written without a code: only its opcode matters here.
+    /// Returns opcode and payload. A close frame is written without a code: only its opcode matters
+    /// here.
     const fn parts(&self) -> (u8, &[u8]) {
         match self {
             Frame::Text(payload) => (OPCODE_TEXT, payload),
@@ -117,7 +118,7 @@ const OPCODE_CLOSE: u8 = 8;
 const OPCODE_PING: u8 = 9;
 const OPCODE_PONG: u8 = 10;
 
-/// Hands every whole frame of `input` to `each` and gives what is left over.
+/// Passes every whole frame of `input` to `each` and returns the bytes after the last.
 fn read_all<'a, E: From<FrameError>>(
     mut input: &'a [u8],
     each: &mut impl FnMut(Frame<'_>) -> Result<(), E>,
@@ -129,7 +130,7 @@ fn read_all<'a, E: From<FrameError>>(
     Ok(input)
 }
 
-/// The first frame of `input` and what follows it; `None` while it is incomplete.
+/// Returns the first frame of `input` and the bytes after it; `None` while it is incomplete.
 fn split_frame(input: &[u8]) -> Result<Option<(Frame<'_>, &[u8])>, FrameError> {
     let [first, second, rest @ ..] = input else { return Ok(None) };
     if second & MASKED != 0 {
@@ -186,7 +187,7 @@ fn push_header(out: &mut Vec<u8>, opcode: u8, mask: u8, length: usize) {
 mod tests {
     use super::*;
 
-    /// Reads `chunks` one after the other and gives each frame as its server bytes.
+    /// Reads `chunks` one after the other and returns each frame as its server bytes.
     fn frames_of<'a>(chunks: impl Iterator<Item = &'a [u8]>) -> Result<Vec<Vec<u8>>, FrameError> {
         let mut reader = FrameReader::default();
         let mut frames = Vec::new();

@@ -1,8 +1,7 @@
-//! The client's side of the protocol, as far as a load needs it: joins, heartbeats and broadcasts
-//! out; replies, broadcasts and the ends of channels in.
+//! The client's side of the protocol, as far as a load and the doctor need it: joins, heartbeats
+//! and broadcasts out; replies, broadcasts and the ends of channels in.
 //!
-//! Written apart from the server's own codecs on purpose: a load tool that shares a mistake with
-//! the server finds nothing. A broadcast is recognised by its stamp, in one pass over its bytes and
+//! Invariant: a broadcast of the load is recognised by its stamp, in one pass over its bytes and
 //! without parsing; everything else is rare and is parsed.
 
 use std::time::Duration;
@@ -23,18 +22,18 @@ pub(crate) enum Vsn {
     V2,
 }
 
-/// What the server says other than a stamped broadcast.
+/// A message of the server, other than a stamped broadcast.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Event {
     /// The answer to the join or broadcast with this ref.
     Reply { reference: u64, refusal: Option<String> },
-    /// A `system` push with status `error`, and its message.
+    /// The message of a `system` push with status `error`.
     SystemError(String),
     /// `phx_error` or `phx_close`: a channel has ended.
     ChannelEnded(String),
     /// A broadcast on this topic, with its envelope.
     Broadcast { topic: String, envelope: Value },
-    /// Anything else: a heartbeat's reply, presence.
+    /// Any other message: a heartbeat's reply, presence.
     Other,
 }
 
@@ -70,8 +69,8 @@ impl Vsn {
         self.push_text(None, &reference.to_string(), HEARTBEAT_TOPIC, "heartbeat", &json!({}), out);
     }
 
-    /// Appends a masked broadcast of `payload`, which is JSON: text in V1, kind 3 in V2. Its
-    /// channel's `join_ref` is that of a publisher, which joins once.
+    /// Appends a masked broadcast of `payload`, which is JSON: text in V1, kind 3 in V2. The
+    /// `join_ref` is that of a publisher, which joins once. In V2 the topic has at most 255 bytes.
     pub(crate) fn push_broadcast(
         self,
         topic: &str,
@@ -91,7 +90,7 @@ impl Vsn {
                 let reference = reference.to_string();
                 let header = [PUBLISHER_JOIN_REF, &reference, topic, USER_EVENT, NO_METADATA];
                 let mut bytes = vec![KIND_USER_BROADCAST_PUSH];
-                // A length that has no byte is refused by `BenchArgs::check`.
+                // The caller keeps the topic below 256 bytes.
                 bytes.extend(header.map(|field| u8::try_from(field.len()).unwrap_or_default()));
                 bytes.push(ENCODING_JSON);
                 bytes.extend(header.concat().bytes());
@@ -123,7 +122,7 @@ impl Vsn {
         Frame::Text(message.to_string().as_bytes()).push_masked(out);
     }
 
-    /// Reads a text frame; `None` when it is not of this protocol version.
+    /// Parses a text frame; `None` if it is not of this protocol version.
     pub(crate) fn read(self, text: &[u8]) -> Option<Event> {
         let message = match self {
             Self::V1 => serde_json::from_slice(text).ok()?,
@@ -137,17 +136,17 @@ impl Vsn {
     }
 }
 
-/// A join to be sent.
+/// The parts of a `phx_join`.
 #[derive(Debug)]
 pub(crate) struct Join<'a> {
-    /// With its prefix: `realtime:bench-1`.
+    /// The topic with its prefix: `realtime:bench-1`.
     pub(crate) topic: &'a str,
     pub(crate) reference: u64,
     pub(crate) ack: bool,
     pub(crate) access_token: &'a str,
 }
 
-/// The mark by which one run knows its own broadcasts, and the time in each: `@0123abcd-` and
+/// The mark by which one run recognises its own broadcasts, and the time in each: `@0123abcd-` and
 /// nanoseconds since the run began.
 #[derive(Debug)]
 pub(crate) struct Stamps {
@@ -155,7 +154,7 @@ pub(crate) struct Stamps {
 }
 
 impl Stamps {
-    /// Marks of a run that no other run shares.
+    /// Creates marks that no other run shares.
     pub(crate) fn random() -> Self {
         Self::of(fastrand::u32(..))
     }
@@ -166,10 +165,11 @@ impl Stamps {
         Self { prefix }
     }
 
-    /// A user payload of `bytes` bytes (or the few more that it needs at least), like those of
-    /// production: `{"type":"bench","event_eid":"AB1","endpoints":["/live/event/AB1"],…}`.
+    /// Creates a user payload of `bytes` bytes (or the few more that it needs at least), like those
+    /// of production: `{"type":"bench","event_eid":"AB1","endpoints":["/live/event/AB1"],…}`.
     ///
-    /// `sent` is the time since the run began, `unix` the wall-clock's, which clients use as a key.
+    /// `sent` is the time since the run began, `unix` that of the wall clock, which clients use as
+    /// a key.
     pub(crate) fn payload(
         &self,
         eid: &str,
@@ -186,7 +186,7 @@ impl Stamps {
         format!(r#"{head}{:x<pad$}"}}"#, "")
     }
 
-    /// When the broadcast in `frame` was sent; `None` if it carries no mark of this run.
+    /// Returns when the broadcast in `frame` was sent; `None` if it carries no mark of this run.
     pub(crate) fn sent(&self, frame: &[u8]) -> Option<Duration> {
         let mut rest = frame;
         while let Some(at) = rest.iter().position(|byte| *byte == b'@') {
@@ -199,7 +199,7 @@ impl Stamps {
     }
 }
 
-/// How many messages the server merged into this one: the number after `"merged":`, else 1.
+/// Returns how many messages the server merged into this one: the number after `"merged":`, else 1.
 pub(crate) fn merged_count(frame: &[u8]) -> u64 {
     let mut rest = frame;
     while let Some(at) = rest.iter().position(|byte| *byte == b'm') {
@@ -251,7 +251,7 @@ impl ObjectMessage {
     }
 }
 
-/// The reason in an error reply's payload; `None` for an ok.
+/// Returns the reason in the payload of an error reply; `None` for an ok.
 fn refusal(payload: &Value) -> Option<String> {
     if payload["status"] == "ok" {
         return None;
@@ -260,12 +260,12 @@ fn refusal(payload: &Value) -> Option<String> {
     Some(text_of(response.get("reason").unwrap_or(response)))
 }
 
-/// A string as it is, anything else as JSON.
+/// Returns a string as it is, anything else as JSON.
 fn text_of(value: &Value) -> String {
     value.as_str().map_or_else(|| value.to_string(), str::to_owned)
 }
 
-/// The decimal number at the start of `bytes`.
+/// Parses the decimal number at the start of `bytes`.
 fn leading_number(bytes: &[u8]) -> Option<u64> {
     let length = bytes.iter().take_while(|byte| byte.is_ascii_digit()).count();
     str::from_utf8(&bytes[..length]).ok()?.parse().ok()

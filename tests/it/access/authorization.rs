@@ -9,14 +9,11 @@ use std::{
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use tidegate::{
-    access::{
-        decision::{Action, Asked},
-        rule::TopicRules,
-    },
-    auth::jwt::{Claims, TokenError},
+    access::{AccessRequest, Action, Rules},
+    auth::{Claims, TokenError},
     clock::unix_now,
     protocol::{serializer::Serializer, topic::Privacy},
-    server::settings::Config,
+    server::Config,
 };
 
 use tokio::time::Instant;
@@ -93,9 +90,9 @@ impl Who {
     }
 }
 
-fn rules() -> TopicRules {
+fn rules() -> Rules {
     let config = Config::defaults();
-    TopicRules::new(config.topic, config.topics)
+    Rules::new(config.topic, config.topics)
 }
 
 #[test]
@@ -107,7 +104,7 @@ fn the_function_decides_as_the_table_says() {
             assert!(cells.keys().eq(table.who.keys()), "{}: somebody is missing", row.topic);
             for (name, expected) in cells {
                 let claims = table.who[name].claims();
-                let decision = rules.decide(&Asked {
+                let decision = rules.decide(&AccessRequest {
                     action,
                     sub_topic: &row.topic,
                     privacy: if row.private { Privacy::Private } else { Privacy::Public },
@@ -218,7 +215,7 @@ async fn unknown_and_forbidden_topics_are_answered_alike_in_text_and_time() {
         "event_offers_x_y",
         "room-1",
     ] {
-        let mut page = Page::open(&server.services, browser(1));
+        let mut page = Page::open(&server.gateway, browser(1));
         let asked = Instant::now();
         page.ask("1", sub_topic).await;
         let answer = page.message_until(asked + DEADLINE).await.expect("an answer");

@@ -1,11 +1,11 @@
 //! The admin port: readiness, metrics, and who may ask.
 
 use serde_json::{Value, json};
+use strum::{VariantArray, VariantNames};
 use tidegate::{
-    auth::jwt::TokenError,
-    http::connection::CloseReason,
-    invalidation::{BadEndpoint, Cause, Method, Why},
-    metrics::RefusedUpgrade,
+    auth::TokenError,
+    http::{CloseReason, RefusedUpgrade},
+    invalidation::{BadEndpoint, CatchUpCause, Coverage, SendReason},
     protocol::{error_code::ErrorCode, message::Malformed, serializer::Serializer},
     relay::{LinkError, Outcome},
     secret::Secret,
@@ -146,7 +146,7 @@ async fn without_a_token_no_web_page_reaches_the_operators_port() {
         let absolute = format!("{method} http://evil.example{path}");
         assert_eq!(ask_with(&server, &absolute, &["host: localhost"]).await, 403);
     }
-    assert!(!server.services.draining.is_cancelled());
+    assert!(!server.gateway.draining.is_cancelled());
     for headers in [
         &["host: localhost"][..],
         &["host: LOCALHOST:9400"],
@@ -239,42 +239,44 @@ async fn every_series_is_there_before_anything_has_happened() {
     ]
     .map(str::to_owned)
     .into();
-    for reason in RefusedUpgrade::ALL {
-        wanted.push(format!("connections_refused_total{{reason=\"{}\"}}", reason.kind()));
+    for reason in RefusedUpgrade::VARIANTS {
+        wanted.push(format!("connections_refused_total{{reason=\"{}\"}}", reason.label()));
     }
     for reason in CloseReason::all() {
-        let (code, reason) = (reason.code_label(), reason.kind());
+        let (code, reason) = (reason.code_label(), reason.label());
         wanted.push(format!("connections_closed_total{{code=\"{code}\",reason=\"{reason}\"}}"));
     }
-    for code in ErrorCode::ALL {
+    for code in ErrorCode::VARIANTS {
         wanted.push(format!("joins_total{{code=\"{}\",result=\"error\"}}", code.as_str()));
     }
-    for malformed in Malformed::ALL {
-        wanted.push(format!("malformed_total{{reason=\"{}\"}}", malformed.kind()));
+    for malformed in Malformed::VARIANTS {
+        wanted.push(format!("malformed_total{{reason=\"{}\"}}", malformed.label()));
     }
-    for result in TokenError::KINDS {
+    for result in TokenError::VARIANTS {
         wanted.push(format!("tokens_total{{result=\"{result}\"}}"));
     }
-    for why in Why::ALL {
-        wanted.push(format!("invalidations_sent_total{{reason=\"{}\"}}", why.kind()));
+    for why in SendReason::VARIANTS {
+        wanted.push(format!("invalidations_sent_total{{reason=\"{}\"}}", why.label()));
     }
-    for bad in BadEndpoint::ALL {
-        wanted.push(format!("endpoints_dropped_total{{reason=\"{}\"}}", bad.kind()));
+    for bad in BadEndpoint::VARIANTS {
+        wanted.push(format!("endpoints_dropped_total{{reason=\"{}\"}}", bad.label()));
     }
-    for (cause, method) in Cause::all().flat_map(|it| Method::ALL.map(|method| (it, method))) {
-        let (cause, method) = (cause.kind(), method.kind());
+    for (cause, method) in CatchUpCause::all()
+        .flat_map(|it| Coverage::VARIANTS.iter().map(move |method| (it, *method)))
+    {
+        let (cause, method) = (cause.label(), method.label());
         wanted.push(format!("catch_ups_total{{cause=\"{cause}\",method=\"{method}\"}}"));
     }
-    for cause in LinkError::KINDS {
+    for cause in LinkError::VARIANTS {
         wanted.push(format!("relay_reconnects_total{{cause=\"{cause}\"}}"));
     }
     for name in &wanted {
         let series = format!("tidegate_{name} ");
         assert!(text.lines().any(|line| line.starts_with(&series)), "{series}\n{text}");
     }
-    for outcome in Outcome::ALL {
+    for outcome in Outcome::VARIANTS {
         let series = "tidegate_notifications_total{";
-        let label = format!("outcome=\"{}\"", outcome.kind());
+        let label = format!("outcome=\"{}\"", outcome.label());
         let has = |line: &str| {
             line.starts_with(series) && line.contains(&label) && line.contains("source=\"")
         };

@@ -9,7 +9,7 @@ use tidegate::{
     clock::unix_now,
     protocol::serializer::Serializer::V2,
     secret::Secret,
-    server::{Server, StartError, settings::Config},
+    server::{Config, Server, StartError},
 };
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -172,8 +172,8 @@ async fn status(server: &TestServer, token: &str) -> u16 {
 }
 
 fn kind(server: &TestServer, token: &str) -> &'static str {
-    let verified = server.services.verifier.verify(token, unix_now());
-    verified.map_or_else(|error| error.kind(), |_| "ok")
+    let verified = server.gateway.auth.verify_at(token, unix_now());
+    verified.map_or_else(|error| error.label(), |_| "ok")
 }
 
 #[tokio::test]
@@ -191,7 +191,7 @@ async fn a_key_that_is_new_at_the_url_is_fetched_when_a_token_names_it_and_not_a
 
     // The keys rotate; the interval is ten minutes.
     keys.says(Says::document(&second));
-    let mut changes = server.services.verifier.changes();
+    let mut changes = server.gateway.auth.changes();
     assert_eq!(status(&server, &new).await, 401, "nobody waits for keys");
     timeout(DEADLINE, changes.changed()).await.expect("the keys are fetched").unwrap();
     assert_eq!(status(&server, &new).await, 101);
@@ -204,7 +204,7 @@ async fn a_key_that_is_new_at_the_url_is_fetched_when_a_token_names_it_and_not_a
         // An exchange, during which it could.
         assert_eq!(status(&server, &old).await, 401);
     }
-    server.services.verifier.reload(&settings, &server.services.metrics).unwrap();
+    server.gateway.auth.reload(&settings.trust()).unwrap();
     keys.asked_times(3).await;
     let read = server.metric("tidegate_jwks_last_success_timestamp_seconds{origin=\"url\"}").await;
     assert!((unix_now() as f64 - read).abs() < 60.0, "{read}");
@@ -343,11 +343,11 @@ async fn keys_of_a_url_that_is_no_longer_set_are_dropped_by_the_reload() {
     let server = TestServer::start_with(settings.clone());
     has_keys(&server, "url", 1.0).await;
     assert_eq!(kind(&server, &token), "ok");
-    let (verifier, metrics) = (&server.services.verifier, &server.services.metrics);
-    verifier.reload(&settings, metrics).unwrap();
+    let verifier = &server.gateway.auth;
+    verifier.reload(&settings.trust()).unwrap();
     assert_eq!(kind(&server, &token), "ok", "it is the same URL");
     (settings.jwks.url, settings.jwks.ca_file) = (String::new(), String::new());
-    verifier.reload(&settings, metrics).unwrap();
+    verifier.reload(&settings.trust()).unwrap();
     assert_eq!(kind(&server, &token), "no_signer");
     assert_eq!(server.metric("tidegate_jwks_keys{origin=\"url\"}").await, 0.0);
     server.stop().await;
@@ -369,7 +369,7 @@ async fn a_file_is_followed_and_a_broken_one_changes_nothing() {
         server.metric_reaches(&failures("file", kind_of), 1.0).await;
         assert_eq!(kind(&server, &old), "ok");
     }
-    let mut changes = server.services.verifier.changes();
+    let mut changes = server.gateway.auth.changes();
     folder.write("keys.json", &second.to_string());
     timeout(DEADLINE, changes.changed()).await.expect("the file is looked at").unwrap();
     assert_eq!((kind(&server, &old), kind(&server, &new)), ("no_signer", "ok"));
@@ -422,7 +422,7 @@ async fn a_gateway_starts_with_any_kind_of_key_and_with_no_file_that_it_cannot_r
         let error = match Server::bind(settings.clone()) {
             Ok(_) => None,
             Err(StartError::Keys { file, source }) if file == settings.jwks.file => {
-                Some(source.kind())
+                Some(source.label())
             }
             Err(error) => panic!("{error}"),
         };

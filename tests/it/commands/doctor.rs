@@ -8,7 +8,7 @@ use tidegate::{
     doctor::{CANARY_EID, Check},
     protocol::serializer::Serializer::V2,
     secret::Secret,
-    server::settings::Config,
+    server::Config,
 };
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -1017,7 +1017,7 @@ async fn a_gateway_with_other_rules_is_found_out() {
     found.are(&[("client-join", "failed"), ("no-notifications", "failed")]);
     scene.stop().await;
 
-    let open: tidegate::access::rule::Rule = toml::from_str(
+    let open: tidegate::access::Rule = toml::from_str(
         r#"
         name = "open"
         pattern = ["tidegate_doctor_{eid}"]

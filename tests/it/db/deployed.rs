@@ -28,10 +28,10 @@ async fn as_gateway(database: &Database) -> PgConnection {
 
 /// What is wrong: `votes INSERT`, `tidegate.publish: Body`, `migration 5`.
 async fn wrong(session: &mut PgConnection) -> Vec<String> {
-    let deployed = Deployed::look(session).await.unwrap();
+    let deployed = Deployed::read(session).await.unwrap();
     let triggers = deployed.missing_triggers();
     let mut wrong: Vec<_> =
-        triggers.map(|(table, operation)| format!("{table} {}", operation.kind())).collect();
+        triggers.map(|(table, operation)| format!("{table} {}", operation.label())).collect();
     wrong.extend(deployed.drifted().map(|(name, drift)| format!("{name}: {drift:?}")));
     match &deployed.migrations {
         Migrations::Known { pending, is_newer } => {
@@ -49,7 +49,7 @@ const NOTHING: [&str; 0] = [];
 async fn what_migrate_makes_is_all_there_for_the_gateways_own_role() {
     let (_database, mut session) = migrated().await;
     assert_eq!(wrong(&mut session).await, NOTHING);
-    let deployed = Deployed::look(&mut session).await.unwrap();
+    let deployed = Deployed::read(&mut session).await.unwrap();
     assert_eq!(deployed.tables.len(), TRIGGERS.len());
     assert_eq!(deployed.functions.len(), Function::all().len());
     assert_eq!(deployed.migrations.pending_count(), 0);
@@ -60,9 +60,9 @@ async fn a_database_with_nothing_of_ours_lacks_everything_and_says_so() {
     let mut database = Database::create().await;
     database.run("create table votes (id int); create role tidegate login").await;
     let mut session = as_gateway(&database).await;
-    let deployed = Deployed::look(&mut session).await.unwrap();
+    let deployed = Deployed::read(&mut session).await.unwrap();
     let missing: Vec<_> =
-        deployed.missing_triggers().map(|(table, it)| format!("{table} {}", it.kind())).collect();
+        deployed.missing_triggers().map(|(table, it)| format!("{table} {}", it.label())).collect();
     assert_eq!(missing, ["votes INSERT", "votes UPDATE", "votes DELETE"]);
     assert_eq!(deployed.drifted().count(), Function::all().len());
     assert!(deployed.drifted().all(|(_, drift)| drift == Drift::Missing));

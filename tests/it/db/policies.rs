@@ -5,9 +5,9 @@ use std::{collections::HashMap, sync::Arc, time::Duration};
 use futures_util::{FutureExt, future::join_all};
 use serde_json::{Value, json};
 use tidegate::{
-    policies::{Allowed, Asking, AuthorizeError, Missing},
+    policies::{Allowed, Missing, PolicyQuery, QueryError},
     secret::Secret,
-    server::Services,
+    server::Gateway,
 };
 use tokio::time::timeout;
 
@@ -21,8 +21,8 @@ fn user(sub: &str) -> Value {
     json!({ "role": "authenticated", "sub": sub })
 }
 
-fn is_policy<T: std::fmt::Debug>(answer: &Result<T, AuthorizeError>) -> bool {
-    matches!(answer, Err(AuthorizeError::Policy { .. }))
+fn is_policy<T: std::fmt::Debug>(answer: &Result<T, QueryError>) -> bool {
+    matches!(answer, Err(QueryError::Policy { .. }))
 }
 
 #[tokio::test]
@@ -31,7 +31,7 @@ async fn who_may_read_and_write_is_what_the_policies_say_on_either_table() {
     let stage = |user_role: &str| json!({ "role": "authenticated", "sub": STRANGER, "user_role": user_role });
     for table in Table::BOTH {
         let database = Private::start(table).await;
-        let services = database.services();
+        let gateway = database.gateway();
         for (claims, topic, may_read, may_write) in [
             (user(MEMBER), "room:1", Allowed::ALL, true),
             (user(READER), "room:1", Allowed::ALL, false),
@@ -46,12 +46,12 @@ async fn who_may_read_and_write_is_what_the_policies_say_on_either_table() {
             (json!({ "role": "service_role" }), "room:1", Allowed::ALL, true),
         ] {
             let at = format!("{table:?}: {claims} {topic}");
-            assert_eq!(read(&services, claims.clone(), topic).await.unwrap(), may_read, "{at}");
-            assert_eq!(write(&services, claims, topic).await.unwrap(), may_write, "{at}");
+            assert_eq!(read(&gateway, claims.clone(), topic).await.unwrap(), may_read, "{at}");
+            assert_eq!(write(&gateway, claims, topic).await.unwrap(), may_write, "{at}");
         }
         // Presence is asked about only if somebody wants it.
-        let asking = asking(&services, user(MEMBER), "room:1");
-        assert_eq!(services.policies.read(asking, false).await.unwrap(), BROADCAST);
+        let asking = asking(&gateway, user(MEMBER), "room:1");
+        assert_eq!(gateway.policies.read(asking, false).await.unwrap(), BROADCAST);
         // All of it on one session, and nothing is left behind.
         assert_eq!(database.run("select count(*) from realtime.messages").await, "0");
         assert_eq!(database.sessions("state <> 'idle'").await, 0);
@@ -62,7 +62,7 @@ async fn who_may_read_and_write_is_what_the_policies_say_on_either_table() {
 #[tokio::test]
 async fn a_hostile_topic_is_only_data() {
     let database = Private::start(Table::Plain).await;
-    let services = database.services();
+    let gateway = database.gateway();
     let long = "ä".repeat(127);
     let topics = [
         "'; drop table realtime.messages; --",
@@ -77,19 +77,19 @@ async fn a_hostile_topic_is_only_data() {
     ];
     for topic in topics {
         let at = format!("{topic:?}");
-        assert_eq!(read(&services, user(MEMBER), topic).await.unwrap(), Allowed::NONE, "{at}");
-        assert!(!write(&services, user(MEMBER), topic).await.unwrap(), "{at}");
+        assert_eq!(read(&gateway, user(MEMBER), topic).await.unwrap(), Allowed::NONE, "{at}");
+        assert!(!write(&gateway, user(MEMBER), topic).await.unwrap(), "{at}");
         // Postgres has no text with a null byte, and nobody is asked about none.
         if topic.contains('\0') || topic.is_empty() {
             continue;
         }
         let quoted = topic.replace('\'', "''");
         database.run(&format!("insert into room_members values ('{quoted}', '{MEMBER}')")).await;
-        assert_eq!(read(&services, user(MEMBER), topic).await.unwrap(), Allowed::ALL, "{at}");
-        assert!(write(&services, user(MEMBER), topic).await.unwrap(), "{at}");
+        assert_eq!(read(&gateway, user(MEMBER), topic).await.unwrap(), Allowed::ALL, "{at}");
+        assert!(write(&gateway, user(MEMBER), topic).await.unwrap(), "{at}");
     }
     for sub in ["' or true --", "\0", "00000000-0000-4000-8000-000000000001'"] {
-        assert!(is_policy(&read(&services, user(sub), "room:1").await), "{sub:?}");
+        assert!(is_policy(&read(&gateway, user(sub), "room:1").await), "{sub:?}");
     }
     assert_eq!(database.run("select count(*) from realtime.messages").await, "0");
 }
@@ -113,16 +113,16 @@ async fn policies_see_the_claims_the_topic_and_the_headers_and_nothing_of_the_la
                 and current_setting('request.jwt.claim.sub') = '')",
         )
         .await;
-    let services = database.services();
-    let asking = Asking {
+    let gateway = database.gateway();
+    let asking = PolicyQuery {
         headers: r#"{"x-country":"NL"}"#.into(),
-        ..asking(&services, json!({ "role": "anon", "sub": "x", "a": [1] }), "seen")
+        ..asking(&gateway, json!({ "role": "anon", "sub": "x", "a": [1] }), "seen")
     };
-    assert_eq!(services.policies.read(asking, true).await.unwrap(), Allowed::ALL);
+    assert_eq!(gateway.policies.read(asking, true).await.unwrap(), Allowed::ALL);
     // On the same session.
     let anon = json!({ "role": "anon" });
-    assert_eq!(read(&services, anon.clone(), "seen").await.unwrap(), Allowed::NONE);
-    assert_eq!(read(&services, anon, "unseen").await.unwrap(), Allowed::ALL);
+    assert_eq!(read(&gateway, anon.clone(), "seen").await.unwrap(), Allowed::NONE);
+    assert_eq!(read(&gateway, anon, "unseen").await.unwrap(), Allowed::ALL);
     assert_eq!(database.sessions("true").await, 1);
 }
 
@@ -134,15 +134,15 @@ async fn a_role_that_policies_do_not_bind_passes_and_no_name_of_a_superuser_does
     for role in ["tidegate", "postgres"] {
         let mut config = database.config();
         config.database_url = Secret::from(&*database.url(role));
-        let services = Services::new(config).unwrap();
+        let gateway = Gateway::new(config).unwrap();
         let service = json!({ "role": "service_role" });
-        assert_eq!(read(&services, service.clone(), "any").await.unwrap(), Allowed::ALL);
-        assert!(write(&services, service, "any").await.unwrap());
+        assert_eq!(read(&gateway, service.clone(), "any").await.unwrap(), Allowed::ALL);
+        assert!(write(&gateway, service, "any").await.unwrap());
         let unknown = ["nobody", "none", "postgres", "boss", "plain_boss", "SERVICE_ROLE"];
         for name in unknown {
             let claims = json!({ "role": name, "sub": MEMBER });
-            assert!(is_policy(&read(&services, claims.clone(), "room:1").await), "{role}: {name}");
-            assert!(is_policy(&write(&services, claims, "room:1").await), "{role}: {name}");
+            assert!(is_policy(&read(&gateway, claims.clone(), "room:1").await), "{role}: {name}");
+            assert!(is_policy(&write(&gateway, claims, "room:1").await), "{role}: {name}");
         }
     }
 }
@@ -157,18 +157,18 @@ async fn a_policy_that_raises_says_no_and_the_session_lives_on() {
             create policy raises on realtime.messages to anon using (raise()) with check (raise())",
         )
         .await;
-    let services = database.services();
+    let gateway = database.gateway();
     let anon = json!({ "role": "anon" });
     for _ in 0..2 {
         for answer in [
-            read(&services, anon.clone(), "room:1").await.map(drop),
-            write(&services, anon.clone(), "room:1").await.map(drop),
+            read(&gateway, anon.clone(), "room:1").await.map(drop),
+            write(&gateway, anon.clone(), "room:1").await.map(drop),
         ] {
             let error = answer.unwrap_err();
-            assert_eq!(error.kind(), "policy_error");
+            assert_eq!(error.label(), "policy_error");
             assert!(!format!("{error:?}").contains("anon"), "a claim is shown: {error:?}");
         }
-        assert_eq!(read(&services, user(MEMBER), "room:1").await.unwrap(), Allowed::ALL);
+        assert_eq!(read(&gateway, user(MEMBER), "room:1").await.unwrap(), Allowed::ALL);
     }
     assert_eq!(database.sessions("true").await, 1);
 }
@@ -183,19 +183,19 @@ async fn a_slow_policy_is_given_up_in_its_time() {
     database.run(SLOW).await;
     let mut config = database.config();
     config.policies.timeout = Duration::from_millis(500);
-    let services = Services::new(config).unwrap();
+    let gateway = Gateway::new(config).unwrap();
     let anon = json!({ "role": "anon" });
     let slow = [
-        read(&services, anon.clone(), "room:1").await.unwrap_err(),
-        write(&services, anon, "room:1").await.unwrap_err(),
+        read(&gateway, anon.clone(), "room:1").await.unwrap_err(),
+        write(&gateway, anon, "room:1").await.unwrap_err(),
     ];
     for error in slow {
-        assert_eq!(error.kind(), "query_canceled");
+        assert_eq!(error.label(), "query_canceled");
         assert_eq!(error.refuse("room:1").text(), "Query was cancelled, please try again");
     }
     // The server ended the statements, so that nothing goes on there.
     assert_eq!(database.sessions("wait_event = 'PgSleep'").await, 0);
-    assert_eq!(read(&services, user(MEMBER), "room:1").await.unwrap(), Allowed::ALL);
+    assert_eq!(read(&gateway, user(MEMBER), "room:1").await.unwrap(), Allowed::ALL);
 }
 
 #[tokio::test]
@@ -205,8 +205,8 @@ async fn a_question_that_nobody_waits_for_keeps_its_place_until_the_server_is_do
     let mut config = database.config();
     config.policies.connections_max = 1;
     config.policies.timeout = Duration::from_secs(3);
-    let services = Services::new(config).unwrap();
-    let mut question = Box::pin(read(&services, json!({ "role": "anon" }), "room:1"));
+    let gateway = Gateway::new(config).unwrap();
+    let mut question = Box::pin(read(&gateway, json!({ "role": "anon" }), "room:1"));
     let asleep = async {
         while database.sessions("wait_event = 'PgSleep'").await == 0 {
             assert!(question.as_mut().now_or_never().is_none(), "it is slow");
@@ -216,8 +216,8 @@ async fn a_question_that_nobody_waits_for_keeps_its_place_until_the_server_is_do
     drop(question);
     // Else clients that come and go could take all of the server's sessions.
     let answered = async {
-        while let Err(error) = read(&services, user(MEMBER), "room:1").await {
-            assert_eq!(error.kind(), "pool_timeout");
+        while let Err(error) = read(&gateway, user(MEMBER), "room:1").await {
+            assert_eq!(error.label(), "pool_timeout");
             assert_eq!(database.sessions("true").await, 1);
         }
     };
@@ -225,7 +225,7 @@ async fn a_question_that_nobody_waits_for_keeps_its_place_until_the_server_is_do
     // The same session, without the transaction and its role.
     assert_eq!(database.sessions("true").await, 1);
     assert_eq!(database.sessions("state = 'idle'").await, 1);
-    assert!(write(&services, user(MEMBER), "room:1").await.unwrap());
+    assert!(write(&gateway, user(MEMBER), "room:1").await.unwrap());
 }
 
 #[tokio::test]
@@ -235,22 +235,22 @@ async fn more_questions_than_sessions_wait_and_then_are_told_so() {
     let mut config = database.config();
     config.policies.connections_max = 2;
     config.policies.timeout = Duration::from_millis(800);
-    let services = Services::new(config).unwrap();
-    let questions = (0..40).map(|_| read(&services, json!({ "role": "anon" }), "room:1"));
+    let gateway = Gateway::new(config).unwrap();
+    let questions = (0..40).map(|_| read(&gateway, json!({ "role": "anon" }), "room:1"));
     let mut kinds: HashMap<&str, usize> = HashMap::new();
     for answer in join_all(questions).await {
         let error = answer.unwrap_err();
-        if error.kind() == "pool_timeout" {
+        if error.label() == "pool_timeout" {
             let text = "Please increase your connection pool size";
             assert_eq!(error.refuse("room:1").text(), text);
         }
-        *kinds.entry(error.kind()).or_default() += 1;
+        *kinds.entry(error.label()).or_default() += 1;
     }
     // Two are asked, and the others learn in time that there is no place for them.
     assert_eq!(kinds, HashMap::from([("query_canceled", 2), ("pool_timeout", 38)]));
     assert!(database.sessions("true").await <= 2);
     // Fast ones only wait.
-    let questions = (0..40).map(|_| read(&services, user(MEMBER), "room:1"));
+    let questions = (0..40).map(|_| read(&gateway, user(MEMBER), "room:1"));
     for answer in join_all(questions).await {
         assert_eq!(answer.unwrap(), Allowed::ALL);
     }
@@ -259,13 +259,13 @@ async fn more_questions_than_sessions_wait_and_then_are_told_so() {
 #[tokio::test]
 async fn a_database_that_is_down_is_unavailable_until_it_is_back() {
     let database = Private::start(Table::Plain).await;
-    let services = database.services();
-    let ask = || read(&services, user(MEMBER), "room:1");
+    let gateway = database.gateway();
+    let ask = || read(&gateway, user(MEMBER), "room:1");
     assert_eq!(ask().await.unwrap(), Allowed::ALL);
     database.cluster.stop_immediate().await.unwrap();
     for _ in 0..2 {
         let error = ask().await.unwrap_err();
-        assert_eq!(error.kind(), "unavailable");
+        assert_eq!(error.label(), "unavailable");
         let text = "Realtime was unable to connect to the project database";
         assert_eq!(error.refuse("room:1").text(), text);
     }
@@ -287,24 +287,24 @@ async fn a_day_without_a_partition_has_its_own_name() {
             end $$",
         )
         .await;
-    let services = database.services();
-    let answer = read(&services, user(MEMBER), "room:1").await;
+    let gateway = database.gateway();
+    let answer = read(&gateway, user(MEMBER), "room:1").await;
     let error = answer.unwrap_err();
-    assert_eq!(error.kind(), "missing_partition");
+    assert_eq!(error.label(), "missing_partition");
     let text = "Realtime was unable to find the expected messages partition";
     assert_eq!(error.refuse("room:1").text(), text);
     // It is looked for before the policies are.
-    let answer = write(&services, user(MEMBER), "room:1").await;
-    assert_eq!(answer.unwrap_err().kind(), "missing_partition");
+    let answer = write(&gateway, user(MEMBER), "room:1").await;
+    assert_eq!(answer.unwrap_err().label(), "missing_partition");
 }
 
 #[tokio::test]
 async fn what_is_not_set_up_is_unavailable_and_not_denied() {
-    let missing = |answer: Result<Allowed, AuthorizeError>| match answer {
-        Err(AuthorizeError::NotSetUp(missing)) => missing,
+    let missing = |answer: Result<Allowed, QueryError>| match answer {
+        Err(QueryError::NotSetUp(missing)) => missing,
         other => panic!("{other:?}"),
     };
-    let nowhere = Services::new(config()).unwrap();
+    let nowhere = Gateway::new(config()).unwrap();
     assert_eq!(missing(read(&nowhere, user(MEMBER), "room:1").await), Missing::Database);
     // A database that nobody has migrated.
     let mut empty = Database::create().await;
@@ -312,26 +312,26 @@ async fn what_is_not_set_up_is_unavailable_and_not_denied() {
     empty.run(&format!("create role {role}")).await;
     let mut settings = config();
     settings.database_url = Secret::from(empty.url());
-    let services: Arc<Services> = Services::new(settings).unwrap();
+    let gateway: Arc<Gateway> = Gateway::new(settings).unwrap();
     let claims = json!({ "role": role });
-    assert_eq!(missing(read(&services, claims.clone(), "room:1").await), Missing::Schema);
+    assert_eq!(missing(read(&gateway, claims.clone(), "room:1").await), Missing::Schema);
     assert!(matches!(
-        write(&services, claims, "room:1").await,
-        Err(AuthorizeError::NotSetUp(Missing::Schema))
+        write(&gateway, claims, "room:1").await,
+        Err(QueryError::NotSetUp(Missing::Schema))
     ));
     // A role that the gateway may not take.
     let database = Private::start(Table::Plain).await;
     database.run("create role editor; grant usage on schema realtime to editor").await;
-    let services = database.services();
+    let gateway = database.gateway();
     let editor = json!({ "role": "editor" });
-    assert_eq!(missing(read(&services, editor.clone(), "room:1").await), Missing::Membership);
+    assert_eq!(missing(read(&gateway, editor.clone(), "room:1").await), Missing::Membership);
     database.run("revoke execute on function tidegate.insert_probes from tidegate").await;
-    assert_eq!(missing(read(&services, user(MEMBER), "room:1").await), Missing::Schema);
+    assert_eq!(missing(read(&gateway, user(MEMBER), "room:1").await), Missing::Schema);
     database.run("select tidegate.open_private_channels(); grant editor to tidegate").await;
-    assert_eq!(read(&services, user(MEMBER), "room:1").await.unwrap(), Allowed::ALL);
+    assert_eq!(read(&gateway, user(MEMBER), "room:1").await.unwrap(), Allowed::ALL);
     // It may not read the table: that is an answer.
-    assert!(is_policy(&read(&services, editor.clone(), "room:1").await));
-    assert!(!write(&services, editor, "room:1").await.unwrap());
+    assert!(is_policy(&read(&gateway, editor.clone(), "room:1").await));
+    assert!(!write(&gateway, editor, "room:1").await.unwrap());
 }
 
 #[tokio::test]

@@ -13,11 +13,11 @@ use std::{
 use futures_util::{SinkExt, StreamExt};
 use serde_json::{Value, json};
 use tidegate::{
-    access::rule::Denied,
+    access::Denied,
     protocol::serializer::Serializer::{V1, V2},
-    recovery::lost_sockets::ClientKey,
+    recovery::ClientKey,
     secret::Secret,
-    server::{Services, settings::Config},
+    server::{Config, Gateway},
 };
 use tokio::{
     net::{TcpSocket, TcpStream},
@@ -84,7 +84,7 @@ async fn a_page_that_was_just_loaded_gets_what_has_changed_within_thirty_seconds
         ("6", json!({ "config": {} })),
         ("6", json!({ "config": {}, "access_token": null })),
     ]) {
-        let mut page = Page::open(&world.server.services, browser(number));
+        let mut page = Page::open(&world.server.gateway, browser(number));
         page.send(json!([reference, reference, topic, "phx_join", payload])).await;
         page.expect_ok(reference, TOPIC).await;
         assert_eq!(page.caught_up().await, told("fresh", &["/b", "/a"]), "{payload}");
@@ -112,7 +112,7 @@ async fn a_client_of_which_nothing_is_known_gets_everything() {
             payload["access_token"] = json!(token);
         }
         number += 1;
-        let mut page = Page::open(&world.server.services, browser(number));
+        let mut page = Page::open(&world.server.gateway, browser(number));
         page.send(json!([reference, reference, topic, "phx_join", payload])).await;
         page.expect_ok(reference, TOPIC).await;
         assert_eq!(page.caught_up().await, everything("unknown", &["/a", "/b"]), "{reference}");
@@ -125,7 +125,7 @@ async fn a_client_of_which_nothing_is_known_gets_everything() {
         json!([null, "1", topic, "phx_leave", {}]),
     ] {
         number += 1;
-        let mut page = Page::open(&world.server.services, browser(number));
+        let mut page = Page::open(&world.server.gateway, browser(number));
         page.send(first).await;
         assert_eq!(page.message().await[3], "phx_reply");
         page.join("1", TOPIC).await;
@@ -140,7 +140,7 @@ async fn a_client_of_which_nothing_is_known_gets_everything() {
 #[tokio::test]
 async fn a_page_that_was_just_loaded_is_fresh_for_each_topic_that_it_joins() {
     let mut world = World::start().await;
-    let mut page = Page::open(&world.server.services, browser(1));
+    let mut page = Page::open(&world.server.gateway, browser(1));
     page.join("1", "room").await;
     world.change("/a").await;
     jump(seconds(60)).await;
@@ -159,7 +159,7 @@ async fn a_page_that_was_just_loaded_is_fresh_for_each_topic_that_it_joins() {
 #[tokio::test]
 async fn who_has_held_the_topic_on_the_same_socket_gets_what_has_changed_within_thirty_seconds() {
     let mut world = World::start().await;
-    let mut page = Page::open(&world.server.services, browser(1));
+    let mut page = Page::open(&world.server.gateway, browser(1));
     page.join("20", TOPIC).await;
     assert_eq!(page.caught_up().await, everything("unknown", &[]));
     jump(QUIET).await;
@@ -188,7 +188,7 @@ async fn who_has_held_the_topic_on_the_same_socket_gets_what_has_changed_within_
 #[tokio::test]
 async fn who_was_refused_in_between_has_not_held_the_topic() {
     let mut world = World::start().await;
-    let mut page = Page::open(&world.server.services, browser(1));
+    let mut page = Page::open(&world.server.gateway, browser(1));
     page.join("1", TOPIC).await;
     let bad = json!({ "config": {}, "access_token": "garbage" });
     page.send(json!(["2", "2", format!("realtime:{TOPIC}"), "phx_join", bad])).await;
@@ -204,8 +204,8 @@ async fn who_was_refused_in_between_has_not_held_the_topic() {
 }
 
 /// A client that comes back, and what it is told: its join is none of a page just loaded.
-async fn returned(services: &Arc<Services>, client: ClientKey) -> (String, Vec<String>) {
-    let mut page = Page::open(services, client);
+async fn returned(gateway: &Arc<Gateway>, client: ClientKey) -> (String, Vec<String>) {
+    let mut page = Page::open(gateway, client);
     page.join("30", TOPIC).await;
     let told = page.caught_up().await;
     page.expect_nothing().await;
@@ -216,7 +216,7 @@ async fn returned(services: &Arc<Services>, client: ClientKey) -> (String, Vec<S
 #[tokio::test]
 async fn a_client_that_comes_back_gets_what_has_changed_since_a_minute_before_it_was_last_heard() {
     let mut world = World::start().await;
-    let mut page = Page::open(&world.server.services, browser(1));
+    let mut page = Page::open(&world.server.gateway, browser(1));
     page.join("1", TOPIC).await;
     world.change("/before").await;
     jump(seconds(100)).await;
@@ -235,14 +235,14 @@ async fn a_client_that_comes_back_gets_what_has_changed_since_a_minute_before_it
     jump(seconds(3600)).await;
     world.change("/late").await;
     let told_since = told("returned", &["/slack", "/unseen", "/away", "/late"]);
-    assert_eq!(returned(&world.server.services, browser(1)).await, told_since);
+    assert_eq!(returned(&world.server.gateway, browser(1)).await, told_since);
     // Others are not it: of another address, another browser, another topic.
     let all = everything("unknown", &["/away", "/before", "/late", "/slack", "/unseen"]);
     let other_browser = ClientKey::new(IpAddr::from([10, 0, 0, 1]).into(), "Mozilla/6.0");
     for other in [browser(2), other_browser] {
-        assert_eq!(returned(&world.server.services, other).await, all);
+        assert_eq!(returned(&world.server.gateway, other).await, all);
     }
-    let mut page = Page::open(&world.server.services, browser(1));
+    let mut page = Page::open(&world.server.gateway, browser(1));
     page.join("31", "cache_invalidate:AB3028").await;
     assert_eq!(page.caught_up().await, all);
     drop(page);
@@ -257,15 +257,15 @@ async fn of_who_was_heard_a_moment_ago_it_is_not_certain_for_how_long_it_was_not
     let mut world = World::start().await;
     world.change("/long ago").await;
     jump(seconds(90)).await;
-    let mut dead = Page::open(&world.server.services, browser(1));
+    let mut dead = Page::open(&world.server.gateway, browser(1));
     dead.join("1", TOPIC).await;
     // This one and what follows never arrive.
     world.change("/missed").await;
     jump(seconds(70)).await;
-    let mut other = Page::open(&world.server.services, browser(1));
+    let mut other = Page::open(&world.server.gateway, browser(1));
     other.join("1", TOPIC).await;
     drop(other);
-    assert_eq!(returned(&world.server.services, browser(1)).await, told("returned", &["/missed"]));
+    assert_eq!(returned(&world.server.gateway, browser(1)).await, told("returned", &["/missed"]));
     drop(dead);
     world.stop().await;
 }
@@ -276,7 +276,7 @@ async fn of_several_clients_of_one_address_and_browser_the_longest_absence_count
     let mut pages = Vec::new();
     for endpoint in ["/1", "/2", "/3"] {
         jump(seconds(300)).await;
-        let mut page = Page::open(&world.server.services, browser(1));
+        let mut page = Page::open(&world.server.gateway, browser(1));
         page.join("1", TOPIC).await;
         pages.push(page);
         world.change(endpoint).await;
@@ -287,9 +287,9 @@ async fn of_several_clients_of_one_address_and_browser_the_longest_absence_count
         jump(seconds(10)).await;
     }
     let expected = told("returned", &["/1", "/2", "/3"]);
-    assert_eq!(returned(&world.server.services, browser(1)).await, expected);
+    assert_eq!(returned(&world.server.gateway, browser(1)).await, expected);
     // Who has been caught up may have been another.
-    assert_eq!(returned(&world.server.services, browser(1)).await, expected);
+    assert_eq!(returned(&world.server.gateway, browser(1)).await, expected);
     world.stop().await;
 }
 
@@ -297,7 +297,7 @@ async fn of_several_clients_of_one_address_and_browser_the_longest_absence_count
 async fn a_leave_leaves_no_record_and_no_other_end_is_one() {
     let mut world = World::start().await;
     let colon = "cache_invalidate:AB3028";
-    let mut page = Page::open(&world.server.services, browser(1));
+    let mut page = Page::open(&world.server.gateway, browser(1));
     page.join("1", TOPIC).await;
     page.join("2", colon).await;
     world.change("/a").await;
@@ -307,7 +307,7 @@ async fn a_leave_leaves_no_record_and_no_other_end_is_one() {
     page.leave("2", colon).await;
     drop(page);
     jump(seconds(300)).await;
-    let mut page = Page::open(&world.server.services, browser(1));
+    let mut page = Page::open(&world.server.gateway, browser(1));
     page.join("30", colon).await;
     assert_eq!(page.caught_up().await, everything("unknown", &["/a"]));
     page.join("31", TOPIC).await;
@@ -315,7 +315,7 @@ async fn a_leave_leaves_no_record_and_no_other_end_is_one() {
     page.leave("31", TOPIC).await;
     drop(page);
     // It has left this time; somebody else of its kind has not.
-    assert_eq!(returned(&world.server.services, browser(1)).await, told("returned", &["/a"]));
+    assert_eq!(returned(&world.server.gateway, browser(1)).await, told("returned", &["/a"]));
     world.stop().await;
 }
 
@@ -323,7 +323,7 @@ async fn a_leave_leaves_no_record_and_no_other_end_is_one() {
 async fn a_record_is_believed_for_a_day() {
     let mut world = World::start().await;
     let lose = async |world: &mut World, address: u8| {
-        let mut page = Page::open(&world.server.services, browser(address));
+        let mut page = Page::open(&world.server.gateway, browser(address));
         page.join("1", TOPIC).await;
         drop(page);
         jump(seconds(100)).await;
@@ -331,10 +331,10 @@ async fn a_record_is_believed_for_a_day() {
     };
     lose(&mut world, 1).await;
     jump(DAY - seconds(200)).await;
-    assert_eq!(returned(&world.server.services, browser(1)).await, told("returned", &["/a"]));
+    assert_eq!(returned(&world.server.gateway, browser(1)).await, told("returned", &["/a"]));
     lose(&mut world, 2).await;
     jump(DAY - seconds(100)).await;
-    assert_eq!(returned(&world.server.services, browser(2)).await, everything("unknown", &["/a"]));
+    assert_eq!(returned(&world.server.gateway, browser(2)).await, everything("unknown", &["/a"]));
     world.stop().await;
 }
 
@@ -351,7 +351,7 @@ async fn who_may_read_only_later_gets_everything_then() {
     let mut world = World::start_with_token(withholding, "authenticated").await;
     let topic = format!("realtime:{TOPIC}");
     let token = token::of_role("authenticated");
-    let mut page = Page::open(&world.server.services, browser(1));
+    let mut page = Page::open(&world.server.gateway, browser(1));
     page.join("1", TOPIC).await;
     page.expect_nothing().await;
     world.change("/a").await;
@@ -370,7 +370,7 @@ async fn who_may_read_only_later_gets_everything_then() {
 #[tokio::test]
 async fn who_was_withheld_until_it_joins_again_gets_everything() {
     let mut world = World::start_with_token(withholding, "authenticated").await;
-    let mut page = Page::open(&world.server.services, browser(1));
+    let mut page = Page::open(&world.server.gateway, browser(1));
     page.join("1", TOPIC).await;
     world.change("/a").await;
     jump(seconds(60)).await;
@@ -387,8 +387,8 @@ async fn who_was_withheld_until_it_joins_again_gets_everything() {
 async fn a_socket_that_has_left_a_thousand_topics_leaves_a_record_of_what_it_holds() {
     // Nobody listens to what it leaves, which is quicker.
     let mut world = World::start_with(|config| config.relay.listens_max = 1).await;
-    let services = Arc::clone(&world.server.services);
-    let mut page = Page::open(&services, browser(1));
+    let gateway = Arc::clone(&world.server.gateway);
+    let mut page = Page::open(&gateway, browser(1));
     for number in 0..1_001 {
         let (reference, topic) = (number.to_string(), format!("auction_winner_{number}"));
         page.join(&reference, &topic).await;
@@ -399,15 +399,15 @@ async fn a_socket_that_has_left_a_thousand_topics_leaves_a_record_of_what_it_hol
     world.change("/missed").await;
     jump(seconds(300)).await;
     // One of its kind was heard of later.
-    let mut page = Page::open(&services, browser(1));
+    let mut page = Page::open(&gateway, browser(1));
     page.join("1", TOPIC).await;
     drop(page);
-    assert_eq!(returned(&services, browser(1)).await, told("returned", &["/missed"]));
+    assert_eq!(returned(&gateway, browser(1)).await, told("returned", &["/missed"]));
     world.stop().await;
 }
 
 /// Inserts a gateway that was last seen so long ago.
-async fn gateway(world: &mut World, ago: &str, ended: &str) {
+async fn insert_gateway(world: &mut World, ago: &str, ended: &str) {
     let insert = format!(
         "insert into tidegate.gateways (id, seen_at, ended_at) values
         (gen_random_uuid(), now() - interval '{ago}', {ended})"
@@ -420,32 +420,32 @@ async fn gateway(world: &mut World, ago: &str, ended: &str) {
 #[tokio::test]
 async fn beside_another_gateway_or_within_a_day_of_one_that_crashed_no_record_is_believed() {
     let mut world = World::start().await;
-    let mut page = Page::open(&world.server.services, browser(1));
+    let mut page = Page::open(&world.server.gateway, browser(1));
     page.join("1", TOPIC).await;
     drop(page);
     world.change("/a").await;
-    let services = Arc::clone(&world.server.services);
+    let gateway = Arc::clone(&world.server.gateway);
     let believed = told("returned", &["/a"]);
     let unknown = everything("unknown", &["/a"]);
-    assert_eq!(returned(&services, browser(1)).await, believed);
+    assert_eq!(returned(&gateway, browser(1)).await, believed);
     for (ago, ended, is_believed) in [
         ("0s", "null", false),
         ("23h 59m", "null", false),
         ("24h 1m", "null", true),
         ("0s", "now()", true),
     ] {
-        gateway(&mut world, ago, ended).await;
+        insert_gateway(&mut world, ago, ended).await;
         let expected = if is_believed { &believed } else { &unknown };
-        assert_eq!(&returned(&services, browser(1)).await, expected, "{ago} {ended}");
+        assert_eq!(&returned(&gateway, browser(1)).await, expected, "{ago} {ended}");
         world.database.run("delete from tidegate.gateways where seen_at < now() - interval '5s' or ended_at is null").await;
         world.look().await;
-        assert_eq!(returned(&services, browser(1)).await, believed);
+        assert_eq!(returned(&gateway, browser(1)).await, believed);
     }
     // Nor while the database does not say who lives.
     let hide = "alter table tidegate.gateways rename column ended_at to hidden";
     world.database.run(hide).await;
     world.look().await;
-    assert_eq!(returned(&services, browser(1)).await, unknown);
+    assert_eq!(returned(&gateway, browser(1)).await, unknown);
     world.stop().await;
 }
 
@@ -453,15 +453,15 @@ async fn beside_another_gateway_or_within_a_day_of_one_that_crashed_no_record_is
 #[tokio::test]
 async fn where_the_event_has_not_been_heard_for_long_enough_everybody_gets_everything() {
     let mut world = World::start_with(|config| config.relay.linger = seconds(300)).await;
-    let services = Arc::clone(&world.server.services);
-    let mut held = Page::open(&services, browser(1));
+    let gateway = Arc::clone(&world.server.gateway);
+    let mut held = Page::open(&gateway, browser(1));
     held.join("1", TOPIC).await;
     held.leave("1", TOPIC).await;
-    let mut gone = Page::open(&services, browser(2));
+    let mut gone = Page::open(&gateway, browser(2));
     gone.join("1", TOPIC).await;
     drop(gone);
     world.change("/a").await;
-    assert_eq!(returned(&services, browser(2)).await, told("returned", &["/a"]));
+    assert_eq!(returned(&gateway, browser(2)).await, told("returned", &["/a"]));
     // Nobody is there: what happens then is not heard.
     world.watcher.leave("1", TOPIC).await;
     jump(seconds(301)).await;
@@ -470,19 +470,19 @@ async fn where_the_event_has_not_been_heard_for_long_enough_everybody_gets_every
     world.database.notify(TOPIC, &payload.to_string()).await;
 
     let fresh = async || {
-        let mut page = Page::open(&services, browser(3));
+        let mut page = Page::open(&gateway, browser(3));
         page.join("1", TOPIC).await;
         page
     };
     assert_eq!(fresh().await.caught_up().await, everything("fresh", &["/a"]));
     held.join("2", TOPIC).await;
     assert_eq!(held.caught_up().await, everything("held", &["/a"]));
-    assert_eq!(returned(&services, browser(2)).await, everything("returned", &["/a"]));
+    assert_eq!(returned(&gateway, browser(2)).await, everything("returned", &["/a"]));
     jump(seconds(29)).await;
     assert_eq!(fresh().await.caught_up().await, everything("fresh", &["/a"]));
     jump(seconds(2)).await;
     fresh().await.expect_nothing().await;
-    assert_eq!(returned(&services, browser(2)).await, everything("returned", &["/a"]));
+    assert_eq!(returned(&gateway, browser(2)).await, everything("returned", &["/a"]));
     drop(held);
     world.stop().await;
 }
@@ -497,12 +497,12 @@ async fn who_goes_while_its_join_waits_has_lost_the_topic_as_well() {
     let world = World::start_on(database, change, "anon").await;
     let topic = "cache_invalidate_AB77";
     proxy.hold_at("cache_invalidate_AB77");
-    let mut page = Page::open(&world.server.services, browser(1));
+    let mut page = Page::open(&world.server.gateway, browser(1));
     page.ask("1", topic).await;
     proxy.has_held().await;
     drop(page);
     proxy.release();
-    let mut deaf = Page::open(&world.server.services, browser(1));
+    let mut deaf = Page::open(&world.server.gateway, browser(1));
     jump(seconds(3)).await;
     // What its address has lost is told first.
     for topic in [topic, TOPIC] {
@@ -621,20 +621,20 @@ async fn what_an_orderly_drain_leaves_is_believed_by_the_gateway_that_goes_on() 
     other.link_is_up().await;
     world.change("/before").await;
     jump(seconds(100)).await;
-    let mut page = Page::open(&other.services, browser(1));
+    let mut page = Page::open(&other.gateway, browser(1));
     page.join("1", TOPIC).await;
     page.caught_up().await;
     page.join("2", "auction_winner_AB3028").await;
     page.join("3", "room").await;
     jump(seconds(30)).await;
     world.change("/away").await;
-    let mut left = Page::open(&other.services, browser(2));
+    let mut left = Page::open(&other.gateway, browser(2));
     left.join("1", TOPIC).await;
     left.caught_up().await;
     left.leave("1", TOPIC).await;
     // Two gateways: each may have lost clients of the other.
     world.look().await;
-    assert_eq!(returned(&world.server.services, browser(1)).await.0, "unknown");
+    assert_eq!(returned(&world.server.gateway, browser(1)).await.0, "unknown");
     drop((page, left));
     other.stop().await;
 
@@ -647,8 +647,8 @@ async fn what_an_orderly_drain_leaves_is_believed_by_the_gateway_that_goes_on() 
     age_records(&mut world.database, LOOK).await;
     world.look().await;
     let expected = told("returned", &["/away"]);
-    assert_eq!(returned(&world.server.services, browser(1)).await, expected);
-    assert_eq!(returned(&world.server.services, browser(2)).await.0, "unknown");
+    assert_eq!(returned(&world.server.gateway, browser(1)).await, expected);
+    assert_eq!(returned(&world.server.gateway, browser(2)).await.0, "unknown");
     world.stop().await;
 }
 
@@ -657,15 +657,15 @@ async fn what_an_orderly_drain_leaves_is_believed_by_the_gateway_that_goes_on() 
 async fn the_next_process_knows_whom_the_last_one_has_lost() {
     let mut world = World::start().await;
     world.change("/a").await;
-    let mut page = Page::open(&world.server.services, browser(1));
+    let mut page = Page::open(&world.server.gateway, browser(1));
     page.join("1", TOPIC).await;
     page.caught_up().await;
     let World { server, mut database, watcher } = world;
     drop((watcher, page));
     server.stop().await;
     let server = World::restart(&mut database).await;
-    assert_eq!(returned(&server.services, browser(1)).await, everything("returned", &[]));
-    assert_eq!(returned(&server.services, browser(2)).await, everything("unknown", &[]));
+    assert_eq!(returned(&server.gateway, browser(1)).await, everything("returned", &[]));
+    assert_eq!(returned(&server.gateway, browser(2)).await, everything("unknown", &[]));
     server.stop().await;
 }
 
@@ -711,13 +711,13 @@ async fn records_that_were_left_while_the_database_could_not_be_asked_are_read_a
     let mut world = World::start_on(database, change, "anon").await;
     let other = TestServer::start_with(patient(&world.database));
     other.link_is_up().await;
-    let mut page = Page::open(&other.services, browser(1));
+    let mut page = Page::open(&other.gateway, browser(1));
     page.join("1", TOPIC).await;
     page.caught_up().await;
     world.change("/missed").await;
     jump(seconds(300)).await;
     // One of its kind is here.
-    let mut twin = Page::open(&world.server.services, browser(1));
+    let mut twin = Page::open(&world.server.gateway, browser(1));
     twin.join("1", TOPIC).await;
     drop(twin);
     world.database.run("revoke insert, update on tidegate.gateways from tidegate").await;
@@ -727,10 +727,10 @@ async fn records_that_were_left_while_the_database_could_not_be_asked_are_read_a
     world.database.run("update tidegate.lost_sockets set at = at - interval '3 minutes'").await;
     age_records(&mut world.database, LOOK * 2).await;
     world.look().await;
-    assert_eq!(returned(&world.server.services, browser(1)).await.0, "unknown");
+    assert_eq!(returned(&world.server.gateway, browser(1)).await.0, "unknown");
     world.database.run("grant insert, update on tidegate.gateways to tidegate").await;
     world.look().await;
-    let (cause, endpoints) = returned(&world.server.services, browser(1)).await;
+    let (cause, endpoints) = returned(&world.server.gateway, browser(1)).await;
     assert_eq!(cause, "returned");
     assert!(endpoints.contains(&"/missed".to_owned()), "{endpoints:?}");
     world.stop().await;
@@ -780,7 +780,7 @@ async fn only_topics_of_rules_that_merge_are_caught_up() {
     config.topic[0].merge = None;
     config.topic[0].resync.clear();
     let server = TestServer::start_with(config);
-    let mut page = Page::open(&server.services, browser(1));
+    let mut page = Page::open(&server.gateway, browser(1));
     for (reference, topic) in [("20", TOPIC), ("21", "auction_winner_AB3028"), ("22", "room")] {
         page.join(reference, topic).await;
         page.expect_nothing().await;
@@ -815,11 +815,11 @@ async fn lists(page: &mut Page) -> Vec<Vec<String>> {
 async fn who_was_just_caught_up_gets_it_again_with_the_messages_of_the_next_five_seconds() {
     let server = TestServer::start();
     let service = token::of_role("service_role");
-    let mut publisher = Page::with_token(&server.services, browser(9), &service);
+    let mut publisher = Page::with_token(&server.gateway, browser(9), &service);
     publisher.join("2", TOPIC).await;
     assert_eq!(publisher.caught_up().await, everything("unknown", &[]));
     advance(seconds(10)).await;
-    let mut page = Page::open(&server.services, browser(1));
+    let mut page = Page::open(&server.gateway, browser(1));
     page.join("2", TOPIC).await;
     page.caught_up().await;
     // The other spelling is another channel.
@@ -857,7 +857,7 @@ async fn who_was_just_caught_up_gets_it_again_with_the_messages_of_the_next_five
     assert_eq!(endpoints(&publisher.told().await.1), ["/c", "/b"]);
     assert_eq!(lists(&mut page).await, [["/c", "/b"], ["/c", "/b"]]);
     assert_eq!(lists(&mut publisher).await, [[""; 0]; 0]);
-    let repeats = server.services.metrics.invalidations_sent.with_label_values(&["repeat"]).get();
+    let repeats = server.count("tidegate_invalidations_sent_total{reason=\"repeat\"}");
     assert_eq!(repeats, 4);
     drop((page, publisher));
     server.stop().await;
@@ -868,9 +868,9 @@ async fn who_was_just_caught_up_gets_it_again_with_the_messages_of_the_next_five
 async fn who_has_left_is_repeated_nothing() {
     let server = TestServer::start();
     let service = token::of_role("service_role");
-    let mut publisher = Page::with_token(&server.services, browser(9), &service);
+    let mut publisher = Page::with_token(&server.gateway, browser(9), &service);
     publisher.join("2", TOPIC).await;
-    let mut page = Page::open(&server.services, browser(1));
+    let mut page = Page::open(&server.gateway, browser(1));
     page.join("2", TOPIC).await;
     page.caught_up().await;
     page.leave("2", TOPIC).await;
@@ -885,7 +885,7 @@ async fn who_has_left_is_repeated_nothing() {
 async fn what_waits_for_its_window_is_said_before_a_drain_closes() {
     let server = TestServer::start();
     let service = token::of_role("service_role");
-    let mut publisher = Page::with_token(&server.services, browser(9), &service);
+    let mut publisher = Page::with_token(&server.gateway, browser(9), &service);
     publisher.join("2", TOPIC).await;
     publisher.caught_up().await;
     advance(seconds(10)).await;
@@ -895,7 +895,7 @@ async fn what_waits_for_its_window_is_said_before_a_drain_closes() {
             assert_eq!(endpoints(&publisher.told().await.1), ["/a"]);
         }
     }
-    server.services.draining.cancel();
+    server.gateway.draining.cancel();
     let told = publisher.told().await.1;
     assert_eq!(endpoints(&told), ["/b", "/a"]);
     drop(publisher);
@@ -915,8 +915,8 @@ async fn all_told(mut page: Page, until: &str) -> BTreeSet<String> {
 
 /// Joins an event whose endpoints are told one after the other, by number, and reads until one is:
 /// by then it must know each that was before.
-async fn misses_nothing(services: &Arc<Services>, topic: &str) {
-    let mut page = Page::open(services, browser(1));
+async fn misses_nothing(gateway: &Arc<Gateway>, topic: &str) {
+    let mut page = Page::open(gateway, browser(1));
     page.join("1", topic).await;
     let (mut known, mut is_caught_up, mut newest) = (BTreeSet::new(), false, None);
     while !is_caught_up || newest.is_none() {
@@ -947,10 +947,10 @@ async fn whoever_joins_while_others_are_told_misses_nothing() {
     let topic = |event: u32| format!("cache_invalidate_AB{event}");
     let mut telling = JoinSet::new();
     for event in 0..EVENTS {
-        let (services, topic) = (Arc::clone(&server.services), topic(event));
+        let (gateway, topic) = (Arc::clone(&server.gateway), topic(event));
         telling.spawn(async move {
             let service = token::of_role("service_role");
-            let mut publisher = Page::with_token(&services, browser(9), &service);
+            let mut publisher = Page::with_token(&gateway, browser(9), &service);
             publisher.join("1", &topic).await;
             publisher.caught_up().await;
             for number in 0..100 {
@@ -963,11 +963,11 @@ async fn whoever_joins_while_others_are_told_misses_nothing() {
     let is_over = Arc::new(AtomicBool::new(false));
     let mut joining = JoinSet::new();
     for task in 0..64 {
-        let (services, is_over) = (Arc::clone(&server.services), Arc::clone(&is_over));
+        let (gateway, is_over) = (Arc::clone(&server.gateway), Arc::clone(&is_over));
         joining.spawn(async move {
             let mut joins = 0;
             while !is_over.load(Ordering::Relaxed) {
-                misses_nothing(&services, &topic(task % EVENTS)).await;
+                misses_nothing(&gateway, &topic(task % EVENTS)).await;
                 joins += 1;
             }
             joins
@@ -1004,7 +1004,7 @@ async fn whoever_joins_while_changes_are_committed_misses_nothing() {
         let payload = json!({ "endpoints": [format!("/{number}")] });
         // The answer comes with the commit, the notification some time after that.
         world.database.notify(TOPIC, &payload.to_string()).await;
-        let mut page = Page::open(&world.server.services, browser(1));
+        let mut page = Page::open(&world.server.gateway, browser(1));
         page.ask("1", TOPIC).await;
         pages.push(page);
     }

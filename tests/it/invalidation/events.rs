@@ -11,7 +11,7 @@ use tidegate::{
     db,
     protocol::serializer::Serializer::{V1, V2},
     secret::Secret,
-    server::settings::Config,
+    server::Config,
 };
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},

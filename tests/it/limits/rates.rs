@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use serde_json::{Value, json};
-use tidegate::{protocol::serializer::Serializer, server::settings::Config};
+use tidegate::{protocol::serializer::Serializer, server::Config};
 use tokio::{io::AsyncWriteExt, net::TcpStream, time::timeout};
 
 use crate::support::{

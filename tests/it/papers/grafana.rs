@@ -9,7 +9,10 @@ use std::{
 };
 
 use serde_json::{Value, json};
-use tidegate::server::{Services, settings::Config};
+use tidegate::{
+    server::{Config, Gateway},
+    telemetry::metrics::OpenFamily,
+};
 
 /// Sets of label values: how a series of a metric can be named.
 type Values = BTreeMap<String, BTreeSet<String>>;
@@ -28,18 +31,15 @@ fn read(file: &str) -> String {
 
 /// What the code exports, with the values of labels that it has from the start.
 fn exported() -> BTreeMap<String, (Metric, Values)> {
-    let services = Services::new(Config::defaults()).unwrap();
-    let metrics = &services.metrics;
-    // What is counted and looked at decides the values of these; at first they have no series.
-    metrics.relay_gaps.with_label_values(&["closed"]);
-    metrics.event_last_notification.with_label_values(&["AB3028"]);
-    metrics.database_triggers.with_label_values(&["art", "INSERT"]);
-    metrics.database_drift.with_label_values(&["function"]);
-    metrics.database_writes.with_label_values(&["art"]);
-    metrics.database_history_rows.with_label_values(&["art"]);
-
-    let text = String::from_utf8(metrics.render()).unwrap();
+    let gateway = Gateway::new(Config::defaults()).unwrap();
+    let text = String::from_utf8(gateway.registry.render()).unwrap();
     let mut exported = BTreeMap::<String, (Metric, Values)>::new();
+    // What is counted and looked at decides the values of these; at first they have no series.
+    for OpenFamily { name, kind, labels } in gateway.registry.open_families() {
+        let (metric, _) = exported.entry(format!("tidegate_{name}")).or_default();
+        kind.clone_into(&mut metric.kind);
+        metric.labels.extend(labels);
+    }
     let mut family = String::new();
     for line in text.lines() {
         if let Some(head) = line.strip_prefix("# TYPE ") {

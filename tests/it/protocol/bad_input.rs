@@ -3,9 +3,10 @@
 use std::time::Duration;
 
 use serde_json::{Value, json};
+use strum::VariantArray;
 use tidegate::{
     protocol::{message::Malformed, serializer::Serializer},
-    server::settings::Config,
+    server::Config,
 };
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -141,10 +142,10 @@ async fn every_malformed_frame_is_counted_by_its_reason_and_met_with_silence() {
         *count += 1.0;
         assert_eq!(beside.malformed(reason).await, *count, "{reason}: {shown}");
     }
-    for malformed in Malformed::ALL {
-        let count = counts.remove(malformed.kind()).unwrap_or_default();
-        assert!(count > 0.0, "{} has a case", malformed.kind());
-        assert_eq!(beside.malformed(malformed.kind()).await, count, "{}", malformed.kind());
+    for malformed in Malformed::VARIANTS {
+        let count = counts.remove(malformed.label()).unwrap_or_default();
+        assert!(count > 0.0, "{} has a case", malformed.label());
+        assert_eq!(beside.malformed(malformed.label()).await, count, "{}", malformed.label());
     }
     v1.close().await;
     v2.close().await;
@@ -173,8 +174,8 @@ async fn random_frames_are_counted_and_harm_nobody() {
     v1.expect_nothing().await;
     v2.expect_nothing().await;
     let mut sum = 0.0;
-    for malformed in Malformed::ALL {
-        sum += beside.malformed(malformed.kind()).await;
+    for malformed in Malformed::VARIANTS {
+        sum += beside.malformed(malformed.label()).await;
     }
     assert_eq!(sum, 1600.0);
     v1.close().await;
@@ -423,7 +424,7 @@ async fn who_does_not_read_is_closed_at_the_writes_deadline_and_the_others_hear_
     let mut beside = Beside::start_with(config).await;
     let mut deaf = narrow(&beside.server).await;
     deaf.join("room").await;
-    flood(&mut beside, |server| server.services.metrics.connections.get() == 1).await;
+    flood(&mut beside, |server| server.count("tidegate_connections") == 1).await;
     assert_eq!(beside.closed("write_timeout", "none").await, 1.0);
     assert_eq!(beside.server.metric("tidegate_channels").await, 1.0);
     drop(deaf);

@@ -11,6 +11,7 @@ use std::{
 use bytes::Bytes;
 use serde::Deserialize;
 use serde_json::{Value, json};
+use strum::VariantArray;
 use tidegate::{
     clock::unix_now,
     hub::outbox::{Outbox, OutboxBounds},
@@ -19,7 +20,7 @@ use tidegate::{
         message::{Json, Malformed, Payload, Ref, UserBroadcast, UserPayload},
         serializer::{Broadcast, Push, Serializer},
     },
-    server::{Services, settings::Config},
+    server::{Config, Gateway},
     socket::Socket,
 };
 use tokio::time::timeout;
@@ -89,7 +90,7 @@ fn every_clients_frame_decodes_as_its_vector_says() {
         let decoded =
             serializer_of(vector["serializer"].as_str().unwrap()).decode(frame_of(&vector));
         if let Some(reason) = vector.get("malformed") {
-            let kind = decoded.map_err(Malformed::kind);
+            let kind = decoded.map_err(Malformed::label);
             assert_eq!(
                 kind.as_ref().map_err(|kind| Value::from(*kind)),
                 Err(reason.clone()).as_ref().map_err(Clone::clone),
@@ -182,9 +183,9 @@ fn the_table_of_errors_is_the_codes_own() {
     let told = |error: &&Value| error["at"] == "upgrade" || error["at"] == "join";
     let documented: HashSet<&str> =
         errors.iter().filter(told).filter_map(|error| error["code"].as_str()).collect();
-    let ours: HashSet<&str> = ErrorCode::ALL.iter().map(|code| code.as_str()).collect();
+    let ours: HashSet<&str> = ErrorCode::VARIANTS.iter().map(|code| code.as_str()).collect();
     assert_eq!(documented, ours);
-    for code in ErrorCode::ALL {
+    for code in ErrorCode::VARIANTS {
         let has_text = errors
             .iter()
             .any(|error| error["code"] == code.as_str() && error["text"] == code.text());
@@ -197,8 +198,8 @@ async fn every_transcript_plays_against_a_socket_in_memory() {
     let database = Private::start(Table::Plain).await;
     for (file, transcript) in transcripts() {
         for vsn in &transcript.given.vsn {
-            let services = Services::new(transcript.given.config(&database)).unwrap();
-            play(&format!("{file} at {vsn}"), &transcript, vsn, &Wires::Memory(services)).await;
+            let gateway = Gateway::new(transcript.given.config(&database)).unwrap();
+            play(&format!("{file} at {vsn}"), &transcript, vsn, &Wires::Memory(gateway)).await;
         }
     }
 }
@@ -318,7 +319,7 @@ fn with_tokens(value: &Value) -> Value {
 
 /// Where a transcript is played.
 enum Wires<'a> {
-    Memory(Arc<Services>),
+    Memory(Arc<Gateway>),
     Network(&'a TestServer),
 }
 
@@ -335,11 +336,11 @@ enum Wire {
 impl Wires<'_> {
     async fn open(&self, serializer: Serializer, apikey: &str) -> Peer {
         let wire = match self {
-            Self::Memory(services) => {
+            Self::Memory(gateway) => {
                 let outbox = Arc::new(Outbox::new(serializer, &OutboxBounds::new(1 << 20)));
-                let token = services.verifier.verify(apikey, unix_now()).unwrap();
+                let token = gateway.auth.verify_at(apikey, unix_now()).unwrap();
                 let socket = Socket::new(
-                    Arc::clone(services),
+                    Arc::clone(&gateway.socket),
                     Arc::clone(&outbox),
                     token,
                     client_key(),

@@ -3,7 +3,7 @@
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use serde_json::json;
-use tidegate::{protocol::serializer::Serializer, server::Services};
+use tidegate::{protocol::serializer::Serializer, server::Gateway};
 use tokio::time::advance;
 
 use crate::support::{
@@ -46,8 +46,8 @@ fn at(times: &[f64], topics: &[&str]) -> Rounds {
 }
 
 /// A page that holds these topics, the last of which it has joined last.
-async fn living(services: &Arc<Services>, topics: &[&str]) -> Page {
-    let mut page = Page::open(services, browser(1));
+async fn living(gateway: &Arc<Gateway>, topics: &[&str]) -> Page {
+    let mut page = Page::open(gateway, browser(1));
     // Nothing is known of it, so it is caught up.
     for (number, topic) in (2..).zip(topics) {
         page.join(&format!("r{number}"), topic).await;
@@ -59,10 +59,9 @@ async fn living(services: &Arc<Services>, topics: &[&str]) -> Page {
     page
 }
 
-fn counts(services: &Services) -> [i64; 3] {
-    let metrics = &services.metrics;
-    let count = |it: u64| i64::try_from(it).unwrap();
-    [metrics.deaf_suspects.get(), count(metrics.heals_sent.get()), count(metrics.healed.get())]
+fn counts(server: &TestServer) -> [u64; 3] {
+    ["deaf_suspects", "heals_sent_total", "healed_total"]
+        .map(|name| server.count(&format!("tidegate_{name}")))
 }
 
 const AB1: &str = "cache_invalidate_AB1";
@@ -73,14 +72,14 @@ const WINNER: &str = "auction_winner_AB1";
 #[tokio::test(start_paused = true)]
 async fn a_socket_that_joins_nothing_is_told_what_others_have_joined_five_times() {
     let server = TestServer::start();
-    let living = living(&server.services, &[AB1, WINNER, AB2]).await;
-    let mut deaf = Page::open(&server.services, browser(2));
+    let living = living(&server.gateway, &[AB1, WINNER, AB2]).await;
+    let mut deaf = Page::open(&server.gateway, browser(2));
     // The latest first.
     let told = rounds(&mut deaf, 3600.0).await;
     assert_eq!(told, at(&[2.5, 17.0, 32.0, 92.0, 152.0], &[AB2, WINNER, AB1]));
-    assert_eq!(counts(&server.services), [1, 15, 0]);
+    assert_eq!(counts(&server), [1, 15, 0]);
     drop((deaf, living));
-    assert_eq!(counts(&server.services), [0, 15, 0]);
+    assert_eq!(counts(&server), [0, 15, 0]);
     server.stop().await;
 }
 
@@ -89,7 +88,7 @@ async fn a_socket_that_joins_nothing_is_told_what_others_have_joined_five_times(
 #[tokio::test(start_paused = true)]
 async fn a_socket_that_begins_like_an_old_one_is_told_at_once_and_never_twice_within_14_seconds() {
     let server = TestServer::start();
-    let living = living(&server.services, &[AB1]).await;
+    let living = living(&server.gateway, &[AB1]).await;
     let heartbeat = json!([null, "40", "phoenix", "heartbeat", {}]);
     let join = |reference: &str| json!([reference, reference, "realtime:room", "phx_join", { "config": {} }]);
     for (number, (after, first, times)) in (10..).zip([
@@ -101,7 +100,7 @@ async fn a_socket_that_begins_like_an_old_one_is_told_at_once_and_never_twice_wi
         (0.1, join("2"), [2.5, 17.0, 32.0, 92.0]),
         (0.1, json!(["3", "10", "realtime:room", "phx_leave", {}]), [2.5, 17.0, 32.0, 92.0]),
     ]) {
-        let mut page = Page::open(&server.services, browser(number));
+        let mut page = Page::open(&server.gateway, browser(number));
         let mut told = rounds(&mut page, after).await;
         page.send(first).await;
         assert_eq!(page.message().await[3], "phx_reply");
@@ -109,7 +108,7 @@ async fn a_socket_that_begins_like_an_old_one_is_told_at_once_and_never_twice_wi
         assert_eq!(told, at(&times, &[AB1]));
     }
     // One whose first word is a join that it does not begin with is found out by its ref alone.
-    let mut page = Page::open(&server.services, browser(20));
+    let mut page = Page::open(&server.gateway, browser(20));
     page.send(join("1")).await;
     assert_eq!(page.message().await[3], "phx_reply");
     assert_eq!(rounds(&mut page, 3600.0).await, []);
@@ -120,31 +119,31 @@ async fn a_socket_that_begins_like_an_old_one_is_told_at_once_and_never_twice_wi
 #[tokio::test(start_paused = true)]
 async fn a_page_that_joins_in_time_is_left_alone() {
     let server = TestServer::start();
-    let _living = living(&server.services, &[AB1, AB2]).await;
+    let _living = living(&server.gateway, &[AB1, AB2]).await;
     let mut pages = Vec::new();
     for (reference, after) in [("1", 0.0), ("r1", 0.0), ("6", 1.0), ("1", 2.4)] {
-        let mut page = Page::open(&server.services, browser(2));
+        let mut page = Page::open(&server.gateway, browser(2));
         assert_eq!(rounds(&mut page, after).await, []);
         page.join(reference, "room").await;
         pages.push(page);
     }
     // One that has nothing any more has been heard of, too.
-    let mut left = Page::open(&server.services, browser(2));
+    let mut left = Page::open(&server.gateway, browser(2));
     left.join("1", "room").await;
     left.leave("1", "room").await;
     pages.push(left);
     for page in &mut pages {
         assert_eq!(rounds(page, 3600.0).await, []);
     }
-    assert_eq!(counts(&server.services), [0, 0, 0]);
+    assert_eq!(counts(&server), [0, 0, 0]);
 }
 
 /// At the moment of its round it may be about to join.
 #[tokio::test(start_paused = true)]
 async fn a_socket_is_never_told_of_a_topic_that_it_has_joined() {
     let server = TestServer::start();
-    let _living = living(&server.services, &[AB1, WINNER, AB2]).await;
-    let mut page = Page::open(&server.services, browser(2));
+    let _living = living(&server.gateway, &[AB1, WINNER, AB2]).await;
+    let mut page = Page::open(&server.gateway, browser(2));
     page.join("30", AB1).await;
     page.caught_up().await;
     assert_eq!(rounds(&mut page, 20.0).await, at(&[2.5, 17.0], &[AB2, WINNER]));
@@ -154,10 +153,10 @@ async fn a_socket_is_never_told_of_a_topic_that_it_has_joined() {
     page.caught_up().await;
     assert_eq!(rounds(&mut page, 3600.0).await, []);
     // It has joined one without being told.
-    assert_eq!(counts(&server.services), [1, 5, 2]);
+    assert_eq!(counts(&server), [1, 5, 2]);
     // Another spelling is another topic.
     let underscore = "cache_invalidate_AB2";
-    let mut other = living(&server.services, &[underscore]).await;
+    let mut other = living(&server.gateway, &[underscore]).await;
     assert_eq!(rounds(&mut other, 10.0).await, []);
     assert_eq!(rounds(&mut page, 4000.0).await[0].1, [underscore]);
 }
@@ -165,23 +164,23 @@ async fn a_socket_is_never_told_of_a_topic_that_it_has_joined() {
 #[tokio::test(start_paused = true)]
 async fn who_joins_after_being_told_is_counted_as_healed_once_for_each_topic() {
     let server = TestServer::start();
-    let _living = living(&server.services, &[AB1, WINNER]).await;
-    let mut deaf = Page::open(&server.services, browser(2));
+    let _living = living(&server.gateway, &[AB1, WINNER]).await;
+    let mut deaf = Page::open(&server.gateway, browser(2));
     assert_eq!(rounds(&mut deaf, 3.0).await, at(&[2.5], &[WINNER, AB1]));
-    assert_eq!(counts(&server.services), [1, 2, 0]);
+    assert_eq!(counts(&server), [1, 2, 0]);
     for reference in ["41", "42"] {
         deaf.join(reference, WINNER).await;
         if reference == "42" {
             assert_eq!(deaf.message().await[3], "phx_close");
         }
-        assert_eq!(counts(&server.services), [1, 2, 1]);
+        assert_eq!(counts(&server), [1, 2, 1]);
     }
     deaf.join("43", "cache_invalidate_AB3").await;
     deaf.caught_up().await;
-    assert_eq!(counts(&server.services), [1, 2, 1]);
+    assert_eq!(counts(&server), [1, 2, 1]);
     deaf.join("44", AB1).await;
     deaf.caught_up().await;
-    assert_eq!(counts(&server.services), [1, 2, 2]);
+    assert_eq!(counts(&server), [1, 2, 2]);
     assert_eq!(rounds(&mut deaf, 3600.0).await, []);
 }
 
@@ -193,15 +192,15 @@ async fn a_round_has_64_topics_at_most_those_first_that_the_address_has_lost() {
     let recent: Vec<_> = (0..70).map(|number| format!("auction_winner_NEW{number}")).collect();
     let texts = |all: &[String]| -> BTreeSet<String> { all.iter().cloned().collect() };
     // Long ago, and a page of its own was there last.
-    let mut page = Page::open(&server.services, browser(2));
+    let mut page = Page::open(&server.gateway, browser(2));
     for topic in &lost {
         page.join("1", topic).await;
     }
     drop(page);
     advance(seconds(3600.0)).await;
     let recents: Vec<_> = recent.iter().map(String::as_str).collect();
-    let _living = living(&server.services, &recents).await;
-    let mut deaf = Page::open(&server.services, browser(2));
+    let _living = living(&server.gateway, &recents).await;
+    let mut deaf = Page::open(&server.gateway, browser(2));
     let told = rounds(&mut deaf, 40.0).await;
     let [(_, first), (_, second), (_, third)] = &*told else { panic!("{told:?}") };
     assert_eq!([first.len(), second.len(), third.len()], [64; 3]);
@@ -213,7 +212,7 @@ async fn a_round_has_64_topics_at_most_those_first_that_the_address_has_lost() {
     assert_eq!(third[..12], latest_first[58..]);
     assert!(texts(&third[12..]).is_subset(&texts(&lost)));
     // Who has lost nothing hears of what others have joined.
-    let mut other = Page::open(&server.services, browser(3));
+    let mut other = Page::open(&server.gateway, browser(3));
     assert_eq!(rounds(&mut other, 3.0).await, [(seconds(2.5), latest_first[..64].to_vec())]);
 }
 
@@ -221,7 +220,7 @@ async fn a_round_has_64_topics_at_most_those_first_that_the_address_has_lost() {
 #[tokio::test(start_paused = true)]
 async fn what_a_client_has_left_is_not_lost() {
     let server = TestServer::start();
-    let mut page = Page::open(&server.services, browser(2));
+    let mut page = Page::open(&server.gateway, browser(2));
     for (reference, topic) in [("1", AB1), ("2", WINNER), ("3", AB2)] {
         page.join(reference, topic).await;
         if topic != WINNER {
@@ -232,12 +231,12 @@ async fn what_a_client_has_left_is_not_lost() {
     page.leave("3", AB2).await;
     drop(page);
     let told = |mut page: Page| async move { rounds(&mut page, 3.0).await.remove(0).1 };
-    let mut deaf = told(Page::open(&server.services, browser(2))).await;
+    let mut deaf = told(Page::open(&server.gateway, browser(2))).await;
     // As a topic that anybody has joined it comes last.
     assert_eq!(deaf.pop().unwrap(), AB2);
     deaf.sort_unstable();
     assert_eq!(deaf, [WINNER, AB1]);
-    let other = told(Page::open(&server.services, browser(3))).await;
+    let other = told(Page::open(&server.gateway, browser(3))).await;
     assert_eq!(other, [AB2, WINNER, AB1]);
 }
 
@@ -255,7 +254,7 @@ async fn a_socket_is_told_only_of_topics_of_the_database_that_its_token_may_read
     }));
     let service = token::of_role("service_role");
     let all = ["admin-auction-AB1", "admin-auction-AB2", AB1, "room", "admin-voting-AB1"];
-    let mut living = Page::with_token(&server.services, browser(1), &service);
+    let mut living = Page::with_token(&server.gateway, browser(1), &service);
     for (reference, topic) in (2..).zip(all) {
         living.join(&format!("r{reference}"), topic).await;
         if topic == AB1 {
@@ -268,7 +267,7 @@ async fn a_socket_is_told_only_of_topics_of_the_database_that_its_token_may_read
         (of_ab1, &[AB1, "admin-auction-AB1"]),
         (service, &[AB1, "admin-auction-AB2", "admin-auction-AB1"]),
     ] {
-        let mut deaf = Page::with_token(&server.services, browser(2), &token);
+        let mut deaf = Page::with_token(&server.gateway, browser(2), &token);
         assert_eq!(rounds(&mut deaf, 3.0).await, at(&[2.5], expected));
     }
 }
@@ -276,10 +275,10 @@ async fn a_socket_is_told_only_of_topics_of_the_database_that_its_token_may_read
 #[tokio::test(start_paused = true)]
 async fn what_is_joined_elsewhere_meanwhile_is_told_in_the_next_round() {
     let server = TestServer::start();
-    let mut deaf = Page::open(&server.services, browser(2));
+    let mut deaf = Page::open(&server.gateway, browser(2));
     assert_eq!(rounds(&mut deaf, 10.0).await, []);
-    assert_eq!(counts(&server.services), [1, 0, 0]);
-    let _living = living(&server.services, &[AB1]).await;
+    assert_eq!(counts(&server), [1, 0, 0]);
+    let _living = living(&server.gateway, &[AB1]).await;
     assert_eq!(rounds(&mut deaf, 33.0).await, at(&[17.0, 32.0], &[AB1]));
 }
 
@@ -287,7 +286,7 @@ async fn what_is_joined_elsewhere_meanwhile_is_told_in_the_next_round() {
 #[tokio::test]
 async fn a_deaf_client_is_told_in_its_serializer() {
     let server = TestServer::start();
-    let mut living = Page::open(&server.services, browser(1));
+    let mut living = Page::open(&server.gateway, browser(1));
     living.join("r2", AB1).await;
     let mut clients = Vec::new();
     for serializer in [Serializer::V1, Serializer::V2] {
@@ -345,9 +344,9 @@ fn set(topics: &[&str]) -> BTreeSet<String> {
 #[tokio::test]
 async fn news_of_an_event_heal_at_once_who_may_be_deaf_to_it() {
     let mut world = World::start().await;
-    let services = Arc::clone(&world.server.services);
+    let gateway = Arc::clone(&world.server.gateway);
     let other = "cache_invalidate:AB3028";
-    let mut page = Page::open(&services, browser(1));
+    let mut page = Page::open(&gateway, browser(1));
     for (reference, topic) in [("2", WINNER), ("3", other), ("4", AB1)] {
         page.join(reference, topic).await;
         if topic != WINNER {
@@ -355,8 +354,8 @@ async fn news_of_an_event_heal_at_once_who_may_be_deaf_to_it() {
         }
     }
     drop(page);
-    let mut deaf = Page::open(&services, browser(2));
-    let mut joined = Page::open(&services, browser(3));
+    let mut deaf = Page::open(&gateway, browser(2));
+    let mut joined = Page::open(&gateway, browser(3));
     joined.join("20", TOPIC).await;
     joined.caught_up().await;
     // The first three rounds; the next is at 92 s.
@@ -395,7 +394,7 @@ async fn news_of_an_event_heal_at_once_who_may_be_deaf_to_it() {
 #[tokio::test]
 async fn news_put_the_next_round_off_by_fourteen_seconds() {
     let mut world = World::start().await;
-    let mut deaf = Page::open(&world.server.services, browser(2));
+    let mut deaf = Page::open(&world.server.gateway, browser(2));
     jump(seconds(2.5)).await;
     assert_eq!(healed_of(&mut deaf, 1).await, set(&[TOPIC]));
     jump(SPACING).await;
@@ -413,7 +412,7 @@ async fn news_put_the_next_round_off_by_fourteen_seconds() {
 #[tokio::test]
 async fn a_socket_that_has_just_opened_is_not_healed_by_news() {
     let mut world = World::start().await;
-    let mut page = Page::open(&world.server.services, browser(2));
+    let mut page = Page::open(&world.server.gateway, browser(2));
     page.send(json!([null, "40", "phoenix", "heartbeat", {}])).await;
     assert_eq!(page.message().await[3], "phx_reply");
     world.change("/a").await;
@@ -428,7 +427,7 @@ async fn a_socket_that_has_just_opened_is_not_healed_by_news() {
 #[tokio::test]
 async fn news_of_events_that_a_socket_has_nothing_to_do_with_do_not_put_its_rounds_off() {
     let mut world = World::start().await;
-    let mut deaf = Page::open(&world.server.services, browser(2));
+    let mut deaf = Page::open(&world.server.gateway, browser(2));
     jump(seconds(2.5)).await;
     assert_eq!(healed_of(&mut deaf, 1).await, set(&[TOPIC]));
     for _ in 0..30 {
@@ -446,7 +445,7 @@ async fn news_of_events_that_a_socket_has_nothing_to_do_with_do_not_put_its_roun
 #[tokio::test]
 async fn what_was_joined_of_late_and_what_was_lost_outlives_the_gateway() {
     let mut world = World::start().await;
-    let mut page = Page::open(&world.server.services, browser(1));
+    let mut page = Page::open(&world.server.gateway, browser(1));
     page.join("1", WINNER).await;
     page.join("2", AB1).await;
     page.caught_up().await;
@@ -469,7 +468,7 @@ async fn what_was_joined_of_late_and_what_was_lost_outlives_the_gateway() {
     let server = World::restart(&mut database).await;
     let day = "cache_invalidate_DAY";
     for address in [1, 2] {
-        let mut deaf = Page::open(&server.services, browser(address));
+        let mut deaf = Page::open(&server.gateway, browser(address));
         jump(seconds(2.5)).await;
         let topics = healed_in_order(&mut deaf, 4).await;
         deaf.expect_nothing().await;

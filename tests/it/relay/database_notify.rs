@@ -15,7 +15,7 @@ use tidegate::{
         serializer::Serializer::{self, V1, V2},
     },
     secret::Secret,
-    server::settings::Config,
+    server::Config,
 };
 use tokio::time::{Instant, timeout};
 use tokio_tungstenite::tungstenite::Message as Frame;

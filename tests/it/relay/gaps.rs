@@ -15,7 +15,7 @@ use tidegate::{
     protocol::serializer::Serializer::{self, V1, V2},
     relay::LinkError,
     secret::Secret,
-    server::settings::Config,
+    server::Config,
 };
 use tokio::time::timeout;
 

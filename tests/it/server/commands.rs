@@ -5,9 +5,8 @@ use std::{fs, net::SocketAddr};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use tidegate::{
-    auth::authenticator::Verifier,
+    auth::Authenticator,
     clock::unix_now,
-    metrics::Metrics,
     protocol::serializer::Serializer::{V1, V2},
 };
 use tokio::{
@@ -40,8 +39,8 @@ async fn the_version_is_the_packages() {
     }
 }
 
-fn verifier() -> Verifier {
-    Verifier::new(&config(), &Metrics::new()).unwrap()
+fn verifier() -> Authenticator {
+    Authenticator::standalone(&config().trust()).unwrap()
 }
 
 #[tokio::test]
@@ -54,7 +53,7 @@ async fn a_token_is_all_that_is_printed_and_opens_a_socket() {
     let token = said.out.strip_suffix('\n').unwrap();
     assert!(token.split('.').count() == 3 && !token.contains(char::is_whitespace), "{token:?}");
 
-    let verified = verifier().verify(token, unix_now()).unwrap();
+    let verified = verifier().verify_at(token, unix_now()).unwrap();
     let claim = |path: &[&str]| {
         verified.claims.text_at(path.iter().map(|part| (*part).to_owned())).unwrap().to_owned()
     };
@@ -74,7 +73,8 @@ async fn a_token_is_all_that_is_printed_and_opens_a_socket() {
 
     // An hour, unless said.
     let said = run(&["token", "--role", "service_role"], &secret).await;
-    let lasts = verifier().verify(said.out.trim_end(), unix_now()).unwrap().claims.exp - unix_now();
+    let lasts =
+        verifier().verify_at(said.out.trim_end(), unix_now()).unwrap().claims.exp - unix_now();
     assert!((3540..=3600).contains(&lasts), "{lasts}");
 }
 

@@ -41,8 +41,8 @@ async fn a_drain_closes_every_socket_with_1012_and_ends_the_server() {
         assert_eq!(client.closed().await, Some(1012));
     }
     server.ended().await;
-    let closed = &server.services.metrics.connections_closed;
-    assert_eq!(closed.with_label_values(&["draining", "1012"]).get(), 3);
+    let closed = "tidegate_connections_closed_total{code=\"1012\",reason=\"draining\"}";
+    assert_eq!(server.count(closed), 3);
     for address in [server.public, server.admin] {
         assert!(TcpStream::connect(address).await.is_err(), "{address} listens no more");
     }

@@ -21,7 +21,7 @@ use tidegate::{
         topic::{Privacy, TopicKey},
     },
     secret::Secret,
-    server::Services,
+    server::Gateway,
     socket::Socket,
 };
 use tokio::task::JoinSet;
@@ -89,28 +89,28 @@ async fn two_servers_in_one_process_share_nothing() {
 /// does nothing else, to hit it. Each join is a fresh socket's, so that no fan-out knows it yet.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_reply_precedes_every_broadcast_however_many_are_sent() {
-    let services = Services::new(config()).unwrap();
+    let gateway = Gateway::new(config()).unwrap();
     let is_over = Arc::new(AtomicBool::new(false));
     let mut publishing = JoinSet::new();
-    let (hub, over) = (Arc::clone(&services.hub), Arc::clone(&is_over));
+    let (hub, over) = (Arc::clone(&gateway.hub), Arc::clone(&is_over));
     publishing.spawn(async move {
         let key = TopicKey { sub_topic: "room".into(), privacy: Privacy::Public };
         let broadcasts = [Broadcast::Envelope(Json::EMPTY)];
-        let (source, topics, to) = (BroadcastSource::Socket, [key], To::All);
+        let (source, first, to) = (BroadcastSource::Socket, Some(&key), To::All);
         let fan_out =
-            FanOut { source, topics: &topics, broadcasts: &broadcasts, committed: None, to };
+            FanOut { source, first, spellings: &[], broadcasts: &broadcasts, committed: None, to };
         let mut deliveries = 0;
         while !over.load(Ordering::Relaxed) {
             deliveries += hub.fan_out(fan_out).await.deliveries;
         }
         deliveries
     });
-    let token = services.verifier.verify(&token::of_role("anon"), unix_now()).unwrap();
+    let token = gateway.auth.verify_at(&token::of_role("anon"), unix_now()).unwrap();
     let mut early = None;
     for _ in 0..20_000 {
         let outbox = Arc::new(Outbox::new(Serializer::V2, &OutboxBounds::new(1 << 20)));
         let mut socket = Socket::new(
-            Arc::clone(&services),
+            Arc::clone(&gateway.socket),
             Arc::clone(&outbox),
             Arc::clone(&token),
             client_key(),
@@ -486,11 +486,17 @@ async fn a_refused_re_join_ends_the_channel_at_once() {
 
 #[tokio::test]
 async fn who_joins_during_a_drain_is_told_that_the_server_restarts() {
-    let services = Services::new(config()).unwrap();
-    services.draining.cancel();
+    let gateway = Gateway::new(config()).unwrap();
+    gateway.draining.cancel();
     let outbox = Arc::new(Outbox::new(Serializer::V2, &OutboxBounds::new(1 << 20)));
-    let token = services.verifier.verify(&token::of_role("anon"), unix_now()).unwrap();
-    let mut socket = Socket::new(services, Arc::clone(&outbox), token, client_key(), caller());
+    let token = gateway.auth.verify_at(&token::of_role("anon"), unix_now()).unwrap();
+    let mut socket = Socket::new(
+        Arc::clone(&gateway.socket),
+        Arc::clone(&outbox),
+        token,
+        client_key(),
+        caller(),
+    );
     let frame = Frame::text(join("1", "realtime:room").to_string());
     socket.handle([Serializer::V2.decode(frame).unwrap()]).await;
     let due = socket.due().await;

@@ -36,7 +36,7 @@ async fn conflations(server: &TestServer, method: &str) -> (f64, f64) {
 async fn a_slow_client_is_told_in_one_message_exactly_what_it_was_too_slow_for() {
     let mut world = World::start().await;
     world.change("/before").await;
-    let mut slow = Page::slow(&world.server.services, browser(1), NARROW);
+    let mut slow = Page::slow(&world.server.gateway, browser(1), NARROW);
     slow.join("1", TOPIC).await;
     slow.caught_up().await;
     jump(QUIET).await;
@@ -67,7 +67,7 @@ async fn a_catch_up_that_does_not_fit_is_told_later_and_each_topic_by_itself() {
     let mut world = World::start().await;
     world.change("/a").await;
     let everything = told("slow_client", &[&RESYNC, &["/a"] as &[_]].concat());
-    let mut slow = Page::slow(&world.server.services, browser(1), 1);
+    let mut slow = Page::slow(&world.server.gateway, browser(1), 1);
     for (reference, topic) in [("2", TOPIC), ("3", "cache_invalidate:AB3028")] {
         slow.join(reference, topic).await;
         assert_eq!(slow.caught_up().await, everything);
@@ -82,7 +82,7 @@ async fn a_catch_up_that_does_not_fit_is_told_later_and_each_topic_by_itself() {
 #[tokio::test]
 async fn what_has_waited_for_a_mutes_end_and_then_for_a_slow_client_is_told() {
     let mut world = World::start().await;
-    let mut slow = Page::slow(&world.server.services, browser(1), NARROW);
+    let mut slow = Page::slow(&world.server.gateway, browser(1), NARROW);
     slow.join("1", TOPIC).await;
     slow.expect_nothing().await;
     let mute = "POST /events/AB3028/mute?for=10m HTTP/1.1";
@@ -111,7 +111,7 @@ async fn who_goes_away_before_it_was_told_gets_everything_when_it_comes_back() {
         (2, 2, told("unknown", &[&RESYNC, &["/a1", "/a2", "/old"] as &[_]].concat())),
     ] {
         let client = browser(number);
-        let mut slow = Page::slow(&world.server.services, client, NARROW);
+        let mut slow = Page::slow(&world.server.gateway, client, NARROW);
         slow.join("1", TOPIC).await;
         slow.expect_nothing().await;
         for change in 1..=changes {
@@ -121,7 +121,7 @@ async fn who_goes_away_before_it_was_told_gets_everything_when_it_comes_back() {
             }
         }
         drop(slow);
-        let mut back = Page::open(&world.server.services, client);
+        let mut back = Page::open(&world.server.gateway, client);
         back.join("30", TOPIC).await;
         assert_eq!(back.caught_up().await, expected);
         drop(back);
@@ -238,7 +238,7 @@ async fn who_reads_no_invalidation_is_closed_at_their_own_deadline() {
     .await;
     let mut deaf = narrow(&flood.server, V2).await;
     deaf.join(TOPIC).await;
-    flood.send_until(|server| server.services.metrics.connections.get() == 1).await;
+    flood.send_until(|server| server.count("tidegate_connections") == 1).await;
     assert_eq!(flood.closed("write_timeout").await, 1.0);
     drop(deaf);
     flood.sender.close().await;
@@ -257,7 +257,7 @@ async fn who_holds_up_what_cannot_be_replaced_is_closed_at_the_writes_deadline()
     deaf.join(TOPIC).await;
     deaf.join("room").await;
     // Several messages wait, so that one is being written.
-    flood.send_until(|server| server.services.sockets.highest_backlog() > 1_000_000).await;
+    flood.send_until(|server| server.gateway.sockets.highest_backlog() > 1_000_000).await;
     flood.server.publish("room", &json!({ "sold": true })).await;
     flood.server.metric_falls_to("tidegate_connections", 1.0).await;
     assert_eq!(flood.closed("write_timeout").await, 1.0);

@@ -5,9 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use futures_util::{SinkExt, StreamExt};
 use serde_json::{Value, json};
-use tidegate::{
-    protocol::serializer::Serializer, recovery::lost_sockets::ClientKey, telemetry::audit::Caller,
-};
+use tidegate::{protocol::serializer::Serializer, recovery::ClientKey, telemetry::audit::Caller};
 use tokio::{net::TcpStream, time::timeout};
 use tokio_tungstenite::{
     WebSocketStream, client_async,

@@ -9,9 +9,9 @@ use tidegate::{
     db,
     hub::outbox::{Drained, Outbox, OutboxBounds},
     protocol::serializer::Serializer::V1,
-    recovery::lost_sockets::ClientKey,
+    recovery::ClientKey,
     secret::Secret,
-    server::{Services, settings::Config},
+    server::{Config, Gateway},
     socket::Socket,
 };
 use tokio::time::{Instant, sleep_until, timeout};
@@ -53,26 +53,31 @@ pub(crate) struct Page {
 
 impl Page {
     /// Opens a socket with the anon key.
-    pub(crate) fn open(services: &Arc<Services>, client: ClientKey) -> Self {
-        Self::with_token(services, client, &token::of_role("anon"))
+    pub(crate) fn open(gateway: &Arc<Gateway>, client: ClientKey) -> Self {
+        Self::with_token(gateway, client, &token::of_role("anon"))
     }
 
     /// Opens a socket with this token.
-    pub(crate) fn with_token(services: &Arc<Services>, client: ClientKey, token: &str) -> Self {
-        Self::reading(services, client, token, 1 << 20)
+    pub(crate) fn with_token(gateway: &Arc<Gateway>, client: ClientKey, token: &str) -> Self {
+        Self::reading(gateway, client, token, 1 << 20)
     }
 
     /// Opens a socket with the anon key, for which only so many bytes may wait. It reads when it is
     /// looked at, and not before.
-    pub(crate) fn slow(services: &Arc<Services>, client: ClientKey, bytes_max: usize) -> Self {
-        Self::reading(services, client, &token::of_role("anon"), bytes_max)
+    pub(crate) fn slow(gateway: &Arc<Gateway>, client: ClientKey, bytes_max: usize) -> Self {
+        Self::reading(gateway, client, &token::of_role("anon"), bytes_max)
     }
 
-    fn reading(services: &Arc<Services>, client: ClientKey, token: &str, bytes_max: usize) -> Self {
-        let token = services.verifier.verify(token, unix_now()).unwrap();
+    fn reading(gateway: &Arc<Gateway>, client: ClientKey, token: &str, bytes_max: usize) -> Self {
+        let token = gateway.auth.verify_at(token, unix_now()).unwrap();
         let outbox = Arc::new(Outbox::new(V1, &OutboxBounds::new(bytes_max)));
-        let socket =
-            Socket::new(Arc::clone(services), Arc::clone(&outbox), token, client, client::caller());
+        let socket = Socket::new(
+            Arc::clone(&gateway.socket),
+            Arc::clone(&outbox),
+            token,
+            client,
+            client::caller(),
+        );
         Self { socket, outbox, arrived: VecDeque::new(), opened: Instant::now() }
     }
 
@@ -246,7 +251,7 @@ impl World {
         server.link_is_up().await;
         has_looked(&mut database).await;
         let token = token::of_role(role);
-        let mut watcher = Page::with_token(&server.services, browser(250), &token);
+        let mut watcher = Page::with_token(&server.gateway, browser(250), &token);
         watcher.join("1", TOPIC).await;
         watcher.caught_up().await;
         jump(HEARD).await;

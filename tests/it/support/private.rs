@@ -7,9 +7,9 @@ use tidegate::{
     clock::unix_now,
     db,
     demo::cluster::Cluster,
-    policies::{Allowed, Asking, AuthorizeError},
+    policies::{Allowed, PolicyQuery, QueryError},
     secret::Secret,
-    server::{Services, settings::Config},
+    server::{Config, Gateway},
 };
 
 use super::{server::config, system::migration, token};
@@ -94,8 +94,8 @@ impl Private {
     }
 
     /// The parts of a gateway that does not run.
-    pub(crate) fn services(&self) -> Arc<Services> {
-        Services::new(self.config()).unwrap()
+    pub(crate) fn gateway(&self) -> Arc<Gateway> {
+        Gateway::new(self.config()).unwrap()
     }
 
     /// How many sessions of the gateway's are in this state.
@@ -108,25 +108,25 @@ impl Private {
 }
 
 /// A question by somebody with these claims.
-pub(crate) fn asking(services: &Services, claims: Value, sub_topic: &str) -> Asking {
-    let token = services.verifier.verify(&token::with_claims(claims), unix_now()).unwrap();
-    Asking { token, sub_topic: sub_topic.into(), headers: "{}".into() }
+pub(crate) fn asking(gateway: &Gateway, claims: Value, sub_topic: &str) -> PolicyQuery {
+    let token = gateway.auth.verify_at(&token::with_claims(claims), unix_now()).unwrap();
+    PolicyQuery { token, sub_topic: sub_topic.into(), headers: "{}".into() }
 }
 
 /// What a user may read of a topic, presence asked about, too.
 pub(crate) async fn read(
-    services: &Services,
+    gateway: &Gateway,
     claims: Value,
     sub_topic: &str,
-) -> Result<Allowed, AuthorizeError> {
-    services.policies.read(asking(services, claims, sub_topic), true).await
+) -> Result<Allowed, QueryError> {
+    gateway.policies.read(asking(gateway, claims, sub_topic), true).await
 }
 
 /// Whether a user may write to a topic.
 pub(crate) async fn write(
-    services: &Services,
+    gateway: &Gateway,
     claims: Value,
     sub_topic: &str,
-) -> Result<bool, AuthorizeError> {
-    services.policies.write(asking(services, claims, sub_topic)).await
+) -> Result<bool, QueryError> {
+    gateway.policies.write(asking(gateway, claims, sub_topic)).await
 }

@@ -4,9 +4,9 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use serde_json::{Value, json};
 use tidegate::{
-    access::rule::Rule,
+    access::Rule,
     secret::Secret,
-    server::{Server, Services, settings::Config},
+    server::{Config, Gateway, Server},
 };
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -25,7 +25,7 @@ pub(crate) const DEADLINE: Duration = Duration::from_secs(10);
 pub(crate) struct TestServer {
     pub(crate) public: SocketAddr,
     pub(crate) admin: SocketAddr,
-    pub(crate) services: Arc<Services>,
+    pub(crate) gateway: Arc<Gateway>,
     stop: Option<oneshot::Sender<()>>,
     task: JoinSet<()>,
 }
@@ -75,6 +75,13 @@ pub(crate) fn plain_rule() -> Rule {
     toml::from_str(rule).unwrap()
 }
 
+/// The value of a series that is counted, without a scrape.
+pub(crate) fn counted(gateway: &Gateway, series: &str) -> u64 {
+    let text = String::from_utf8(gateway.registry.render()).unwrap();
+    let value = text.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' '));
+    value.unwrap_or_else(|| panic!("no series {series}")).parse().unwrap()
+}
+
 impl TestServer {
     /// With the built-in rules and without a database.
     pub(crate) fn start() -> Self {
@@ -89,27 +96,25 @@ impl TestServer {
     /// Runs this server.
     pub(crate) fn of(server: Server) -> Self {
         let (public, admin) = server.addresses().unwrap();
-        let services = Arc::clone(server.services());
+        let gateway = Arc::clone(server.gateway());
         let (stop, stopped) = oneshot::channel();
         let mut task = JoinSet::new();
         task.spawn(server.run(async { drop(stopped.await) }));
-        Self { public, admin, services, stop: Some(stop), task }
+        Self { public, admin, gateway, stop: Some(stop), task }
     }
 
     /// The value of a series that is counted, without a scrape.
     pub(crate) fn count(&self, series: &str) -> u64 {
-        let text = String::from_utf8(self.services.metrics.registry.render()).unwrap();
-        let value = text.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' '));
-        value.unwrap_or_else(|| panic!("no series {series}")).parse().unwrap()
+        counted(&self.gateway, series)
     }
 
     /// Drains, and fails if a socket, a channel or a topic is left.
     pub(crate) async fn stop(mut self) {
         drop(self.stop.take());
         self.ended().await;
-        assert_eq!(self.services.hub.topic_count(), 0, "topics are left");
-        assert_eq!(self.services.metrics.channels.get(), 0, "channels are left");
-        assert_eq!(self.services.metrics.connections.get(), 0, "connections are left");
+        assert_eq!(self.gateway.hub.topic_count(), 0, "topics are left");
+        assert_eq!(self.count("tidegate_channels"), 0, "channels are left");
+        assert_eq!(self.count("tidegate_connections"), 0, "connections are left");
     }
 
     /// Waits until the server has drained; something has asked it to.

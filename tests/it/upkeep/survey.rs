@@ -6,7 +6,7 @@ use std::{collections::BTreeMap, fs, time::Duration};
 
 use nix::sys::signal::Signal;
 use sqlx::{Connection as _, Executor as _, PgConnection};
-use tidegate::{db, secret::Secret, server::settings::Config};
+use tidegate::{db, secret::Secret, server::Config};
 use tokio::time::timeout;
 
 use crate::support::{

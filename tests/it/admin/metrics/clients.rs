@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use tidegate::{
     clock::unix_now,
     protocol::serializer::Serializer::{V1, V2},
-    server::Services,
+    server::Gateway,
 };
 use tokio::time::advance;
 
@@ -14,7 +14,7 @@ use crate::support::{
     client::Client,
     page::{Page, browser},
     raw,
-    server::{TestServer, config},
+    server::{TestServer, config, counted},
     token::{forged, of_role, with_claims},
 };
 
@@ -137,9 +137,10 @@ async fn requests_are_counted_by_route_and_status() {
 /// A hidden tab beats once a minute, a frozen page not at all; both are seen before they are missed.
 #[tokio::test(start_paused = true)]
 async fn a_heartbeat_after_more_than_40_seconds_of_silence_is_late() {
-    let services = Services::new(config()).unwrap();
-    let beats = |timing| services.metrics.heartbeats.with_label_values(&[timing]).get();
-    let mut page = Page::open(&services, browser(1));
+    let gateway = Gateway::new(config()).unwrap();
+    let beats =
+        |timing| counted(&gateway, &format!("tidegate_heartbeats_total{{timing=\"{timing}\"}}"));
+    let mut page = Page::open(&gateway, browser(1));
     advance(Duration::from_secs(40)).await;
     page.expect_nothing().await;
     assert_eq!((beats("on_time"), beats("late")), (1, 0));

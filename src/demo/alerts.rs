@@ -1,8 +1,9 @@
-//! Prometheus beside the demo, where it is installed: the gateway's own rules on a throw-away store.
+//! Prometheus beside the demo, where it is installed: the gateway's own rules on a throw-away
+//! store.
 //!
-//! Invariants: nothing is missed without it, and nothing stays behind, however this process ends:
-//! as with Postgres, a small `sh` supervisor holds it, whose standard input is a pipe that only this
-//! process has.
+//! Invariants: the demo needs no Prometheus, and nothing stays behind, however this process ends:
+//! as with Postgres, a small `sh` supervisor owns Prometheus; its standard input is a pipe that
+//! only this process holds.
 
 use std::{
     io,
@@ -19,13 +20,13 @@ use tokio::{
 
 use super::cluster::free_port;
 
-/// How long its start may take, which takes a third of a second.
+/// How long the start may take; a third of a second is usual.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// How often its port is tried meanwhile.
+/// Interval at which the port is tried during the start.
 const TRY_INTERVAL: Duration = Duration::from_millis(20);
 
-/// What an operator gives Prometheus.
+/// The configuration that operators give Prometheus.
 const CONFIG: &str = include_str!("../../grafana/prometheus/prometheus.yml");
 const RECORDING: &str = include_str!("../../grafana/prometheus/recording.yml");
 const ALERTS: &str = include_str!("../../grafana/prometheus/alerts.yml");
@@ -33,7 +34,8 @@ const ALERTS: &str = include_str!("../../grafana/prometheus/alerts.yml");
 /// The gateway's admin address in [`CONFIG`].
 const TARGET: &str = "127.0.0.1:9400";
 
-/// Ends with its input. A killed Prometheus leaves a store that nobody needs.
+/// The supervisor's script, which ends with its input. Prometheus may be killed: nobody needs its
+/// store.
 const SUPERVISOR: &str = r#"
 trap '' HUP INT PIPE TERM
 umask 077
@@ -63,8 +65,8 @@ pub(super) struct Prometheus {
 }
 
 impl Prometheus {
-    /// Starts one that scrapes this admin address; `None` where it is not installed or does not
-    /// start, which is logged.
+    /// Starts a Prometheus that scrapes this admin address; `None` where it is not installed or
+    /// does not start, which is logged.
     pub(super) async fn start(admin: SocketAddr) -> Option<Self> {
         let started = match Self::spawn(admin) {
             Ok(mut started) => started.is_reached().await.then_some(started),
@@ -79,7 +81,7 @@ impl Prometheus {
         started
     }
 
-    /// Where its pages are.
+    /// Returns the address of its pages.
     pub(super) fn url(&self) -> String {
         format!("http://{}", self.address)
     }
@@ -91,7 +93,7 @@ impl Prometheus {
         command.args(["-c", SUPERVISOR, "tidegate-prometheus"]).arg(std::env::temp_dir());
         command.arg(CONFIG.replace(TARGET, &admin.to_string())).args([RECORDING, ALERTS]);
         command.arg(address.to_string());
-        // A group of its own, so that a terminal's Ctrl-C passes it by; no handle of ours.
+        // A process group of its own, which a terminal's Ctrl-C does not reach; no handle of ours.
         command.process_group(0).current_dir("/");
         command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
         let mut supervisor = command.spawn()?;
@@ -99,7 +101,7 @@ impl Prometheus {
         Ok(Self { supervisor, input, address })
     }
 
-    /// Waits until its port is open, or it has ended.
+    /// Waits until the port is open, and returns false if Prometheus ends before.
     async fn is_reached(&mut self) -> bool {
         let deadline = Instant::now() + PATIENCE;
         while Instant::now() < deadline && matches!(self.supervisor.try_wait(), Ok(None)) {
@@ -115,7 +117,7 @@ impl Prometheus {
 impl Drop for Prometheus {
     fn drop(&mut self) {
         drop(self.input.take());
-        // Without our pipe it can only end; a failure to wait leaves nothing to do.
+        // Without our pipe the supervisor can only end; a failure to wait leaves nothing to do.
         drop(self.supervisor.wait());
     }
 }

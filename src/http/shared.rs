@@ -1,0 +1,61 @@
+//! What all connections of the public port share.
+
+use std::sync::Arc;
+
+use tokio::sync::Semaphore;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use super::{
+    metrics::{Metrics, RefusedUpgrade},
+    visits::Visits,
+};
+use crate::{
+    access::Access,
+    auth::Authenticator,
+    hub::Sockets,
+    limits::Limits,
+    policies::Policies,
+    publish::Publisher,
+    socket,
+    telemetry::audit::{Audit, Caller},
+};
+
+/// Most large bodies of requests that are read at a time, 8 MB each at most.
+pub(crate) const BODIES_MAX: usize = 16;
+
+/// What all connections of the public port share.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    pub(crate) metrics: Metrics,
+    pub(crate) auth: Arc<Authenticator>,
+    pub(crate) access: Arc<Access>,
+    pub(crate) policies: Arc<Policies>,
+    pub(crate) limits: Arc<Limits>,
+    pub(crate) sockets: Arc<Sockets>,
+    pub(crate) publisher: Arc<Publisher>,
+    /// What the sockets share.
+    pub(crate) socket: Arc<socket::Shared>,
+    /// Permits for bodies of more than a few bytes.
+    pub(crate) bodies: Semaphore,
+    /// Where doctors have come from.
+    pub(crate) visits: Arc<Visits>,
+    /// Runs the sockets' tasks.
+    pub(crate) tasks: TaskTracker,
+    /// Cancelled when the drain begins.
+    pub(crate) draining: CancellationToken,
+    /// Cancelled when the sockets are gone.
+    pub(crate) stopped: CancellationToken,
+}
+
+impl Shared {
+    /// Counts a connection attempt that came to nothing; `fault` is the fault of its token.
+    pub(crate) fn count_refused(
+        &self,
+        caller: Caller,
+        reason: RefusedUpgrade,
+        fault: Option<&'static str>,
+    ) {
+        self.metrics.refused.of(reason).inc();
+        Audit::RefuseUpgrade { reason: reason.label(), fault }.note(caller, None);
+    }
+}

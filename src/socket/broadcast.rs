@@ -1,0 +1,120 @@
+//! The `broadcast` event: what a client may send, and how it is acknowledged.
+//!
+//! Source: supabase/realtime `realtime_channel/broadcast_handler.ex` @833cf36.
+
+use super::{
+    channel::{Channel, Context, Next},
+    metrics::{Dropped, EndReason},
+};
+use crate::{
+    access::{AccessRequest, Action, Verdict},
+    limits::Limited,
+    protocol::{
+        message::{Message, Payload},
+        payload::{OK, PAYLOAD_TOO_LARGE},
+        serializer::Broadcast,
+    },
+    publish::Source,
+    telemetry::audit::Audit,
+};
+
+/// What a client is told whose channel ends because clients broadcast too fast.
+const TOO_MANY_MESSAGES: &str = "Too many messages per second";
+
+impl Channel {
+    /// Publishes what a client broadcasts, several pushes that came together at once, and then
+    /// acknowledges them. Where clients broadcast too fast, a channel without a rule ends, as
+    /// upstream.
+    pub(super) async fn broadcast_received(
+        &self,
+        context: Context<'_>,
+        pushes: Vec<Message>,
+    ) -> Next {
+        let shared = context.shared;
+        let (mut broadcasts, mut acks) = (Vec::with_capacity(pushes.len()), Vec::new());
+        let (mut denied, mut next) = (0, Next::Open);
+        for push in pushes {
+            match self.admit_broadcast(context, push.payload) {
+                Err(Dropped::Rate) if self.rule.is_none() => {
+                    shared.limits.count(Limited::BroadcastsClosed);
+                    next = Next::Ended(EndReason::TooFast);
+                    break;
+                }
+                Ok(broadcast) => {
+                    broadcasts.push(broadcast);
+                    acks.push((push.reference, OK));
+                }
+                Err(reason) => {
+                    shared.metrics.dropped.of(reason).inc();
+                    match reason {
+                        Dropped::TooLarge => acks.push((push.reference, PAYLOAD_TOO_LARGE)),
+                        Dropped::WriteDenied => denied += 1,
+                        Dropped::Rate => shared.limits.count(Limited::BroadcastsDropped),
+                        _ => {}
+                    }
+                }
+            }
+        }
+        if denied > 0 {
+            let rule = self.rule_name();
+            Audit::RefuseBroadcast { topic: &self.topic, rule, count: denied }
+                .note(context.caller, Some(self.token.subject()));
+        }
+        if !broadcasts.is_empty() {
+            let except = self.subscription.as_ref().filter(|_| !self.config.to_self);
+            shared.publisher.publish(&self.target, Source::Socket { except }, broadcasts).await;
+        }
+        if self.config.ack {
+            for (reference, payload) in acks {
+                self.reply(context, reference.as_ref(), payload);
+            }
+        }
+        if next != Next::Open {
+            self.complain(context, TOO_MANY_MESSAGES);
+        }
+        next
+    }
+
+    /// Returns a client's payload as a broadcast, if it may be one. A denied write is never
+    /// answered, as upstream.
+    fn admit_broadcast(
+        &self,
+        context: Context<'_>,
+        payload: Payload,
+    ) -> Result<Broadcast, Dropped> {
+        let shared = context.shared;
+        let (broadcast, size) = match payload {
+            Payload::Json(payload) if !payload.is_object() => return Err(Dropped::NotObject),
+            Payload::Json(payload) => {
+                let size = payload.len();
+                (Broadcast::Envelope(payload), size)
+            }
+            Payload::UserBroadcast(message) => {
+                let size = message.payload.len();
+                (Broadcast::User { message, metadata: None }, size)
+            }
+        };
+        if size > shared.limits.settings().payload_bytes_max {
+            return Err(Dropped::TooLarge);
+        }
+        let rules = shared.access.rules();
+        let decision = rules.decide_found(
+            &self.find(&rules),
+            &AccessRequest {
+                action: Action::Write,
+                sub_topic: self.sub_topic_text(),
+                privacy: self.privacy(),
+                token: Ok(&self.token.claims),
+                fallback: None,
+            },
+        );
+        match decision.verdict {
+            Verdict::Allowed => {}
+            Verdict::Policies if self.policies.may_write() => {}
+            Verdict::Policies | Verdict::Withheld | Verdict::Refused => {
+                return Err(Dropped::WriteDenied);
+            }
+        }
+        shared.limits.broadcast(1).map(|()| broadcast).map_err(|_too_fast| Dropped::Rate)
+    }
+}

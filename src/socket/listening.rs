@@ -1,0 +1,87 @@
+//! What a channel hears from the database: its LISTEN, its catch-up, and the message that takes the
+//! place of those that it was too slow for.
+//!
+//! Invariant: a catch-up is pushed after the channel has subscribed. A change is noted before its
+//! message is fanned out, so that it is in the one or in the other.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::channel::{Channel, Context};
+use crate::{
+    hub::outbox::{Replaceable, TopicId},
+    invalidation::CatchUpCause,
+    invalidation::ClientHistory,
+    relay::ListenGuard,
+};
+
+impl Channel {
+    /// Whether the database tells of the topic.
+    pub(super) fn is_listened(&self) -> bool {
+        self.rule.as_ref().is_some_and(|(rule, _)| rule.listen.is_some())
+    }
+
+    /// Holds the NOTIFY channel of the topic, if there is one.
+    ///
+    /// Returns what to wait for if it is not active yet, and for how long at most.
+    pub(super) fn listen(
+        &mut self,
+        context: Context<'_>,
+    ) -> Option<(impl Future<Output = ()> + Send + use<>, Duration)> {
+        let (rule, captures) = self.rule.as_ref()?;
+        let listens = context.shared.listens.as_ref()?;
+        if self.listening.is_some() || !self.may_read {
+            return None;
+        }
+        let channel = rule.listen.as_ref()?.expand(captures);
+        let user_event = rule.event.as_ref()?;
+        let target = || {
+            let (sub_topic, privacy) = (self.sub_topic_text(), self.privacy());
+            context.shared.publisher.target(sub_topic, privacy, self.rule.as_ref())
+        };
+        // A refusal is counted; the event's other sources still reach its viewers.
+        let listening = listens.hold(channel.into(), user_event, target).ok()?;
+        let listening = self.listening.insert(listening);
+        (!listening.is_active()).then(|| (listening.activation(), listens.wait()))
+    }
+
+    /// Pushes what has changed since the client last heard of the event.
+    pub(super) fn catch_up(&self, context: Context<'_>, history: ClientHistory) {
+        let (Some(feed), Some(subscription)) = (&self.target.feed, &self.subscription) else {
+            return;
+        };
+        if cfg!(feature = "without-catch-up") {
+            return;
+        }
+        let feeds = &context.shared.feeds;
+        if self.listening.as_ref().is_some_and(|listening| !listening.is_active()) {
+            feed.owe();
+            // It may have become active in between, and have found nothing owed.
+            let is_active = self.listening.as_ref().is_some_and(ListenGuard::is_active);
+            if is_active && feed.take_owed() {
+                feeds.offer_gap(feed, CatchUpCause::LateListen, None, Instant::now());
+            }
+        }
+        let covered_since = match &self.listening {
+            Some(listening) => listening.covered_since(),
+            // Without a database there is nothing else to be heard.
+            None => context.shared.listens.is_none().then(|| feeds.started()),
+        };
+        feeds.catch_up(feed, history, covered_since, context.outbox, subscription);
+    }
+
+    /// Tells a client that has fallen behind on the topic what has changed since; a client that
+    /// listens to another topic is told nothing.
+    pub(super) fn conflate(&self, context: Context<'_>, behind: Replaceable) {
+        let is_behind = self.topic_id(context) == behind.topic;
+        if is_behind && self.target.feed.is_some() && self.is_subscribed() {
+            context.shared.metrics.conflations.inc();
+            self.catch_up(context, ClientHistory::Behind(behind.since));
+        }
+    }
+
+    fn topic_id(&self, context: Context<'_>) -> TopicId {
+        context.shared.hub.topic_id(&self.target.topic)
+    }
+}

@@ -1,0 +1,198 @@
+//! The token of a channel: another one, its expiry, and decisions that are made again.
+//!
+//! Invariants: on a rule's topic a token that has ended is replaced by the connection's, or by none
+//! at all, and the channel stays; an ordinary channel ends with its token.
+
+use std::sync::Arc;
+
+use serde_json::Value;
+
+use super::{
+    channel::{Channel, Context, Next},
+    metrics::{Dropped, Refresh},
+};
+use crate::{
+    access::{AccessRequest, Action, Decision, Found, Rules, Verdict},
+    auth::{Token, TokenError},
+    clock::unix_now,
+    invalidation::ClientHistory,
+    protocol::{
+        error_code::Refusal,
+        message::{Message, Payload},
+        payload::OPAQUE_KEY_PREFIX,
+        topic::Privacy,
+    },
+    telemetry::audit::Audit,
+};
+
+impl Channel {
+    /// Takes the `access_token` event: never answered; an equal, absent or opaque token changes
+    /// nothing.
+    pub(super) fn token_received(&mut self, context: Context<'_>, message: &Message) -> Next {
+        let Payload::Json(payload) = &message.payload else {
+            return Next::Open;
+        };
+        let metrics = &context.shared.metrics;
+        let payload = serde_json::from_str::<Value>(payload.as_str()).unwrap_or_default();
+        let text = match payload.get("access_token") {
+            Some(Value::String(text)) => text,
+            None | Some(Value::Null) => return Next::Open,
+            Some(_) => {
+                metrics.dropped.of(Dropped::UnknownEvent).inc();
+                return Next::Open;
+            }
+        };
+        if text.starts_with(OPAQUE_KEY_PREFIX) || self.token.is(text) {
+            return Next::Open;
+        }
+        let verified = context.shared.auth.verify(text);
+        let refresh = if verified.is_ok() { Refresh::Ok } else { Refresh::Refused };
+        metrics.token_refreshes.of(refresh).inc();
+        self.replace_token(context, verified)
+    }
+
+    /// Decides once more about a join that has waited: keys, rules or revocations may have changed.
+    ///
+    /// # Errors
+    /// [`Refusal`] if the join would be refused by now.
+    pub(super) fn confirm(&mut self, context: Context<'_>) -> Result<(), Refusal> {
+        let (sub_topic, auth) = (self.sub_topic(), &context.shared.auth);
+        let verified = auth.recheck(&self.token, unix_now(), auth.leeway());
+        let (decision, token) = self.authorize(context, verified);
+        let Some(token) = token.filter(|_| decision.verdict != Verdict::Refused) else {
+            return Err(decision.refusal(&sub_topic));
+        };
+        self.token = token;
+        if decision.verdict != Verdict::Policies {
+            // What it may hear since, the review that follows its opening brings.
+            self.may_read &= decision.is_allowed();
+        }
+        Ok(())
+    }
+
+    /// Checks whether the token, and the grace after it, still hold. If not, on a rule's topic
+    /// another takes its place, and an ordinary channel ends.
+    pub(super) fn check_expiry(&mut self, context: Context<'_>) -> Next {
+        match self.token.check_expiry(unix_now(), context.shared.auth.grace()) {
+            Ok(()) => Next::Open,
+            Err(error) => self.lose_token(context, error),
+        }
+    }
+
+    /// Checks whether the token still holds and still opens the topic: keys, rules or revocations
+    /// have changed.
+    pub(super) fn review(&mut self, context: Context<'_>) -> Next {
+        let auth = &context.shared.auth;
+        match auth.recheck(&self.token, unix_now(), auth.grace()) {
+            Ok(token) => self.replace_token(context, Ok(token)),
+            Err(error) => self.lose_token(context, error),
+        }
+    }
+
+    /// Goes on without its token, if it may.
+    fn lose_token(&mut self, context: Context<'_>, error: TokenError) -> Next {
+        if matches!(error, TokenError::Expired { .. }) {
+            context.shared.metrics.token_expiries.inc();
+        }
+        self.replace_token(context, Err(error))
+    }
+
+    /// Decides again, by another token or by none.
+    fn replace_token(
+        &mut self,
+        context: Context<'_>,
+        verified: Result<Arc<Token>, TokenError>,
+    ) -> Next {
+        let sub_topic = self.sub_topic();
+        let fault = verified.as_ref().err().map(TokenError::label);
+        let (decision, token) = self.authorize(context, verified);
+        let had_read = self.may_read;
+        let is_same = token.as_ref().is_some_and(|it| Arc::ptr_eq(it, &self.token));
+        let is_private = decision.verdict == Verdict::Policies;
+        if !is_same || !is_private && had_read != decision.is_allowed() {
+            let token = token.as_deref().unwrap_or(&self.token);
+            Audit::Token { topic: &self.topic, decided: decision.decided(), fault }
+                .note(context.caller, Some(token.subject()));
+        }
+        let Some(token) = token else {
+            return self.end_with(context, &decision.refusal(&sub_topic));
+        };
+        if decision.verdict == Verdict::Refused && decision.rule.is_none() {
+            return self.end_with(context, &decision.refusal(&sub_topic));
+        }
+        if is_private {
+            let is_other = self.token.claims != token.claims;
+            self.token = token;
+            if is_other {
+                self.policies.forget_writes();
+                return Next::AskReads;
+            }
+            return Next::Open;
+        }
+        self.token = token;
+        self.may_read = decision.is_allowed();
+        self.reason = decision.reason.clone();
+        if had_read && decision.verdict == Verdict::Refused {
+            // Told, and not closed: a close is for good, and the next token may be a better one.
+            self.complain(context, decision.refusal(&sub_topic).text());
+        }
+        // What was withheld may begin, what was delivered may end.
+        let was_silent = self.subscription.is_none();
+        drop(self.listen(context));
+        self.follow(context);
+        if was_silent {
+            self.catch_up(context, ClientHistory::Nothing);
+        }
+        Next::Open
+    }
+
+    /// Decides about reading by the rules in force, and keeps the rule that decided.
+    fn authorize(
+        &mut self,
+        context: Context<'_>,
+        verified: Result<Arc<Token>, TokenError>,
+    ) -> (Decision, Option<Arc<Token>>) {
+        let rules = context.shared.access.rules();
+        let found = self.find(&rules);
+        let (sub_topic, privacy) = (self.sub_topic(), self.privacy());
+        let decided = authorize(context, (&rules, &found), &sub_topic, privacy, verified);
+        match (&self.rule, &decided.0.rule) {
+            (Some((rule, _)), Some((new, captures))) if rule.listen == new.listen => {
+                self.rule = Some((Arc::clone(new), Arc::clone(captures)));
+                self.rules = rules;
+            }
+            (None, None) if matches!(found, Found::Other) => self.rules = rules,
+            // The topic has gained or lost its rule, or its NOTIFY channel: what was joined stays,
+            // and each decision searches.
+            (_, _) => {}
+        }
+        decided
+    }
+}
+
+/// Decides about reading, and returns the token that it was decided by: where that of the client
+/// has ended and the topic has a rule, the connection's or, if that has ended as well, none at all.
+pub(super) fn authorize(
+    context: Context<'_>,
+    (rules, found): (&Rules, &Found),
+    sub_topic: &str,
+    privacy: Privacy,
+    verified: Result<Arc<Token>, TokenError>,
+) -> (Decision, Option<Arc<Token>>) {
+    let auth = &context.shared.auth;
+    let fallback = auth
+        .recheck(context.apikey, unix_now(), auth.leeway())
+        .unwrap_or_else(|_has_ended| Arc::clone(auth.anonymous()));
+    let decision = rules.decide_found(
+        found,
+        &AccessRequest {
+            action: Action::Read,
+            sub_topic,
+            privacy,
+            token: verified.as_ref().map(|token| &token.claims),
+            fallback: Some(&fallback.claims),
+        },
+    );
+    let token = if decision.fell_back { Some(fallback) } else { verified.ok() };
+    (decision, token)
+}
