@@ -19,20 +19,27 @@ use crate::{
 };
 
 /// Where a broadcast goes: the spellings of one topic, and the feed that merges it, if one does.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Target {
     /// The topic as it was named.
     pub(crate) topic: TopicKey,
-    /// Every spelling, where a rule has several and there is no feed that knows them.
-    spellings: Box<[TopicKey]>,
+    /// Every spelling of a rule with a NOTIFY channel; shared with the feed where it has the same.
+    spellings: Arc<[TopicKey]>,
     /// The feed of a rule that merges.
     pub(crate) feed: Option<Arc<Feed>>,
 }
 
 impl Target {
-    /// Every spelling of the topic; empty if the topic itself is the only one.
-    fn spellings(&self) -> &[TopicKey] {
-        self.feed.as_ref().map_or(&self.spellings, |feed| feed.topics())
+    /// Takes the spellings of the rule that the topic has now. The feed stays.
+    pub(crate) fn spell(&mut self, rule: &Rule, captures: &Captures) {
+        if rule.listen.is_none() {
+            return;
+        }
+        let spellings: Arc<[TopicKey]> = rule.spellings(captures).collect();
+        self.spellings = match &self.feed {
+            Some(feed) if *feed.topics() == spellings => Arc::clone(feed.topics()),
+            Some(_) | None => spellings,
+        };
     }
 }
 
@@ -78,16 +85,19 @@ impl Publisher {
         privacy: Privacy,
         rule: Option<&(Arc<Rule>, Arc<Captures>)>,
     ) -> Target {
-        let feed = rule.and_then(|(rule, captures)| self.feeds.of(rule, captures));
-        let spellings = match (rule, &feed) {
-            (Some((rule, captures)), None) if rule.listen.is_some() => {
-                rule.spellings(captures).collect()
-            }
-            (Some(_) | None, _) => Box::default(),
-        };
         // A rule's topic is what the rule says, however it is named.
         let privacy = if rule.is_some() { Privacy::Public } else { privacy };
-        Target { topic: TopicKey { sub_topic: sub_topic.into(), privacy }, spellings, feed }
+        let topic = TopicKey { sub_topic: sub_topic.into(), privacy };
+        let mut target = Target { topic, spellings: Arc::default(), feed: None };
+        if let Some((rule, captures)) = rule {
+            target.feed = self.feeds.of(rule, captures);
+            target.spell(rule, captures);
+            if let Some(own) = target.spellings.iter().find(|spelling| **spelling == target.topic) {
+                // One text for all sockets of a feed, rather than one for each.
+                target.topic = own.clone();
+            }
+        }
+        target
     }
 
     /// Offers invalidations to the feed and fans the rest out to every spelling.
@@ -119,7 +129,7 @@ impl Publisher {
         let fan_out = FanOut {
             source: counted,
             first: Some(&target.topic),
-            spellings: target.spellings(),
+            spellings: &target.spellings,
             broadcasts: &broadcasts,
             committed: committed.map(|at| Committed { at, departure: Departure::AtOnce }),
             to,

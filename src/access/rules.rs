@@ -72,12 +72,6 @@ impl Rules {
         }
         if resembles { Found::Lookalike } else { Found::Other }
     }
-
-    /// Whether `sub_topic` has a rule with a NOTIFY channel.
-    #[must_use]
-    pub fn is_listened(&self, sub_topic: &str) -> bool {
-        self.find(sub_topic).is_listened()
-    }
 }
 
 #[cfg(test)]

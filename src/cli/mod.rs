@@ -305,7 +305,10 @@ async fn serve(environment: Environment) -> Result<(), Failure> {
             // The reload has logged what is wrong; the old settings hold.
             let _ = gateway.reload();
             if let Some(Err(error)) = audit.as_deref().map(AuditLog::reopen) {
-                tracing::warn!(error = &error as &dyn Error, "the old file is written on");
+                tracing::warn!(
+                    error = &error as &dyn Error,
+                    "cannot reopen the audit log; still writing to the old file"
+                );
             }
         }
     };

@@ -12,9 +12,9 @@ use std::{
 use tokio::time::Instant;
 
 use super::{
+    outgoing::Outgoing,
     payload::{Endpoints, Stamp, Template},
     reason::{CatchUpCause, Coverage},
-    window::Outgoing,
 };
 use crate::{
     hub::{

@@ -14,9 +14,10 @@ use super::{
     catch_up::{CatchUp, ClientHistory, Recent, Repeat},
     journal::{Delivery, Heard, Journal, Notice, NoticeCount, Summary, Tally},
     known::KnownEndpoints,
-    payload::{Endpoints, Invalidation, Stamps, Template},
+    outgoing::{Outgoing, ToSend},
+    payload::{BadEndpoint, Endpoints, Invalidation, Stamps, Template},
     reason::{CatchUpCause, Coverage},
-    window::{Due, Notified, Outgoing, Window},
+    window::{Notified, Window},
 };
 use crate::{
     access::{Captures, EID, Merge, Rule},
@@ -32,7 +33,7 @@ use crate::{
 pub(crate) struct Feed {
     template: Template,
     channel: Box<str>,
-    topics: Vec<TopicKey>,
+    topics: Arc<[TopicKey]>,
     /// What belongs to the complete list of any of the rule's events.
     resync: Endpoints,
     /// When the server started.
@@ -54,6 +55,17 @@ struct State {
     heard: Heard,
     /// The database has more endpoints of the event than every event has.
     is_known: bool,
+}
+
+/// What became of broadcasts that a feed was offered.
+#[derive(Debug, Default)]
+pub(super) struct Offered {
+    /// Those that are not invalidations.
+    pub(super) rest: Vec<Broadcast>,
+    /// Why endpoints of the others were left out.
+    pub(super) bad: Vec<BadEndpoint>,
+    /// Whether nothing waited before.
+    pub(super) is_first: bool,
 }
 
 impl Feed {
@@ -108,22 +120,37 @@ impl Feed {
     }
 
     /// The feed's topics, one for each spelling.
-    pub(crate) fn topics(&self) -> &[TopicKey] {
+    pub(crate) fn topics(&self) -> &Arc<[TopicKey]> {
         &self.topics
     }
 
-    /// Reads a broadcast to this feed.
-    ///
-    /// # Errors
-    /// The broadcast itself if it is not an invalidation.
-    pub(super) fn read(&self, broadcast: Broadcast) -> Result<Invalidation, Broadcast> {
-        self.template.read(broadcast)
+    /// Offers every broadcast that is an invalidation; `notified` is given for what came from the
+    /// database.
+    pub(super) fn offer_all(
+        &self,
+        broadcasts: Vec<Broadcast>,
+        notified: Option<Notified>,
+    ) -> Offered {
+        let mut offered = Offered::default();
+        for broadcast in broadcasts {
+            match self.template.read(broadcast) {
+                Ok(invalidation) => {
+                    if notified.is_some() {
+                        self.hear(invalidation.id.is_some());
+                    }
+                    offered.bad.extend_from_slice(&invalidation.bad);
+                    offered.is_first |= self.offer(invalidation, notified);
+                }
+                Err(other) => offered.rest.push(other),
+            }
+        }
+        offered
     }
 
     /// Takes an invalidation, which leaves when [`Self::due`] returns it, and returns whether
     /// nothing waited before.
     #[must_use]
-    pub(super) fn offer(&self, invalidation: Invalidation, notified: Option<Notified>) -> bool {
+    fn offer(&self, invalidation: Invalidation, notified: Option<Notified>) -> bool {
         let now = Instant::now();
         let mut state = self.state.lock();
         let State { known, window, journal, .. } = &mut *state;
@@ -154,7 +181,7 @@ impl Feed {
     }
 
     /// Records whether a notification named its row of the history.
-    pub(super) fn hear(&self, has_id: bool) {
+    fn hear(&self, has_id: bool) {
         let mut state = self.state.lock();
         state.heard = match (state.heard, has_id) {
             (_, false) | (Heard::SomeWithoutId, true) => Heard::SomeWithoutId,
@@ -196,26 +223,27 @@ impl Feed {
     }
 
     /// Returns the message that may leave now. While the server ends, whatever waits may.
-    pub(super) fn due(&self, is_last: bool) -> Due {
+    pub(super) fn due(&self, is_last: bool) -> ToSend {
         let now = Instant::now();
         let mut state = self.state.lock();
         let State { known, window, recent, journal, stamps, messages, .. } = &mut *state;
-        let Some(mut pending) = window.take(is_last, now) else {
-            return if window.next().is_some() { Due::Later } else { Due::Nothing };
+        let Some(mut union) = window.take(is_last, now) else {
+            return if window.next().is_some() { ToSend::Later } else { ToSend::Nothing };
         };
         // A change that is not recorded could not be told later.
-        let is_recorded = known.has_everything() && !pending.is_empty();
-        let since = is_recorded.then(|| Since::at(pending.first(), self.started));
-        let own = pending.take_union(known, &self.resync);
+        let is_recorded = known.has_everything() && !union.is_empty();
+        let since = is_recorded.then(|| Since::at(union.first, self.started));
+        let own = union.take_endpoints(known, &self.resync);
         recent.forget(now, self.template.merge.carry);
         let mut endpoints = own.clone();
         endpoints.extend(recent.carried());
         let is_extended = endpoints.len() > own.len();
         recent.carry(own, now);
-        journal.merged(pending.messages());
+        journal.merged(union.messages);
         *messages += 1;
         let template = &self.template;
-        Due::Send(Box::new(pending.compose(template, endpoints, is_extended, since, stamps, now)))
+        let outgoing = Outgoing::of(union, template, endpoints, is_extended, since, stamps, now);
+        ToSend::Send(Box::new(outgoing))
     }
 
     /// Returns what clients are sent that were just caught up alone, once `outgoing` has been

@@ -55,7 +55,7 @@ pub(crate) struct Delivery {
     pub(crate) endpoint_count: usize,
     /// How many invalidations it stands for; the first of them are listed in `sources`.
     pub(crate) merged: usize,
-    pub(crate) sources: Vec<Source>,
+    pub(crate) sources: Vec<Contribution>,
     /// How many outboxes took it.
     pub(crate) deliveries: usize,
     /// How many clients were sent it once more, with the endpoints of their catch-up.
@@ -64,7 +64,7 @@ pub(crate) struct Delivery {
 
 /// One invalidation that became part of a message.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
-pub(crate) struct Source {
+pub(crate) struct Contribution {
     /// Its row of the history.
     pub(crate) id: Option<i64>,
     #[serde(rename = "type")]
@@ -147,7 +147,7 @@ impl Journal {
         self.tally.notifications += 1;
     }
 
-    /// Records that so many invalidations left in one message.
+    /// Records how many invalidations left in one message.
     pub(super) fn merged(&mut self, messages: usize) {
         let merged = (messages.max(1) - 1) as u64;
         self.merged += merged;
@@ -186,7 +186,7 @@ impl Journal {
     }
 }
 
-impl Source {
+impl Contribution {
     /// Records an invalidation as a source.
     pub(super) fn of(invalidation: &Invalidation) -> Self {
         let kind = invalidation.kind.as_deref();
@@ -288,6 +288,6 @@ mod tests {
         assert_eq!(log.len(), LOG_MAX);
         assert_eq!((log[0].merged, log[0].sources.len()), (SOURCES_MAX + 5, SOURCES_MAX));
         let newest = i64::try_from(LOG_MAX + 4).unwrap();
-        assert_eq!(log[0].sources[0], Source { id: Some(newest), kind: Some("t".into()) });
+        assert_eq!(log[0].sources[0], Contribution { id: Some(newest), kind: Some("t".into()) });
     }
 }

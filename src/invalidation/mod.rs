@@ -10,6 +10,7 @@ mod feed;
 mod journal;
 mod known;
 mod metrics;
+mod outgoing;
 mod payload;
 mod reason;
 mod sender;
@@ -20,7 +21,7 @@ use std::{collections::HashMap, sync::Arc, time::Duration};
 use parking_lot::Mutex;
 use tokio::time::Instant;
 
-use self::{catch_up::CatchUp, metrics::Metrics, sender::Timers, window::Due};
+use self::{catch_up::CatchUp, feed::Offered, metrics::Metrics, outgoing::ToSend, sender::Timers};
 pub(crate) use self::{
     catch_up::ClientHistory,
     feed::Feed,
@@ -126,20 +127,9 @@ impl Feeds {
         broadcasts: Vec<Broadcast>,
         notified: Option<Notified>,
     ) -> Vec<Broadcast> {
-        let (mut rest, mut is_first) = (Vec::new(), false);
-        for broadcast in broadcasts {
-            match feed.read(broadcast) {
-                Ok(invalidation) => {
-                    if notified.is_some() {
-                        feed.hear(invalidation.id.is_some());
-                    }
-                    for bad in &invalidation.bad {
-                        self.sender.metrics.endpoints_dropped.of(*bad).inc();
-                    }
-                    is_first |= feed.offer(invalidation, notified);
-                }
-                Err(other) => rest.push(other),
-            }
+        let Offered { rest, bad, is_first } = feed.offer_all(broadcasts, notified);
+        for bad in bad {
+            self.sender.metrics.endpoints_dropped.of(bad).inc();
         }
         // A feed with a timer notices by itself that its time has moved.
         if is_first {
@@ -208,7 +198,7 @@ impl Feeds {
     /// Sends everything that waits, whatever its window.
     pub(crate) async fn flush(&self) {
         for feed in self.all() {
-            if let Due::Send(outgoing) = feed.due(true) {
+            if let ToSend::Send(outgoing) = feed.due(true) {
                 self.sender.send(&feed, *outgoing).await;
             }
         }

@@ -16,8 +16,8 @@ use super::{
     catch_up::Repeat,
     feed::Feed,
     metrics::Metrics,
+    outgoing::{Outgoing, ToSend},
     reason::SendReason,
-    window::{Due, Outgoing},
 };
 use crate::{
     hub::{
@@ -98,9 +98,9 @@ impl Sender {
             }
             while let Some(feed) = self.timers.take_due() {
                 match feed.due(false) {
-                    Due::Nothing => {}
-                    Due::Later => self.timers.add(&feed),
-                    Due::Send(outgoing) => self.send(&feed, *outgoing).await,
+                    ToSend::Nothing => {}
+                    ToSend::Later => self.timers.add(&feed),
+                    ToSend::Send(outgoing) => self.send(&feed, *outgoing).await,
                 }
             }
         }

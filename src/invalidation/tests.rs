@@ -11,9 +11,10 @@ use tokio::time::{Instant, sleep_until};
 use super::{
     catch_up::{CatchUp, ClientHistory, Repeat},
     feed::Feed,
+    outgoing::{Outgoing, ToSend},
     payload::Endpoints,
     reason::SendReason,
-    window::{Due, Notified, Outgoing},
+    window::Notified,
 };
 use crate::{
     access::{EID, Merge},
@@ -61,7 +62,7 @@ pub(super) fn endpoints(texts: &[&str]) -> Endpoints {
 impl Feed {
     pub(super) fn take(&self, payload: &str, pid: u32) {
         let notified = Notified { pid, committed: None };
-        let _ = self.offer(self.read(user(payload)).unwrap(), Some(notified));
+        assert!(self.offer_all(vec![user(payload)], Some(notified)).rest.is_empty());
     }
 
     /// Offers a message of a database session of its own.
@@ -77,9 +78,9 @@ impl Feed {
     pub(super) async fn next_sent(&self) -> Option<Out> {
         loop {
             match self.due(false) {
-                Due::Nothing => return None,
-                Due::Later => sleep_until(self.next().unwrap()).await,
-                Due::Send(outgoing) => return Some(Out::new(self, outgoing)),
+                ToSend::Nothing => return None,
+                ToSend::Later => sleep_until(self.next().unwrap()).await,
+                ToSend::Send(outgoing) => return Some(Out::new(self, outgoing)),
             }
         }
     }

@@ -1,30 +1,20 @@
-//! The window of a feed: what waits for it, until when, and the one message that leaves when it
-//! opens.
+//! The window of a feed: what waits for it, and until when.
 //!
 //! Invariants: whatever is added leaves with exactly one message; within one window at most one
 //! message leaves, but for the last one of a server that ends.
 
-use std::{
-    mem,
-    num::NonZeroU32,
-    sync::Arc,
-    time::{Duration, SystemTime},
-};
+use std::{mem, num::NonZeroU32, time::Duration};
 
 use governor::{Quota, RateLimiter};
 use tokio::time::Instant;
 
 use super::{
-    journal::{Delivery, SOURCES_MAX, Source},
+    journal::{Contribution, SOURCES_MAX},
     known::KnownEndpoints,
-    payload::{Endpoints, Invalidation, Stamp, Stamps, Template},
-    reason::{CatchUpCause, SendReason},
+    payload::{Endpoints, Invalidation},
+    reason::CatchUpCause,
 };
-use crate::{
-    clock::{Limiter, TokioClock},
-    hub::outbox::{Committed, Departure, Since},
-    protocol::serializer::Broadcast,
-};
+use crate::clock::{Limiter, TokioClock};
 
 /// How long a message waits for others of its transaction, which arrive together: counted from the
 /// last message of the same database session.
@@ -33,43 +23,44 @@ pub(super) const SETTLE: Duration = Duration::from_millis(10);
 pub(super) const SETTLE_MAX: Duration = Duration::from_millis(50);
 /// Most endpoints of a union; a larger one becomes the complete list.
 const UNION_MAX: usize = 200;
+
 /// The window of one feed, and what waits for it.
 #[derive(Debug)]
 pub(super) struct Window {
     /// `None` where the rule's window is zero.
     limiter: Option<Limiter>,
     muted_until: Option<Instant>,
-    pending: Option<Pending>,
+    pending: Option<Union>,
     /// The `timestamp` of the newest message that left last, as it was written.
     last_timestamp: Option<Box<str>>,
 }
 
 /// The union that waits.
 #[derive(Debug)]
-pub(super) struct Pending {
+pub(super) struct Union {
     /// The newest invalidation; `None` while there are gaps alone.
-    newest: Option<Invalidation>,
+    pub(super) newest: Option<Invalidation>,
     /// The union; empty if the complete list is to be sent.
-    endpoints: Endpoints,
+    pub(super) endpoints: Endpoints,
     /// The complete list is to be sent.
-    is_complete: bool,
+    pub(super) is_complete: bool,
     /// The newest invalidation can be sent as it came, unless there is something to add.
-    may_pass: bool,
+    pub(super) may_pass: bool,
     /// How many invalidations the union stands for.
-    messages: usize,
-    sources: Vec<Source>,
+    pub(super) messages: usize,
+    pub(super) sources: Vec<Contribution>,
     /// Why viewers may have missed something, if they may have.
-    gap: Option<CatchUpCause>,
+    pub(super) gap: Option<CatchUpCause>,
     /// When the first of all was added.
-    first: Instant,
+    pub(super) first: Instant,
     /// The earliest commit, of those whose commit is known.
-    committed: Option<Instant>,
+    pub(super) committed: Option<Instant>,
     /// The database session of the newest invalidation.
-    pid: Option<u32>,
+    pub(super) pid: Option<u32>,
     /// When to try again whether the union may leave.
-    due: Instant,
+    pub(super) due: Instant,
     /// The window or a mute has held it back.
-    has_waited: bool,
+    pub(super) has_waited: bool,
 }
 
 /// How the database has notified an invalidation.
@@ -79,34 +70,6 @@ pub(crate) struct Notified {
     pub(crate) pid: u32,
     /// When it was committed, by this machine's clock, if that is known.
     pub(crate) committed: Option<Instant>,
-}
-
-/// What a feed has to send at the moment.
-#[derive(Debug)]
-pub(crate) enum Due {
-    /// Nothing waits.
-    Nothing,
-    /// What waits may not leave yet.
-    Later,
-    /// This message.
-    Send(Box<Outgoing>),
-}
-
-/// One message to all subscribers of a feed.
-#[derive(Debug)]
-pub(crate) struct Outgoing {
-    pub(crate) broadcast: Broadcast,
-    /// The newest invalidation of the union; `None` for a union of gaps alone.
-    newest: Option<Invalidation>,
-    /// The message as the feed's log records it.
-    pub(crate) delivery: Delivery,
-    /// The earliest commit of the union.
-    pub(crate) committed: Option<Committed>,
-    /// A moment not later than the first change of the union; `None` if no later catch-up could
-    /// replace the message.
-    pub(crate) since: Option<Since>,
-    /// How long the window has held the union back, if it has.
-    pub(crate) waited: Option<Duration>,
 }
 
 impl Window {
@@ -138,7 +101,7 @@ impl Window {
         pending.may_pass &= invalidation.bad.is_empty();
         pending.unite(&invalidation.endpoints);
         if pending.sources.len() < SOURCES_MAX {
-            pending.sources.push(Source::of(&invalidation));
+            pending.sources.push(Contribution::of(&invalidation));
         }
         pending.newest = Some(invalidation);
         is_first
@@ -188,7 +151,7 @@ impl Window {
     }
 
     /// Takes the union if it may leave now. The last one of a server that ends always may.
-    pub(super) fn take(&mut self, is_last: bool, now: Instant) -> Option<Pending> {
+    pub(super) fn take(&mut self, is_last: bool, now: Instant) -> Option<Union> {
         let pending = self.pending.as_mut()?;
         if !is_last {
             if let Some(until) = self.muted_until.filter(|until| *until > now) {
@@ -211,8 +174,8 @@ impl Window {
         self.pending.take()
     }
 
-    fn pending_since(&mut self, now: Instant, due: Instant) -> &mut Pending {
-        self.pending.get_or_insert_with(|| Pending {
+    fn pending_since(&mut self, now: Instant, due: Instant) -> &mut Union {
+        self.pending.get_or_insert_with(|| Union {
             newest: None,
             endpoints: Endpoints::default(),
             is_complete: false,
@@ -229,7 +192,7 @@ impl Window {
     }
 }
 
-impl Pending {
+impl Union {
     fn unite(&mut self, endpoints: &Endpoints) {
         self.endpoints.extend(endpoints.iter().cloned());
         // The complete list has them all: each was recorded as known before it was added.
@@ -239,100 +202,18 @@ impl Pending {
         }
     }
 
-    /// How many invalidations the union stands for.
-    pub(super) fn messages(&self) -> usize {
-        self.messages
-    }
-
-    /// When the first of all was added.
-    pub(super) fn first(&self) -> Instant {
-        self.first
-    }
-
     /// Returns whether there is no endpoint to send.
     pub(super) fn is_empty(&self) -> bool {
         !self.is_complete && self.endpoints.is_empty()
     }
 
     /// Takes the endpoints of the union, or returns the complete list where that is to be sent.
-    pub(super) fn take_union(&mut self, known: &KnownEndpoints, resync: &Endpoints) -> Endpoints {
+    pub(super) fn take_endpoints(
+        &mut self,
+        known: &KnownEndpoints,
+        resync: &Endpoints,
+    ) -> Endpoints {
         if self.is_complete { known.complete(resync) } else { mem::take(&mut self.endpoints) }
-    }
-
-    /// Composes the message that names `endpoints`, of which some are not the union's own if
-    /// `is_extended`. It is the newest invalidation as it came if there is nothing to change.
-    pub(super) fn compose(
-        self,
-        template: &Template,
-        endpoints: Endpoints,
-        is_extended: bool,
-        since: Option<Since>,
-        stamps: &mut Stamps,
-        now: Instant,
-    ) -> Outgoing {
-        let is_alone = self.messages == 1 && self.gap.is_none() && !self.is_complete;
-        let is_as_it_came = is_alone && self.may_pass && !is_extended;
-        let reason = match (self.gap, self.has_waited) {
-            (Some(_), _) => SendReason::Gap,
-            (None, true) => SendReason::Window,
-            (None, false) => SendReason::Leading,
-        };
-        let delivery = Delivery {
-            at: SystemTime::now(),
-            reason,
-            cause: self.gap,
-            endpoint_count: endpoints.len(),
-            endpoints: Arc::new(endpoints),
-            merged: self.messages,
-            sources: self.sources,
-            deliveries: 0,
-            repeats: 0,
-        };
-        let departure = match reason {
-            SendReason::Leading => Departure::AtOnce,
-            // A gap's invalidations leave with it, however late.
-            SendReason::Window | SendReason::Gap | SendReason::CatchUp | SendReason::Repeat => {
-                Departure::Merged
-            }
-        };
-        let committed = self.committed.map(|at| Committed { at, departure });
-        let waited = self.has_waited.then(|| now.duration_since(self.first));
-        let broadcast = match &self.newest {
-            Some(newest) if is_as_it_came => newest.broadcast.clone(),
-            newest => {
-                write(template, newest.as_ref(), &delivery, &delivery.endpoints, stamps.next())
-            }
-        };
-        Outgoing { broadcast, newest: self.newest, delivery, committed, since, waited }
-    }
-}
-
-impl Outgoing {
-    /// Returns the same message with other endpoints.
-    pub(super) fn naming(
-        &self,
-        template: &Template,
-        endpoints: &Endpoints,
-        stamp: Stamp,
-    ) -> Broadcast {
-        write(template, self.newest.as_ref(), &self.delivery, endpoints, stamp)
-    }
-}
-
-/// Writes the newest invalidation, or a catch-up if there is none, with these endpoints.
-fn write(
-    template: &Template,
-    newest: Option<&Invalidation>,
-    delivery: &Delivery,
-    endpoints: &Endpoints,
-    stamp: Stamp,
-) -> Broadcast {
-    match newest {
-        Some(newest) => template.rewritten(newest, endpoints, stamp, delivery.merged),
-        None => {
-            let cause = delivery.cause.map_or(delivery.reason.label(), CatchUpCause::label);
-            template.catch_up(cause, endpoints, stamp)
-        }
     }
 }
 

@@ -183,13 +183,13 @@ impl History {
         &mut self,
         topic: &str,
         hold: Hold,
-        is_listened: impl FnOnce(&str) -> bool,
+        is_listened: bool,
         has_channel: impl Fn(&str) -> bool,
     ) {
         let sub_topic = topic.strip_prefix(TOPIC_PREFIX).unwrap_or(topic);
         if let Some(held) = self.held.get_mut(sub_topic) {
             *held = hold;
-        } else if is_listened(sub_topic) {
+        } else if is_listened {
             if self.held.len() >= HELD_MAX {
                 // A topic with a channel must be remembered; any other saves a complete list at
                 // best.
@@ -258,7 +258,7 @@ mod tests {
         let mut history = History::new(client);
         for number in 0..=HELD_MAX {
             let topic = format!("realtime:{number}");
-            history.hold(&topic, Hold::Asked, |_| true, |topic| topic == "realtime:7");
+            history.hold(&topic, Hold::Asked, true, |topic| topic == "realtime:7");
         }
         let mut held: Vec<_> = history.held.keys().map(|topic| &**topic).collect();
         held.sort_unstable();

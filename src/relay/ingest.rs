@@ -11,7 +11,7 @@ use tokio::{sync::mpsc, time::Instant};
 use super::{
     clock_offset,
     listens::Listens,
-    metrics::{Channel, Handled, Metrics, Outcome},
+    metrics::{ChannelKind, Handled, Metrics, Outcome},
     status::LinkStatus,
 };
 use crate::{
@@ -93,7 +93,7 @@ impl Ingest {
         match channel {
             REVOCATIONS_CHANNEL => {
                 self.auth.revocations.mark_stale();
-                self.count(Channel::Revocations, Outcome::Noted, payloads.len());
+                self.count(ChannelKind::Revocations, Outcome::Noted, payloads.len());
             }
             STATS_CHANNEL => self.note_stats(payloads),
             _ => self.relay(channel, payloads, pid).await,
@@ -115,14 +115,14 @@ impl Ingest {
                 }
                 Err(outcome) => outcome,
             };
-            self.count(Channel::Stats, outcome, 1);
+            self.count(ChannelKind::Stats, outcome, 1);
         }
     }
 
     /// Publishes the notifications of an event.
     async fn relay(&self, channel: &str, payloads: Vec<(String, Instant)>, pid: u32) {
         let Some(relayed) = self.listens.relayed(channel) else {
-            return self.count(Channel::Other, Outcome::UnknownChannel, payloads.len());
+            return self.count(ChannelKind::Other, Outcome::UnknownChannel, payloads.len());
         };
         let (mut broadcasts, mut oldest) = (Vec::with_capacity(payloads.len()), None);
         for (payload, received) in payloads {
@@ -134,21 +134,22 @@ impl Ingest {
                     let message = UserBroadcast { user_event, payload: UserPayload::Json(payload) };
                     broadcasts.push(Broadcast::User { message, metadata: None });
                 }
-                Err(outcome) => self.count(Channel::Event, outcome, 1),
+                Err(outcome) => self.count(ChannelKind::Event, outcome, 1),
             }
-        }
-        if let Some(feed) = &relayed.target.feed {
-            self.recovery.healing.name_event(feed.eid());
         }
         let source = Source::Database(Notified { pid, committed: oldest });
         let published = self.publisher.publish(&relayed.target, source, broadcasts).await;
-        self.count(Channel::Event, Outcome::Offered, published.offered);
+        self.count(ChannelKind::Event, Outcome::Offered, published.offered);
+        if let Some(feed) = &relayed.target.feed {
+            // After the feed has recorded the change, so that who rejoins is told of it.
+            self.recovery.healing.name_event(feed.eid());
+        }
         let is_heard = published.fanned_out.deliveries > 0;
         let outcome = if is_heard { Outcome::Delivered } else { Outcome::NoViewer };
-        self.count(Channel::Event, outcome, published.sent);
+        self.count(ChannelKind::Event, outcome, published.sent);
     }
 
-    fn count(&self, channel: Channel, outcome: Outcome, count: usize) {
+    fn count(&self, channel: ChannelKind, outcome: Outcome, count: usize) {
         if count > 0 {
             tracing::trace!(outcome = outcome.label(), count, "notifications");
             self.metrics.notifications.of(Handled(channel, outcome)).inc_by(count as u64);

@@ -71,7 +71,7 @@ impl Listener {
     /// Listens until the server stops: one session after the other, with jittered backoff between.
     pub(super) async fn run(self, stop: CancellationToken) {
         let mut backoff = Backoff::new(BACKOFF_MIN);
-        let mut history = History { cause: GapCause::Start, good: None };
+        let mut history = Handover { cause: GapCause::Start, good: None };
         self.metrics.gap_begins(history.cause);
         loop {
             let mut was_up = false;
@@ -105,7 +105,7 @@ impl Listener {
     }
 
     /// Runs one session, from its connection to the error that ends it.
-    async fn session(&self, history: &mut History, was_up: &mut bool) -> LinkError {
+    async fn session(&self, history: &mut Handover, was_up: &mut bool) -> LinkError {
         let connect_timeout = self.settings.connect_timeout;
         let listener = match timeout(connect_timeout, open(&self.url, connect_timeout)).await {
             Ok(Ok(listener)) => listener,
@@ -113,7 +113,7 @@ impl Listener {
             Err(_elapsed) => return LinkError::Unanswered,
         };
         let deadline = self.settings.heartbeat_timeout;
-        let mut session = Session { parent: self, listener: Some(listener), deadline };
+        let mut session = ListenSession { parent: self, listener: Some(listener), deadline };
         let Err(error) = session.serve(history, was_up).await;
         // What arrived while a statement waited for its answer.
         while let Some(notification) = session.listener().next_buffered() {
@@ -153,7 +153,7 @@ async fn open(url: &Secret, connect_timeout: Duration) -> Result<PgListener, Lin
 }
 
 /// What one session leaves to the next.
-struct History {
+struct Handover {
     /// Why something may be missed.
     cause: GapCause,
     /// The point up to which nothing is.
@@ -161,7 +161,7 @@ struct History {
 }
 
 /// One session.
-struct Session<'a> {
+struct ListenSession<'a> {
     parent: &'a Listener,
     /// Taken when the session ends.
     listener: Option<PgListener>,
@@ -169,7 +169,7 @@ struct Session<'a> {
     deadline: Duration,
 }
 
-impl Drop for Session<'_> {
+impl Drop for ListenSession<'_> {
     /// Closes the connection at once. A listener that is dropped spawns a last `UNLISTEN`, which
     /// on a frozen connection holds that and the server's session until TCP gives up; on a runtime
     /// that never runs it, it is dropped with its connection.
@@ -195,7 +195,7 @@ async fn probed(probing: &mut Option<Probing<'_>>) -> Option<Probe> {
     }
 }
 
-impl Session<'_> {
+impl ListenSession<'_> {
     #[expect(clippy::expect_used, reason = "only `drop` takes it")]
     fn listener(&mut self) -> &mut PgListener {
         self.listener.as_mut().expect("a session has its listener until it is dropped")
@@ -204,7 +204,7 @@ impl Session<'_> {
     /// Listens until an error ends the session.
     async fn serve(
         &mut self,
-        history: &mut History,
+        history: &mut Handover,
         was_up: &mut bool,
     ) -> Result<Infallible, LinkError> {
         let Listener { settings, canaries, listens, link, metrics, .. } = self.parent;
@@ -272,7 +272,7 @@ impl Session<'_> {
     }
 
     /// Listens to everything that is wanted, then offers what viewers may have missed.
-    async fn begin(&mut self, history: &mut History) -> Result<(), LinkError> {
+    async fn begin(&mut self, history: &mut Handover) -> Result<(), LinkError> {
         let Listener { gaps, canaries, listens, auth, metrics, .. } = self.parent;
         let limit = self.deadline / 2;
         self.run(|listener| Box::pin(session::bound(listener, limit))).await?;
@@ -305,7 +305,7 @@ impl Session<'_> {
     }
 
     /// Offers what the canary has found that triggers could not notify.
-    async fn look_into(&mut self, history: &mut History, probe: &Probe) -> Result<(), LinkError> {
+    async fn look_into(&mut self, history: &mut Handover, probe: &Probe) -> Result<(), LinkError> {
         let (Some(good), Some((seen, failures))) = (&mut history.good, &probe.failures) else {
             return Ok(());
         };

@@ -101,7 +101,8 @@ impl Listens {
         self.wait
     }
 
-    /// Holds a NOTIFY channel, and has it listened to. `target` is made for the first holder.
+    /// Holds a NOTIFY channel, and has it listened to. Its
+    /// notifications go to the `target` of the first holder.
     ///
     /// # Errors
     /// [`ListenError`], which is counted; the event's other sources still reach its viewers.
@@ -109,7 +110,7 @@ impl Listens {
         self: &Arc<Self>,
         channel: Box<str>,
         user_event: &str,
-        target: impl FnOnce() -> Target,
+        target: &Target,
     ) -> Result<ListenGuard, ListenError> {
         let held = self.try_hold(channel, user_event, target);
         if let Err(error) = &held {
@@ -122,7 +123,7 @@ impl Listens {
         self: &Arc<Self>,
         channel: Box<str>,
         user_event: &str,
-        target: impl FnOnce() -> Target,
+        target: &Target,
     ) -> Result<ListenGuard, ListenError> {
         if channel.len() > NOTIFY_CHANNEL_BYTES_MAX {
             return Err(ListenError::TooLong);
@@ -139,7 +140,7 @@ impl Listens {
                 relayed: Arc::new(Relayed {
                     channel: channel.clone(),
                     user_event: user_event.into(),
-                    target: target(),
+                    target: target.clone(),
                 }),
                 holders: 0,
                 idle_since: None,
@@ -307,7 +308,7 @@ mod tests {
         let registry = Registry::new();
         let hub = Arc::new(Hub::new(&registry));
         let publisher = Publisher::new(Arc::clone(&hub), Arc::new(Feeds::new(9, hub, &registry)));
-        listens.hold(channel.into(), "e", || publisher.target("t", Privacy::Public, None))
+        listens.hold(channel.into(), "e", &publisher.target("t", Privacy::Public, None))
     }
 
     #[tokio::test(start_paused = true)]

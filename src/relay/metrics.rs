@@ -38,7 +38,7 @@ pub enum Outcome {
 /// What a notification's channel is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, strum::IntoStaticStr)]
 #[strum(serialize_all = "snake_case")]
-pub(super) enum Channel {
+pub(super) enum ChannelKind {
     /// An event that somebody has joined.
     Event,
     /// The monitoring of all events.
@@ -59,18 +59,18 @@ impl Outcome {
 
 /// Notifications of a channel, and what became of them.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Handled(pub(super) Channel, pub(super) Outcome);
+pub(super) struct Handled(pub(super) ChannelKind, pub(super) Outcome);
 
 impl Handled {
     /// The channels whose notifications can come to this.
-    fn channels(outcome: Outcome) -> &'static [Channel] {
+    fn channels(outcome: Outcome) -> &'static [ChannelKind] {
         match outcome {
-            Outcome::Delivered | Outcome::Offered | Outcome::NoViewer => &[Channel::Event],
+            Outcome::Delivered | Outcome::Offered | Outcome::NoViewer => &[ChannelKind::Event],
             Outcome::Malformed | Outcome::NotObject | Outcome::Oversized => {
-                &[Channel::Event, Channel::Stats]
+                &[ChannelKind::Event, ChannelKind::Stats]
             }
-            Outcome::UnknownChannel => &[Channel::Other],
-            Outcome::Noted => &[Channel::Stats, Channel::Revocations],
+            Outcome::UnknownChannel => &[ChannelKind::Other],
+            Outcome::Noted => &[ChannelKind::Stats, ChannelKind::Revocations],
         }
     }
 }

@@ -46,11 +46,12 @@ impl Channel {
                 }
                 Err(reason) => {
                     shared.metrics.dropped.of(reason).inc();
-                    match reason {
-                        Dropped::TooLarge => acks.push((push.reference, PAYLOAD_TOO_LARGE)),
-                        Dropped::WriteDenied => denied += 1,
-                        Dropped::Rate => shared.limits.count(Limited::BroadcastsDropped),
-                        _ => {}
+                    if reason == Dropped::TooLarge {
+                        acks.push((push.reference, PAYLOAD_TOO_LARGE));
+                    }
+                    denied += usize::from(reason == Dropped::WriteDenied);
+                    if reason == Dropped::Rate {
+                        shared.limits.count(Limited::BroadcastsDropped);
                     }
                 }
             }

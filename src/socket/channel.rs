@@ -74,13 +74,6 @@ pub(super) enum Next {
     AskReads,
 }
 
-/// A topic's rule, and the rules among which it was found.
-#[derive(Debug)]
-pub(super) struct Admission {
-    pub(super) rules: Arc<Rules>,
-    pub(super) found: Found,
-}
-
 /// The parts of its socket that a channel works with.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Context<'a> {
@@ -99,14 +92,15 @@ impl Context<'_> {
 }
 
 impl Channel {
-    /// Decides about a join: token, then topic. The channel is not open yet.
+    /// Decides about a join by the rules in force and what they hold of its topic: token, then
+    /// topic. The channel is not open yet.
     ///
     /// # Errors
     /// [`Refusal`] if the payload, the token or the topic's rule forbids the join.
     pub(super) fn admit(
         context: Context<'_>,
         join: Message,
-        admission: Admission,
+        (rules, found): (Arc<Rules>, Found),
     ) -> Result<Self, Refusal> {
         let shared = context.shared;
         let sub_topic = join.topic.strip_prefix(TOPIC_PREFIX).unwrap_or_default();
@@ -118,7 +112,6 @@ impl Channel {
             Some(text) if !context.apikey.is(&text) => shared.auth.verify(&text),
             Some(_) | None => shared.auth.recheck(context.apikey, unix_now(), shared.auth.leeway()),
         };
-        let Admission { rules, found } = admission;
         let (decision, token) =
             authorize(context, (&rules, &found), sub_topic, config.privacy, verified);
         let token = match (decision.verdict, token) {

@@ -11,8 +11,7 @@ use tokio::time::Instant;
 use super::channel::{Channel, Context};
 use crate::{
     hub::outbox::{Replaceable, TopicId},
-    invalidation::CatchUpCause,
-    invalidation::ClientHistory,
+    invalidation::{CatchUpCause, ClientHistory},
     relay::ListenGuard,
 };
 
@@ -36,12 +35,8 @@ impl Channel {
         }
         let channel = rule.listen.as_ref()?.expand(captures);
         let user_event = rule.event.as_ref()?;
-        let target = || {
-            let (sub_topic, privacy) = (self.sub_topic_text(), self.privacy());
-            context.shared.publisher.target(sub_topic, privacy, self.rule.as_ref())
-        };
         // A refusal is counted; the event's other sources still reach its viewers.
-        let listening = listens.hold(channel.into(), user_event, target).ok()?;
+        let listening = listens.hold(channel.into(), user_event, &self.target).ok()?;
         let listening = self.listening.insert(listening);
         (!listening.is_active()).then(|| (listening.activation(), listens.wait()))
     }

@@ -3,7 +3,7 @@
 //! Invariants: messages of one topic are handled in their order, also while its join waits for a
 //! LISTEN, its refusal for the delay, or its channel for the database's policies; other topics go on
 //! meanwhile. A socket holds at most `channels_per_socket_max` channels and as many refusals that
-//! wait. A socket that ends without a leave leaves a record of each topic that the database tells
+//! wait; what waits behind them has a bound of its own, see [`pending`]. A socket that ends without a leave leaves a record of each topic that the database tells
 //! of.
 
 mod broadcast;
@@ -22,7 +22,7 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 pub(crate) use self::metrics::{Dropped, Metrics};
 use self::{
-    channel::{Admission, Channel, Context, Next},
+    channel::{Channel, Context, Next},
     metrics::{EndReason, JoinResult, Timing},
     pending::{Answer, Awaiting, Joining, Pending, Slot, Waiting},
 };
@@ -110,8 +110,8 @@ impl Socket {
         while let Some(message) = messages.next() {
             let Self { shared, outbox, apikey, history, .. } = &mut *self;
             let silence = history.hear(&message, &shared.recovery.healing, outbox, apikey);
-            let bytes_max = self.shared.limits.settings().outbox_bytes_max;
             if let Some(Slot::Waiting(waiting)) = self.channels.get_mut(&message.topic) {
+                let bytes_max = self.shared.limits.settings().outbox_bytes_max;
                 if !self.pending.keep(waiting, message, bytes_max) {
                     self.shared.metrics.dropped.of(Dropped::Backlog).inc();
                 }
@@ -279,7 +279,7 @@ impl Socket {
         let is_listened = found.is_listened();
         let mut decided = match self.refuse_early(sub_topic, &rules, &found) {
             Some(code) => Err(Refusal::new(code)),
-            None => Channel::admit(self.context(), join, Admission { rules, found }),
+            None => Channel::admit(self.context(), join, (rules, found)),
         };
         // A client that goes away before the answer has lost the topic, too.
         self.hold(&topic, Hold::Asked, is_listened);
@@ -582,7 +582,7 @@ impl Socket {
     fn hold(&mut self, topic: &str, hold: Hold, is_listened: bool) {
         let channels = &self.channels;
         let has_channel = |topic: &str| channels.contains_key(topic);
-        self.history.hold(topic, hold, |_| is_listened, has_channel);
+        self.history.hold(topic, hold, is_listened, has_channel);
     }
 
     /// Whether the client has joined nothing, and is not suspected yet of being deaf.

@@ -125,7 +125,7 @@ impl Pending {
         has_room
     }
 
-    /// Counts messages that wait from now on, or, when they are taken, no longer.
+    /// Counts messages that wait from now on, whatever their size.
     pub(super) fn put(&mut self, backlog: &[Message]) {
         self.backlog_bytes += bytes(backlog);
     }

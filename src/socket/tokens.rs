@@ -58,7 +58,10 @@ impl Channel {
     pub(super) fn confirm(&mut self, context: Context<'_>) -> Result<(), Refusal> {
         let (sub_topic, auth) = (self.sub_topic(), &context.shared.auth);
         let verified = auth.recheck(&self.token, unix_now(), auth.leeway());
-        let (decision, token) = self.authorize(context, verified);
+        let rules = context.shared.access.rules();
+        let found = self.find(&rules);
+        let (decision, token) =
+            authorize(context, (&rules, &found), &sub_topic, self.privacy(), verified);
         let Some(token) = token.filter(|_| decision.verdict != Verdict::Refused) else {
             return Err(decision.refusal(&sub_topic));
         };
@@ -158,7 +161,10 @@ impl Channel {
         let decided = authorize(context, (&rules, &found), &sub_topic, privacy, verified);
         match (&self.rule, &decided.0.rule) {
             (Some((rule, _)), Some((new, captures))) if rule.listen == new.listen => {
-                self.rule = Some((Arc::clone(new), Arc::clone(captures)));
+                if !Arc::ptr_eq(rule, new) {
+                    self.target.spell(new, captures);
+                    self.rule = Some((Arc::clone(new), Arc::clone(captures)));
+                }
                 self.rules = rules;
             }
             (None, None) if matches!(found, Found::Other) => self.rules = rules,
@@ -180,9 +186,10 @@ pub(super) fn authorize(
     verified: Result<Arc<Token>, TokenError>,
 ) -> (Decision, Option<Arc<Token>>) {
     let auth = &context.shared.auth;
-    let fallback = auth
-        .recheck(context.apikey, unix_now(), auth.leeway())
-        .unwrap_or_else(|_has_ended| Arc::clone(auth.anonymous()));
+    let fallback = verified.is_err().then(|| {
+        auth.recheck(context.apikey, unix_now(), auth.leeway())
+            .unwrap_or_else(|_has_ended| Arc::clone(auth.anonymous()))
+    });
     let decision = rules.decide_found(
         found,
         &AccessRequest {
@@ -190,9 +197,9 @@ pub(super) fn authorize(
             sub_topic,
             privacy,
             token: verified.as_ref().map(|token| &token.claims),
-            fallback: Some(&fallback.claims),
+            fallback: fallback.as_ref().map(|token| &token.claims),
         },
     );
-    let token = if decision.fell_back { Some(fallback) } else { verified.ok() };
+    let token = if decision.fell_back { fallback } else { verified.ok() };
     (decision, token)
 }

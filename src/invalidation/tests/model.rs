@@ -8,8 +8,9 @@ use tokio::time::{Instant, sleep_until};
 use super::{ARTISTS, CARRY, EVENT, MEDIA, Out, WINDOW, feed, listed, payload, repeated, stamp};
 use crate::invalidation::{
     catch_up::ClientHistory,
+    outgoing::ToSend,
     reason::{CatchUpCause, GapCause},
-    window::{Due, SETTLE_MAX},
+    window::SETTLE_MAX,
 };
 
 /// Something that happens to a feed.
@@ -98,7 +99,7 @@ async fn play(steps: Vec<(u64, Step)>) {
         let until = Instant::now() + Duration::from_millis(pause);
         while feed.next().is_some_and(|next| next <= until) {
             sleep_until(feed.next().unwrap()).await;
-            if let Due::Send(outgoing) = feed.due(false) {
+            if let ToSend::Send(outgoing) = feed.due(false) {
                 model.check(&Out::new(&feed, outgoing));
             }
         }

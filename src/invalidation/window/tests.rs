@@ -5,12 +5,14 @@ use tokio::time::advance;
 
 use super::*;
 use crate::{
+    hub::outbox::{Committed, Departure},
     invalidation::{
         catch_up::ClientHistory,
-        reason::{GapCause, LinkLoss},
+        outgoing::ToSend,
+        reason::{GapCause, LinkLoss, SendReason},
         tests::{ARTISTS, CARRY, EVENT, MEDIA, WINDOW, endpoints, feed, feed_with, listed, user},
     },
-    protocol::message::Json,
+    protocol::{message::Json, serializer::Broadcast},
 };
 
 #[tokio::test(start_paused = true)]
@@ -50,7 +52,7 @@ async fn a_transaction_is_waited_for_as_long_as_it_goes_on_and_fifty_millisecond
     let (feed, start) = (feed(), Instant::now());
     for _ in 0..4 {
         feed.tell_by(1, &["/a"]);
-        assert!(matches!(feed.due(false), Due::Later));
+        assert!(matches!(feed.due(false), ToSend::Later));
         advance(SETTLE - Duration::from_millis(1)).await;
     }
     assert_eq!(feed.sends().await.at - start, Duration::from_millis(37));
@@ -60,7 +62,7 @@ async fn a_transaction_is_waited_for_as_long_as_it_goes_on_and_fifty_millisecond
     while sent.is_none() {
         feed.tell_by(1, &["/a"]);
         advance(SETTLE - Duration::from_millis(1)).await;
-        if let Due::Send(_) = feed.due(false) {
+        if let ToSend::Send(_) = feed.due(false) {
             sent = Some(start.elapsed());
         }
     }
@@ -106,14 +108,14 @@ async fn a_message_that_is_alone_and_clean_passes_byte_for_byte() {
         user(r#"{"endpoints":["/b","/c","/a"],"x":1e2}"#),
         user(r#"{"endpoints":["/c","/a","/b"]}"#),
     ] {
-        let _ = feed.offer(feed.read(broadcast.clone()).unwrap(), None);
+        assert!(feed.offer_all(vec![broadcast.clone()], None).rest.is_empty());
         assert_eq!(feed.sends().await.outgoing.broadcast, broadcast);
     }
     for broadcast in
         [user(r#"{"no_list":true}"#), Broadcast::Envelope(Json::parse(envelope.into()).unwrap())]
     {
         advance(CARRY * 2).await;
-        let _ = feed.offer(feed.read(broadcast.clone()).unwrap(), None);
+        assert!(feed.offer_all(vec![broadcast.clone()], None).rest.is_empty());
         assert_eq!(feed.sends().await.outgoing.broadcast, broadcast);
     }
 }
@@ -216,7 +218,7 @@ async fn what_a_muted_event_is_told_leaves_in_one_message_afterwards() {
     feed.mute(Some(over));
     for second in 0..300 {
         feed.tell(&[&format!("/{}", second % 7)]);
-        assert!(matches!(feed.due(false), Due::Later));
+        assert!(matches!(feed.due(false), ToSend::Later));
         advance(Duration::from_secs(1)).await;
     }
     assert_eq!(feed.summary().muted_for, Some(Duration::from_secs(300)));
@@ -238,7 +240,7 @@ async fn an_event_that_is_muted_no_more_says_at_once_what_waited() {
     feed.tell(&["/a"]);
     advance(Duration::from_secs(60)).await;
     let start = Instant::now();
-    assert!(matches!(feed.due(false), Due::Later));
+    assert!(matches!(feed.due(false), ToSend::Later));
     feed.mute(None);
     let out = feed.sends().await;
     assert_eq!((out.at, out.endpoints()), (start, vec!["/a".to_owned()]));
@@ -254,10 +256,10 @@ async fn at_the_servers_end_nothing_waits() {
         if is_muted {
             feed.mute(Some(Instant::now() + Duration::from_secs(600)));
         }
-        assert!(matches!(feed.due(false), Due::Later));
-        let Due::Send(outgoing) = feed.due(true) else { panic!() };
+        assert!(matches!(feed.due(false), ToSend::Later));
+        let ToSend::Send(outgoing) = feed.due(true) else { panic!() };
         assert_eq!(listed(&outgoing.broadcast), ["/b", "/a"]);
-        assert!(matches!(feed.due(true), Due::Nothing));
+        assert!(matches!(feed.due(true), ToSend::Nothing));
     }
 }
 
@@ -327,7 +329,7 @@ async fn a_message_has_the_moment_of_the_oldest_that_it_stands_for() {
     let tell = |committed| {
         let payload = json!({ "endpoints": ["/a"] }).to_string();
         let notified = Notified { pid: 1, committed };
-        let _ = feed.offer(feed.read(user(&payload)).unwrap(), Some(notified));
+        assert!(feed.offer_all(vec![user(&payload)], Some(notified)).rest.is_empty());
     };
     let ago = |millis| Some(start - Duration::from_millis(millis));
     for committed in [None, ago(20), ago(30), None, ago(10)] {

@@ -110,6 +110,50 @@ async fn a_grant_that_is_taken_away_or_given_counts_at_once_for_who_has_joined()
     server.stop().await;
 }
 
+/// A rule with a NOTIFY channel, whose topics are spelled in these ways.
+fn cache_rule(patterns: &str) -> String {
+    format!(
+        r#"
+        [[topic]]
+        name = "cache"
+        pattern = [{patterns}]
+        listen = "cache_invalidate_{{eid}}"
+        event = "cache_invalidation"
+        merge = {{ window = "3s", carry = "5s", union = "endpoints" }}
+        resync = ["/live/event/{{eid}}", "/live/event/{{eid}}/media", "/live/event/{{eid}}/artists"]
+        read = [{{ role = ["anon", "authenticated", "service_role"] }}]
+        write = [{{ role = ["service_role"] }}]
+        "#
+    )
+}
+
+#[tokio::test]
+async fn a_spelling_that_a_rule_gains_is_reached_by_who_has_joined_and_by_requests() {
+    let file = File::new(&cache_rule(r#""cache_invalidate_{eid}""#));
+    let server = file.server(false);
+    let writer_token = token::of_role("service_role");
+    let mut writer = Client::with_token(&server, Serializer::V2, &writer_token).await;
+    let room = writer.join("room").await;
+    writer.join(CACHE).await;
+
+    let both = cache_rule(r#""cache_invalidate_{eid}", "cache_invalidate:{eid}""#);
+    file.write(&format!("{both}\n[topics]\nallow_other = false\n"));
+    assert_eq!(reload(&server).await.0, 200);
+    // All channels of a socket are decided about together: the other one's end shows that.
+    writer.message().await;
+    writer.expect(json!([room, room, "realtime:room", "phx_close", {}])).await;
+
+    let mut viewer = Client::connect(&server, Serializer::V2).await;
+    viewer.join("cache_invalidate:AB3028").await;
+    writer.publish(CACHE, json!({ "n": 1 })).await;
+    viewer.hears("cache_invalidate:AB3028", json!({ "n": 1 })).await;
+    server.publish(CACHE, &json!({ "n": 2 })).await;
+    viewer.hears("cache_invalidate:AB3028", json!({ "n": 2 })).await;
+    viewer.close().await;
+    writer.close().await;
+    server.stop().await;
+}
+
 #[tokio::test]
 async fn an_ordinary_channel_that_is_served_no_more_is_closed_with_its_reason() {
     let file = File::new("");
