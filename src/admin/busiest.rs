@@ -1,8 +1,8 @@
 //! Which events have series of their own: the busiest, so that nobody fills Prometheus by naming
 //! events. The rest share `other`.
 //!
-//! Invariants: at most so many events have a place, and one keeps it until a much busier one needs
-//! it; nothing is counted twice, and a counter that is shown only grows: what an event was sent
+//! Invariants: the number of places is bounded, and an event keeps its place until a much busier one
+//! needs it; nothing is counted twice, and a counter that is shown only grows: what an event was sent
 //! counts in its own series, which begin at zero, while it keeps its place, and else in those of
 //! `other`, which do not inherit what an event leaves behind.
 
@@ -50,7 +50,7 @@ impl Row {
 }
 
 impl Busiest {
-    /// Gives the places, `max` at most, and shows all events.
+    /// Assigns the places, at most `max`, and sets the gauges of all events.
     pub(super) fn show(&mut self, metrics: &Metrics, events: &HashMap<&str, Row>, max: usize) {
         let before = self.places.clone();
         self.give_places(events, max);
@@ -189,7 +189,7 @@ mod tests {
         assert_eq!(scene.series("event_viewers"), are([("b", 9.0), ("other", 1.0)]));
         let last = "event_last_notification_timestamp_seconds";
         assert_eq!(scene.series(last), are([("b", 7.5)]));
-        // And back: it begins anew, as a process that was restarted does.
+        // And back: its series start at zero, as those of a restarted process do.
         let again = scene.look(1, &[("a", known(30, 1)), ("b", known(9, 1))]);
         assert_eq!(again, are([("a", 0.0), ("other", 10.0)]));
         assert_eq!(scene.look(1, &[("a", known(30, 6))]), are([("a", 6.0), ("other", 10.0)]));

@@ -17,7 +17,7 @@ pub(super) const OTHER_EVENTS: &str = "other";
 /// What a session of the pool does.
 #[derive(Debug, Clone, Copy, VariantArray, strum::IntoStaticStr)]
 #[strum(serialize_all = "snake_case")]
-enum Session {
+enum PoolSession {
     Idle,
     Used,
 }
@@ -44,7 +44,7 @@ pub(crate) struct Metrics {
     /// When one last came for each of the busiest, seconds since 1970.
     event_last_notification: NumberOpen,
     /// Sessions of the pool.
-    pool: GaugeBy<Session>,
+    pool: GaugeBy<PoolSession>,
     /// Sessions that the pool may have.
     pub(crate) pool_max: Gauge,
     /// Threads that run tasks.
@@ -149,9 +149,9 @@ impl Metrics {
     /// Shows the pool's sessions, `idle` of `size` idle.
     pub(super) fn show_pool(&self, size: u32, idle: usize) {
         let idle = count(idle);
-        self.pool.of(Session::Idle).set(idle);
+        self.pool.of(PoolSession::Idle).set(idle);
         // The two are read one after the other.
-        self.pool.of(Session::Used).set((i64::from(size) - idle).max(0));
+        self.pool.of(PoolSession::Used).set((i64::from(size) - idle).max(0));
     }
 
     /// Shows what the runtime reports of itself; `busy` is what all workers were busy since it

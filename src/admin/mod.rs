@@ -36,7 +36,7 @@ use crate::{
     telemetry::audit::{Audit, Caller},
 };
 
-/// After so many canaries that did not arrive, the link is not relied on.
+/// Number of missed canaries after which the link no longer counts as ready.
 pub(crate) const CANARIES_MISSED: u32 = 3;
 
 /// Answers one connection's requests. What is being answered when the server stops is cut off.

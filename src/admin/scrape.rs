@@ -18,14 +18,12 @@ use super::{
     shared::Shared,
 };
 use crate::{
-    clock::unix_now,
     http::{Response, content},
     telemetry::metrics::count,
 };
 
 /// Returns everything that is measured, in Prometheus' text format.
 pub(super) async fn scrape(shared: &Shared) -> Response {
-    shared.auth.revocations.sweep(unix_now());
     shared.auth.show();
     shared.hub.show();
     shared.sockets.show();

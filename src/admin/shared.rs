@@ -29,7 +29,7 @@ pub(crate) struct ReloadFailure {
 }
 
 /// Reads rules and keys again.
-pub(crate) type Reload = Box<dyn Fn() -> Result<(), ReloadFailure> + Send + Sync>;
+pub(crate) type ReloadFn = Box<dyn Fn() -> Result<(), ReloadFailure> + Send + Sync>;
 
 /// What all requests of the operators' port share.
 pub(crate) struct Shared {
@@ -57,7 +57,7 @@ pub(crate) struct Shared {
     pub(crate) pool: Option<Pool>,
     /// The database is given so much time for an answer.
     pub(crate) database_timeout: Duration,
-    pub(crate) reload: Reload,
+    pub(crate) reload: ReloadFn,
     /// Cancelled when the drain begins.
     pub(crate) draining: CancellationToken,
     /// Cancelled when the sockets are gone.

@@ -17,9 +17,9 @@ use super::{
     algorithm::SECRET_BYTES_MIN,
     claims::{Claims, Demands},
     error::TokenError,
-    jwk::{DocumentError, KeySource, Published, Unusable},
+    jwk::{DocumentError, KeySource, PublishedKeys, Unusable},
     jwks::{self, JwksError},
-    jwt::{Parts, Token},
+    jwt::{Token, TokenParts},
     keys::KeySet,
     metrics::Metrics,
     revocations::Revocations,
@@ -70,12 +70,12 @@ struct Sources {
 #[derive(Default)]
 struct Document {
     text: Vec<u8>,
-    published: Published,
+    published: PublishedKeys,
 }
 
 impl Document {
     fn parse(text: Vec<u8>, from: KeySource) -> Result<Self, DocumentError> {
-        Ok(Self { published: Published::parse(&text, from)?, text })
+        Ok(Self { published: PublishedKeys::parse(&text, from)?, text })
     }
 }
 
@@ -228,7 +228,7 @@ impl Authenticator {
         if text.starts_with(OPAQUE_KEY_PREFIX) {
             return Err(TokenError::Malformed);
         }
-        let Parts { header, signed, payload, signature } = Parts::of(text)?;
+        let TokenParts { header, signed, payload, signature } = TokenParts::of(text)?;
         let verified_by = trust.keys.verify(&header, signed, signature).inspect_err(|_| {
             if trust.keys.lacks(&header) {
                 self.wanted.notify_one();
@@ -415,7 +415,7 @@ impl Sources {
 }
 
 /// Logs and counts a document that has changed, and its keys that are left out.
-fn record(published: &Published, from: KeySource, metrics: &Metrics) {
+fn record(published: &PublishedKeys, from: KeySource, metrics: &Metrics) {
     let keys = published.key_count();
     set_now(metrics.jwks_read.of(from));
     for (place, reason) in &published.unusable {

@@ -208,13 +208,13 @@ pub enum DocumentError {
 
 /// The keys of one JSON Web Key Set by `kid`.
 #[derive(Clone, Default)]
-pub(super) struct Published {
+pub(super) struct PublishedKeys {
     pub(super) keys: HashMap<Box<str>, Key>,
     /// The places of the keys that are left out, and the reasons.
     pub(super) unusable: Vec<(usize, Unusable)>,
 }
 
-impl Published {
+impl PublishedKeys {
     /// Reads a document. A key that cannot be used is left out.
     ///
     /// # Errors

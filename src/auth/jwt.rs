@@ -41,7 +41,7 @@ use super::{
 use crate::telemetry::audit::Subject;
 
 /// The parts of a token, none of which is verified yet.
-pub(super) struct Parts<'a> {
+pub(super) struct TokenParts<'a> {
     pub(super) header: Header,
     /// The signed text: the first two parts as they arrived.
     pub(super) signed: &'a str,
@@ -57,7 +57,7 @@ pub(super) struct Header {
     pub(super) kid: Option<Box<str>>,
 }
 
-impl<'a> Parts<'a> {
+impl<'a> TokenParts<'a> {
     /// Splits a token and decodes its header and its payload.
     ///
     /// # Errors

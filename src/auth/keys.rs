@@ -9,7 +9,7 @@ use std::collections::HashMap;
 use super::{
     algorithm::{KeySlot, VerifiedBy},
     error::TokenError,
-    jwk::{Key, Published},
+    jwk::{Key, PublishedKeys},
     jwt::Header,
 };
 use crate::secret::Secret;
@@ -24,7 +24,7 @@ pub(super) struct KeySet {
 impl KeySet {
     /// Collects the secrets that are set, and the keys of both documents. Of two keys with one `kid`
     /// the file's is used, which the operator controls directly.
-    pub(super) fn new(secrets: [&Secret; 2], file: &Published, url: &Published) -> Self {
+    pub(super) fn new(secrets: [&Secret; 2], file: &PublishedKeys, url: &PublishedKeys) -> Self {
         let [current, previous] = secrets
             .map(|secret| (!secret.is_empty()).then(|| Key::of_secret(secret.expose().as_bytes())));
         let mut published = url.keys.clone();
@@ -105,7 +105,7 @@ mod tests {
     fn only_an_unknown_public_key_is_missed() {
         let file = parse(&json!([rsa_key()]), KeySource::File).unwrap();
         let secret = Secret::from("a-secret-that-is-long-enough-to-sign");
-        let keys = KeySet::new([&secret, &secret], &file, &Published::default());
+        let keys = KeySet::new([&secret, &secret], &file, &PublishedKeys::default());
         let lacks = |algorithm, kid: Option<&str>| {
             keys.lacks(&Header { algorithm, kid: kid.map(Into::into) })
         };

@@ -15,7 +15,7 @@ const DRY_RUN: &str = include_str!("dry_run.sql");
 
 /// Version, role and state of a server.
 #[derive(Debug)]
-pub(crate) struct Server {
+pub(crate) struct DatabaseServer {
     /// `150004`.
     pub(crate) version_number: i32,
     /// `15.4 (Debian …)`.
@@ -33,7 +33,7 @@ pub(crate) struct Server {
 }
 
 /// Returns version, role and state of the server.
-pub(crate) async fn server(session: &mut PgConnection) -> Result<Server, sqlx::Error> {
+pub(crate) async fn server(session: &mut PgConnection) -> Result<DatabaseServer, sqlx::Error> {
     let row = session
         .fetch_one(
             "SELECT current_setting('server_version_num')::integer, current_setting('server_version'),
@@ -41,7 +41,7 @@ pub(crate) async fn server(session: &mut PgConnection) -> Result<Server, sqlx::E
                 pg_notification_queue_usage()::float8, current_user::text, current_database()::text",
         )
         .await?;
-    Ok(Server {
+    Ok(DatabaseServer {
         version_number: row.try_get(0)?,
         version: row.try_get(1)?,
         is_in_recovery: row.try_get(2)?,
@@ -332,13 +332,13 @@ pub(crate) async fn kept(session: &mut PgConnection, canary: &str) -> Result<Kep
     })
 }
 
-/// Outcome of a change that was tried on one table.
+/// TriedOutcome of a change that was tried on one table.
 #[derive(Debug, Deserialize)]
 pub(crate) struct Tried {
     /// The table in schema `public`.
     pub(crate) table: String,
     /// Result of the attempt.
-    pub(crate) outcome: Outcome,
+    pub(crate) outcome: TriedOutcome,
     /// `INSERT` or `UPDATE`; `None` if nothing was tried.
     pub(crate) operation: Option<String>,
     /// Messages that the triggers would have sent.
@@ -363,7 +363,7 @@ pub(crate) struct Told {
 /// Result of an attempt, in the words of `dry_run.sql`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub(crate) enum Outcome {
+pub(crate) enum TriedOutcome {
     /// A trigger would have sent a message.
     Told,
     /// The change would have sent no message.

@@ -13,7 +13,7 @@ use crate::{
     clock::unix_seconds,
     db::{
         self,
-        doctor::{Kept, Server},
+        doctor::{DatabaseServer, Kept},
     },
 };
 
@@ -36,7 +36,7 @@ const RETENTION_SLACK: f64 = 3600.0;
 /// The session with the database, and what the examination has read.
 pub(super) struct Database {
     pub(super) session: Option<Session>,
-    pub(super) server: Option<Server>,
+    pub(super) server: Option<DatabaseServer>,
     pub(super) kept: Option<Kept>,
     /// The database's clock minus ours, in seconds.
     pub(super) clock: Option<f64>,
@@ -122,7 +122,7 @@ pub(super) async fn examine(context: &Context, report: &mut Report<'_>) -> io::R
     Ok(database)
 }
 
-fn version(server: &Server) -> Seen {
+fn version(server: &DatabaseServer) -> Seen {
     let saw = format!("Postgres {}, database {}", said(&server.version), server.database);
     if server.version_number < VERSION_MIN {
         Seen::failed(
@@ -136,7 +136,7 @@ fn version(server: &Server) -> Seen {
     }
 }
 
-fn primary(server: &Server) -> Seen {
+fn primary(server: &DatabaseServer) -> Seen {
     if server.is_in_recovery {
         return Seen::failed(
             "the server is a standby (in recovery): it refuses LISTEN and writes",
@@ -276,7 +276,7 @@ pub(super) fn ago(seconds: f64) -> String {
     humantime::format_duration(whole).to_string()
 }
 
-fn queue(server: &Server) -> Seen {
+fn queue(server: &DatabaseServer) -> Seen {
     let saw = format!("the notification queue is {:.0} % full", server.queue * 100.0);
     let fix = "end the listening session with the oldest transaction: SELECT pid, application_name, \
                xact_start FROM pg_stat_activity ORDER BY xact_start LIMIT 5";
@@ -290,7 +290,7 @@ fn queue(server: &Server) -> Seen {
 }
 
 /// Reports the level; every level will do, since NOTIFY is not replication.
-fn wal_level(server: &Server) -> Seen {
+fn wal_level(server: &DatabaseServer) -> Seen {
     Seen::ok(format!(
         "{}: it does not matter here, NOTIFY and the history need none (`logical` is for \
          Supabase's Postgres changes, which the gateway does not offer)",
@@ -303,8 +303,8 @@ mod tests {
     use super::*;
     use crate::doctor::report::Status;
 
-    fn server(version_number: i32, queue: f64) -> Server {
-        Server {
+    fn server(version_number: i32, queue: f64) -> DatabaseServer {
+        DatabaseServer {
             version_number,
             version: "x".to_owned(),
             is_in_recovery: false,

@@ -12,7 +12,7 @@ use super::{
 use crate::db::{
     self,
     deployed::{Deployed, Drift, Migrations},
-    doctor::{Outcome, Tried},
+    doctor::{Tried, TriedOutcome},
 };
 
 /// Longest wait for the dry run of all tables together; the server ends each statement earlier.
@@ -205,7 +205,7 @@ fn told(tried: &Tried, setting: &str) -> Seen {
     let operation = operation.as_deref().unwrap_or("change");
     let message = message.as_deref().unwrap_or_default();
     match outcome {
-        Outcome::Told => {
+        TriedOutcome::Told => {
             let words: Vec<_> = told
                 .iter()
                 .map(|message| {
@@ -233,27 +233,27 @@ fn told(tried: &Tried, setting: &str) -> Seen {
                 )
             }
         }
-        Outcome::Silent if message.is_empty() => Seen::failed(
+        TriedOutcome::Silent if message.is_empty() => Seen::failed(
             format!("{operation} of {table} tells nobody: the trigger is missing or disabled"),
             MIGRATE,
         ),
-        Outcome::Silent => Seen::failed(
+        TriedOutcome::Silent => Seen::failed(
             format!("{operation} of {table} tells nobody: {}", said(message)),
             "mend what the trigger names; rows without an event tell nobody",
         ),
-        Outcome::Refused if message.starts_with("55P03") => {
+        TriedOutcome::Refused if message.starts_with("55P03") => {
             Seen::skipped(format!("{table} is locked by another session (55P03)"))
         }
-        Outcome::Refused => Seen::skipped(format!(
+        TriedOutcome::Refused => Seen::skipped(format!(
             "Postgres refuses what was tried ({}), and there is no row to update",
             said(message)
         )),
-        Outcome::Empty => Seen::skipped(format!("{table} has no row that could be changed")),
-        Outcome::Absent => Seen::skipped(format!("there is no table public.{table}")),
-        Outcome::Closed => Seen::skipped(format!(
+        TriedOutcome::Empty => Seen::skipped(format!("{table} has no row that could be changed")),
+        TriedOutcome::Absent => Seen::skipped(format!("there is no table public.{table}")),
+        TriedOutcome::Closed => Seen::skipped(format!(
             "the role of {setting} may not write {table}: set TIDEGATE_MIGRATE_DATABASE_URL to one that may"
         )),
-        Outcome::Outside => Seen::skipped(format!(
+        TriedOutcome::Outside => Seen::skipped(format!(
             "trigger {} of {table} may do what no rollback undoes",
             said(message)
         )),

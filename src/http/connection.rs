@@ -41,7 +41,7 @@ const WRITE_BUFFER_BYTES: usize = 4096;
 const WRITES_PER_READ: usize = 16;
 /// Most frames that are handled together, so that a flood does not keep its own replies waiting.
 const RECEIVED_MAX: usize = 64;
-/// No further frame is read once the payloads have so many bytes.
+/// Payload bytes after which no further frame is read into the batch.
 const RECEIVED_BYTES_MAX: usize = 64 * 1024;
 /// Longest list of a batch that is kept for the next one, in frames.
 const BATCH_KEPT: usize = 64;

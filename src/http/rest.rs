@@ -61,7 +61,7 @@ async fn batch(shared: &Shared, request: Request, caller: Caller) -> Response {
         Ok(token) => token,
         Err(error) => return refused(&error),
     };
-    let mut sender = Sender::new(shared, caller, token, &request);
+    let mut sender = MessageSender::new(shared, caller, token, &request);
     let body = match body(shared, request).await {
         Ok(body) => body,
         Err(status) => return empty(status),
@@ -141,7 +141,7 @@ async fn single(
     let is_private = query_value(request.uri().query().unwrap_or_default(), "private");
     let privacy =
         if is_private.as_deref() == Some("true") { Privacy::Private } else { Privacy::Public };
-    let mut sender = Sender::new(shared, caller, token, &request);
+    let mut sender = MessageSender::new(shared, caller, token, &request);
     let body = match body(shared, request).await {
         Ok(body) => body,
         Err(status) => return empty(status),
@@ -215,7 +215,7 @@ fn unanswered(error: &QueryError) -> (StatusCode, &'static str) {
 }
 
 /// The sender of one request's messages.
-struct Sender<'a> {
+struct MessageSender<'a> {
     shared: &'a Shared,
     caller: Caller,
     token: Arc<Token>,
@@ -227,7 +227,7 @@ struct Sender<'a> {
     deadline: Instant,
 }
 
-impl<'a> Sender<'a> {
+impl<'a> MessageSender<'a> {
     fn new(shared: &'a Shared, caller: Caller, token: Arc<Token>, request: &Request) -> Self {
         let headers = policy_headers::rest_headers(request.headers());
         let deadline = Instant::now() + QUESTIONS_TIMEOUT;

@@ -100,7 +100,7 @@ impl OutboxMetrics {
         }
     }
 
-    /// Shows the largest backlog of late.
+    /// Sets the gauge of the high-water mark.
     pub(super) fn show(&self, bounds: &OutboxBounds) {
         self.high_water.set(count(bounds.highest()));
     }

@@ -68,7 +68,7 @@ impl std::ops::AddAssign for FannedOut {
 
 /// Whom a fan-out is for, and how.
 #[derive(Debug, Clone, Copy)]
-enum Push {
+enum Mode {
     ToAll,
     ToAllBut(usize),
     /// To all, as far as they can keep up.
@@ -133,10 +133,10 @@ impl Hub {
         let others = fan_out.spellings.iter().filter(|spelling| Some(*spelling) != fan_out.first);
         for topic in fan_out.first.into_iter().chain(others) {
             let push = match fan_out.to {
-                To::Others(from) if from.key == *topic => Push::ToAllBut(from.slot),
-                To::All | To::Others(_) => Push::ToAll,
+                To::Others(from) if from.key == *topic => Mode::ToAllBut(from.slot),
+                To::All | To::Others(_) => Mode::ToAll,
                 To::WhoKeepsUp(since) => {
-                    Push::Replaceably(Replaceable { topic: self.topic_id(topic), since })
+                    Mode::Replaceably(Replaceable { topic: self.topic_id(topic), since })
                 }
             };
             result += self.push_all(topic, fan_out.broadcasts, fan_out.committed, push).await;
@@ -185,17 +185,18 @@ impl Hub {
         key: &TopicKey,
         broadcasts: &[Broadcast],
         committed: Option<Committed>,
-        push: Push,
+        push: Mode,
     ) -> FannedOut {
         let Some(subscribers) = self.shard(key).lock().get(key).map(Arc::clone) else {
             return FannedOut::default();
         };
         let topic = format!("{TOPIC_PREFIX}{}", key.sub_topic);
-        let frames = Frames { topic: &topic, broadcasts, v1: OnceLock::new(), v2: OnceLock::new() };
+        let frames =
+            Encoded { topic: &topic, broadcasts, v1: OnceLock::new(), v2: OnceLock::new() };
         let (except, replaceable) = match push {
-            Push::ToAll => (None, None),
-            Push::ToAllBut(slot) => (Some(slot), None),
-            Push::Replaceably(replaceable) => (None, Some(replaceable)),
+            Mode::ToAll => (None, None),
+            Mode::ToAllBut(slot) => (Some(slot), None),
+            Mode::Replaceably(replaceable) => (None, Some(replaceable)),
         };
         let (mut result, mut pushed) = (FannedOut::default(), 0);
         for (slot, outbox) in subscribers.iter() {
@@ -249,14 +250,14 @@ impl Drop for Subscription {
 }
 
 /// The frames of broadcasts, made for a serializer when its first receiver needs them.
-struct Frames<'a> {
+struct Encoded<'a> {
     topic: &'a str,
     broadcasts: &'a [Broadcast],
     v1: OnceLock<Vec<Frame>>,
     v2: OnceLock<Vec<Frame>>,
 }
 
-impl Frames<'_> {
+impl Encoded<'_> {
     fn get(&self, serializer: Serializer) -> &[Frame] {
         let frames = match serializer {
             Serializer::V1 => &self.v1,

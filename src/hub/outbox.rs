@@ -36,18 +36,18 @@ pub struct Outbox {
     serializer: Serializer,
 }
 
-/// The bound of all outboxes' bounds, and how large one has been of late.
+/// The bound of every outbox, and the high-water mark of all of them.
 #[derive(Debug)]
 pub struct OutboxBounds {
     /// Most bytes that may wait behind another frame. A drained batch is no longer counted: a
-    /// connection holds at most twice so many plus the largest frame.
+    /// connection holds at most twice this many plus the largest frame.
     bytes_max: usize,
     /// Since the last turn, and between that and the one before.
     highest: [AtomicUsize; 2],
 }
 
 impl OutboxBounds {
-    /// OutboxBounds of at most so many bytes each.
+    /// Creates the bounds: at most `bytes_max` in each outbox.
     #[must_use]
     pub fn new(bytes_max: usize) -> Arc<Self> {
         Arc::new(Self { bytes_max, highest: Default::default() })
@@ -59,7 +59,7 @@ impl OutboxBounds {
         self.highest.iter().map(|it| it.load(Ordering::Relaxed)).max().unwrap_or(0)
     }
 
-    /// Begins to forget. Whoever looks in between sees the same as anybody else.
+    /// Ends one period of the high-water mark. All readers within a period see the same mark.
     pub fn turn(&self) {
         let [now, before] = &self.highest;
         before.store(now.swap(0, Ordering::Relaxed), Ordering::Relaxed);
@@ -208,8 +208,9 @@ impl Outbox {
     }
 
     /// Queues `frames` together, so that they can leave together, with the moment at which the
-    /// first of them was committed if that is known. Gives how many were queued: those that are
-    /// replaceable may be dropped.
+    /// first of them was committed if that is known.
+    ///
+    /// Returns how many were queued: replaceable frames may be dropped.
     ///
     /// # Errors
     /// As [`Self::push`], as soon as one of them does not fit.
@@ -333,7 +334,7 @@ impl Outbox {
 }
 
 impl State {
-    /// Queues a frame, or notes that its client falls behind. Gives whether it is queued.
+    /// Queues a frame, or marks the client as behind. Returns whether the frame is queued.
     fn take(&mut self, queued: Queued, bytes_max: usize) -> bool {
         let length = queued.frame.len();
         let fits = |it: &Self| it.frames.is_empty() || it.bytes + length <= bytes_max;

@@ -39,7 +39,7 @@ pub(crate) enum NoPermit {
     Draining,
 }
 
-/// One open socket; dropping it gives its place back.
+/// One open socket; dropping the permit frees its slot.
 #[derive(Debug)]
 pub(crate) struct Permit {
     sockets: Arc<Sockets>,

@@ -31,14 +31,14 @@ pub(crate) struct Addresses {
 
 #[derive(Debug, Default)]
 struct State {
-    entries: HashMap<Address, Entry>,
-    /// With so many it is looked for some to forget; more than the bound only where the last look
-    /// found too few without sockets.
+    entries: HashMap<Address, AddressEntry>,
+    /// Number of entries at which idle ones are removed. Above the bound only while the last removal
+    /// found too few entries without sockets.
     crowded_at: usize,
 }
 
 #[derive(Debug)]
-struct Entry {
+struct AddressEntry {
     connections: usize,
     handshakes: Option<Limiter>,
     failures: Option<Limiter>,
@@ -115,13 +115,13 @@ impl Addresses {
         state.crowded_at = self.max.max(state.entries.len());
     }
 
-    fn with<T>(&self, address: Address, change: impl FnOnce(&mut Entry) -> T) -> T {
+    fn with<T>(&self, address: Address, change: impl FnOnce(&mut AddressEntry) -> T) -> T {
         let mut state = self.state.lock();
         if !state.entries.contains_key(&address) && state.entries.len() >= state.crowded_at {
             self.forget_oldest(&mut state);
         }
         let now = Instant::now();
-        let entry = state.entries.entry(address).or_insert_with(|| Entry {
+        let entry = state.entries.entry(address).or_insert_with(|| AddressEntry {
             connections: 0,
             handshakes: limiter(self.handshakes_per_second, BURST_SECONDS, 0),
             failures: limiter(self.failures_per_second, BURST_SECONDS, 0),
@@ -222,7 +222,7 @@ mod tests {
         assert_eq!((addresses.count(), addresses.forgotten.get()), (3, 1));
         assert!(!addresses.connect(held), "its socket is still counted");
         assert!(!addresses.may_fail(second) && !addresses.may_fail(third), "both are remembered");
-        assert!(addresses.may_fail(first), "it begins anew");
+        assert!(addresses.may_fail(first), "a forgotten address starts at zero");
     }
 
     #[test]

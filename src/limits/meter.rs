@@ -74,7 +74,7 @@ impl<S> Metered<S> {
             stream,
             bytes: Meter::new(limiter(limits.socket_bytes_per_second_max, 0, bytes)),
             messages: Meter::new(limiter(limits.socket_messages_per_second_max, BURST_SECONDS, 0)),
-            // Whoever comes back joins everything at once.
+            // A client that comes back joins all its topics at once.
             joins: Meter::new(limiter(
                 limits.socket_joins_per_second_max,
                 BURST_SECONDS,
@@ -95,7 +95,7 @@ impl<S> Metered<S> {
         self.joins.take(1);
     }
 
-    /// Gives the client its time again, because it was not read for a while.
+    /// Restarts the client's deadline, because its socket was not read for a while.
     pub(crate) fn forgive(&mut self) {
         if self.begun.is_some() {
             self.begun = Some(Instant::now());
@@ -228,7 +228,7 @@ impl Meter {
         }
     }
 
-    /// Pays what can be paid; gives when more can be, if that is not all.
+    /// Pays what the limiter allows. Returns when the next part can be paid, if some is left.
     fn owes_until(&mut self) -> Option<Instant> {
         let limiter = self.limiter.as_ref()?;
         while let Some(owed) = NonZeroU32::new(self.owed) {

@@ -43,7 +43,7 @@ use crate::{
 /// Why broadcasts go too fast.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum TooFast {
-    /// So many do not fit; fewer would.
+    /// The batch does not fit; a smaller one would.
     Batch,
     /// Not even one fits.
     One,
@@ -112,8 +112,9 @@ impl Limits {
         self.metering.metrics.addresses.set(count(self.addresses.count()));
     }
 
-    /// Counts a socket of the address until the permit is dropped; none if the address has as many
-    /// as it may, which is counted.
+    /// Counts a socket of the address until the permit is dropped.
+    ///
+    /// Returns `None`, and counts the refusal, if the address has as many sockets as it may.
     pub(crate) fn connect(self: &Arc<Self>, address: Address) -> Option<AddressPermit> {
         if !self.addresses.connect(address) {
             self.count(Limited::AddressConnections);

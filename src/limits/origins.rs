@@ -126,7 +126,8 @@ impl Origins {
         Self { list, is_said: AtomicBool::new(false) }
     }
 
-    /// Whether a page with these headers may connect. Whoever sends no origin is no page.
+    /// Returns whether a page with these headers may connect. A request without an origin comes from
+    /// no page.
     pub(crate) fn allow(&self, headers: &HeaderMap) -> bool {
         let mut values = headers.get_all(header::ORIGIN).iter();
         let Some(first) = values.next() else { return true };

@@ -6,17 +6,18 @@ use governor::{Quota, RateLimiter};
 
 use crate::clock::{Limiter, TokioClock};
 
-/// An address or a socket may use up at once what it is allowed in so many seconds.
+/// Burst of an address or a socket, in seconds of its rate.
 pub(super) const BURST_SECONDS: u32 = 10;
-/// The project as a whole may use up at once what it is allowed in so many seconds; the reference
-/// server takes its averages over as many.
+/// Burst of the whole project, in seconds of its rate; the reference server averages over the same
+/// time.
 pub(super) const PROJECT_BURST_SECONDS: u32 = 60;
 /// Between two sweeps. By then every burst has come back, so that a sweep forgets nothing that
 /// counts.
 pub(crate) const SWEEP_INTERVAL: Duration = Duration::from_secs(60);
 
-/// Creates a limiter of `per_second` a second, with what comes in `burst_seconds`, `burst_min` at
-/// least, at once; none if `per_second` is 0, which is no limit.
+/// Creates a limiter of `per_second` with a burst of `burst_seconds`, at least `burst_min`.
+///
+/// Returns `None` if `per_second` is 0, which means no limit.
 pub(super) fn limiter(per_second: u32, burst_seconds: u32, burst_min: usize) -> Option<Limiter> {
     let rate = NonZeroU32::new(per_second)?;
     let burst_min = u32::try_from(burst_min).unwrap_or(u32::MAX);

@@ -55,7 +55,7 @@ pub(super) fn decode(mut frame: Bytes) -> Result<Message, Malformed> {
     })
 }
 
-/// Writes a kind 4 frame, or gives nothing if a field does not fit its length byte.
+/// Writes a kind 4 frame. Returns `None` if a field does not fit its length byte.
 pub(super) fn encode(
     topic: &str,
     broadcast: &UserBroadcast,

@@ -129,7 +129,7 @@ pub(crate) fn system_error(extension: &str, message: &str, sub_topic: &str) -> J
     }))
 }
 
-/// The channel's own token; none if it is to have the connection's, which an opaque key means.
+/// Returns the channel's own token, or `None` if an opaque key asks for the connection's token.
 fn join_token(payload: &Map<String, Value>) -> Option<&str> {
     let access_token = payload.get("access_token").and_then(Value::as_str);
     let user_token = payload.get("user_token").and_then(Value::as_str);

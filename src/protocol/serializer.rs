@@ -154,8 +154,8 @@ impl Serializer {
         Frame::text(out)
     }
 
-    /// Writes a broadcast for the members of `topic`, or gives nothing where this serializer
-    /// cannot carry it: binary payloads on V1.
+    /// Writes a broadcast for the members of `topic`. Returns `None` if this serializer cannot
+    /// carry it: binary payloads on V1.
     #[must_use]
     pub fn encode_broadcast(self, topic: &str, broadcast: &Broadcast) -> Option<Frame> {
         let (message, metadata) = match broadcast {

@@ -80,13 +80,13 @@ pub(crate) struct Healing {
 struct State {
     suspects: Slab<Suspect>,
     /// When each topic was last joined.
-    recent: HashMap<Arc<str>, Recent>,
+    recent: HashMap<Arc<str>, RecentTopic>,
     /// When suspects were last told of an event by its name.
     named: HashMap<Arc<str>, Instant>,
 }
 
 #[derive(Debug)]
-struct Recent {
+struct RecentTopic {
     joined: Instant,
     /// The database has not been told yet.
     is_new: bool,
@@ -169,7 +169,7 @@ impl Healing {
             recent.is_new |= now.duration_since(recent.joined) > ROUND;
             recent.joined = now;
         } else if state.recent.len() < RECENT_MAX {
-            state.recent.insert(sub_topic.into(), Recent { joined: now, is_new: true });
+            state.recent.insert(sub_topic.into(), RecentTopic { joined: now, is_new: true });
         }
     }
 
@@ -178,7 +178,7 @@ impl Healing {
         let Some(joined) = Instant::now().checked_sub(age) else { return };
         let mut state = self.state.lock();
         if state.recent.len() < RECENT_MAX {
-            state.recent.entry(sub_topic.into()).or_insert(Recent { joined, is_new: false });
+            state.recent.entry(sub_topic.into()).or_insert(RecentTopic { joined, is_new: false });
         }
     }
 

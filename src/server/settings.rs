@@ -25,7 +25,7 @@ use crate::{
     socket, upkeep,
 };
 
-/// Every setting, with its default in `src/defaults.toml`.
+/// Every setting, with its default in `src/server/defaults.toml`.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Config {

@@ -1,8 +1,8 @@
 //! How metrics are made: a registry, and families whose label values are closed sets.
 //!
 //! Invariants: all series of a closed set exist at zero from the start, so that a rate over a
-//! counter sees its first increment, and each is resolved once: nothing is hashed where something
-//! is counted. Nothing here knows what is measured, and there is no static: two servers of one
+//! counter sees its first increment, and each is resolved once: where something is counted, a short
+//! search finds its series. Nothing here knows what is measured, and there is no static: two servers of one
 //! process count apart.
 
 use std::marker::PhantomData;

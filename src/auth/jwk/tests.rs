@@ -14,8 +14,11 @@ pub(in crate::auth) fn rsa_key() -> Value {
     jwk(include_str!("../../../protocol/jws/rs256.json"))
 }
 
-pub(in crate::auth) fn parse(keys: &Value, from: KeySource) -> Result<Published, DocumentError> {
-    Published::parse(json!({ "keys": keys }).to_string().as_bytes(), from)
+pub(in crate::auth) fn parse(
+    keys: &Value,
+    from: KeySource,
+) -> Result<PublishedKeys, DocumentError> {
+    PublishedKeys::parse(json!({ "keys": keys }).to_string().as_bytes(), from)
 }
 
 fn reasons(keys: &Value, from: KeySource) -> Vec<&'static str> {
@@ -26,7 +29,7 @@ fn reasons(keys: &Value, from: KeySource) -> Vec<&'static str> {
 #[test]
 fn a_document_is_an_object_with_a_list_of_at_most_64_keys() {
     for text in ["", "[]", "{}", "null", r#"{"keys":{}}"#, r#"{"keys":[],"keys":[]}"#, "<html>"] {
-        let error = Published::parse(text.as_bytes(), KeySource::File).err();
+        let error = PublishedKeys::parse(text.as_bytes(), KeySource::File).err();
         assert_eq!(error, Some(DocumentError::Malformed), "{text}");
     }
     let keys = |count| {
@@ -112,7 +115,7 @@ fn a_symmetric_key_at_a_url_is_everybodys_and_nobody_is_believed_by_it() {
 proptest! {
     #[test]
     fn random_documents_never_panic(text in any::<Vec<u8>>(), name in "[a-z_5#]{1,8}", value in r#"[ -~]{0,40}"#) {
-        let _ = Published::parse(&text, KeySource::File); // Whether it is one is not the question.
+        let _ = PublishedKeys::parse(&text, KeySource::File); // Whether it is one is not the question.
         let mut key = rsa_key();
         key[&name] = serde_json::from_str(&value).unwrap_or(Value::String(value));
         prop_assert!(parse(&json!([key]), KeySource::Url).is_ok());

@@ -16,7 +16,7 @@ fn replaceable(topic: char, since: u32) -> Replaceable {
     Replaceable { topic: TopicId::of_hash(u64::from(topic) << 1), since: Since(since) }
 }
 
-/// Pushes a message of a topic, and gives whether it is queued.
+/// Pushes a message of a topic. Returns whether it is queued.
 fn offer(outbox: &Outbox, text: &'static str, topic: char, since: u32) -> bool {
     let frames = iter::once(Frame::text(text));
     outbox.push_all(frames, None, Some(replaceable(topic, since))).unwrap() == 1
