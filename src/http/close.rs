@@ -159,7 +159,9 @@ pub(super) async fn close(mut websocket: WebSocketStream<Metered<TcpStream>>, re
     let goodbye = async {
         match reason {
             // The library has queued the answer to the peer's close frame.
-            CloseReason::Peer(_) => while websocket.next().await.is_some_and(|it| it.is_ok()) {},
+            CloseReason::Peer(_) => {
+                while websocket.next().await.is_some_and(|frame| frame.is_ok()) {}
+            }
             CloseReason::PeerGone | CloseReason::WriteTimeout => {}
             CloseReason::Silent
             | CloseReason::NoChannels

@@ -186,7 +186,7 @@ impl Connection {
         let mut messages: Vec<Message> = Vec::new();
         let mut end = self.read(first, &mut messages);
         for _ in 1..RECEIVED_MAX {
-            let bytes = messages.iter().map(|it| it.payload.len()).sum::<usize>();
+            let bytes = messages.iter().map(|message| message.payload.len()).sum::<usize>();
             if end.is_err() || bytes > RECEIVED_BYTES_MAX {
                 break;
             }
@@ -241,8 +241,10 @@ impl Connection {
     ) -> Result<(), CloseReason> {
         let metrics = &self.shared.metrics;
         metrics.frames_out.inc_by(batch.len() as u64);
-        metrics.bytes_out.inc_by(batch.iter().map(|it| it.frame.len()).sum::<usize>() as u64);
-        let is_replaceable = batch.iter().all(|it| it.replaceable.is_some());
+        metrics
+            .bytes_out
+            .inc_by(batch.iter().map(|queued| queued.frame.len()).sum::<usize>() as u64);
+        let is_replaceable = batch.iter().all(|queued| queued.replaceable.is_some());
         let (websocket, mut is_stalled) = (&mut self.websocket, false);
         let written = {
             let mut write = pin!(async {
@@ -291,7 +293,11 @@ impl Connection {
         if self.last_data.elapsed() >= limits.silence_timeout {
             return Err(CloseReason::Silent);
         }
-        if self.socket.empty_since().is_some_and(|it| it.elapsed() >= limits.no_channel_timeout) {
+        if self
+            .socket
+            .empty_since()
+            .is_some_and(|since| since.elapsed() >= limits.no_channel_timeout)
+        {
             return Err(CloseReason::NoChannels);
         }
         self.socket.tick();

@@ -121,7 +121,7 @@ pub(crate) struct Answered(pub(crate) Route, pub(crate) StatusCode);
 impl Label<2> for Answered {
     fn all() -> impl Iterator<Item = [&'static str; 2]> {
         let all = Route::VARIANTS.iter();
-        all.flat_map(|route| route.statuses().iter().map(|it| Self(*route, *it).values()))
+        all.flat_map(|route| route.statuses().iter().map(|status| Self(*route, *status).values()))
     }
 
     fn values(&self) -> [&'static str; 2] {

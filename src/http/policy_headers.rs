@@ -83,7 +83,10 @@ mod tests {
         assert_eq!(socket_headers(&headers(&proxied)), None);
         let long = |length: usize| headers(&[("x-a", &"v".repeat(length))]);
         let most = SOCKET_HEADERS_BYTES_MAX - r#"{"x-a":""}"#.len();
-        assert_eq!(socket_headers(&long(most)).map(|it| it.len()), Some(SOCKET_HEADERS_BYTES_MAX));
+        assert_eq!(
+            socket_headers(&long(most)).map(|text| text.len()),
+            Some(SOCKET_HEADERS_BYTES_MAX)
+        );
         assert_eq!(socket_headers(&long(most + 1)), None);
     }
 }

@@ -142,9 +142,9 @@ async fn taken_over(upgraded: OnUpgrade) -> Option<(TcpStream, Vec<u8>)> {
 fn websocket_accept(request: &Request) -> Option<HeaderValue> {
     let has = |name: HeaderName, wanted: &str| {
         request.headers().get_all(name).iter().any(|value| {
-            value
-                .to_str()
-                .is_ok_and(|text| text.split(',').any(|it| it.trim().eq_ignore_ascii_case(wanted)))
+            value.to_str().is_ok_and(|text| {
+                text.split(',').any(|token| token.trim().eq_ignore_ascii_case(wanted))
+            })
         })
     };
     let is_upgrade = request.method() == Method::GET

@@ -53,7 +53,7 @@ impl Visits {
         peer: SocketAddr,
         trusted: &[IpNet],
     ) {
-        let nonce = user_agent.strip_prefix(PREFIX).and_then(|it| Uuid::try_parse(it).ok());
+        let nonce = user_agent.strip_prefix(PREFIX).and_then(|nonce| Uuid::try_parse(nonce).ok());
         let Some(nonce) = nonce else { return };
         let peer = SocketAddr::new(peer.ip().to_canonical(), peer.port());
         let is_trusted = is_trusted(peer.ip(), trusted);

@@ -56,7 +56,7 @@ impl OutboxBounds {
     /// The largest of one outbox since the turn before the last, in bytes.
     #[must_use]
     pub fn highest(&self) -> usize {
-        self.highest.iter().map(|it| it.load(Ordering::Relaxed)).max().unwrap_or(0)
+        self.highest.iter().map(|bytes| bytes.load(Ordering::Relaxed)).max().unwrap_or(0)
     }
 
     /// Ends one period of the high-water mark. All readers within a period see the same mark.
@@ -322,7 +322,7 @@ impl Outbox {
     pub async fn holds_up(&self) {
         poll_fn(|cx| {
             let mut state = self.state.lock();
-            let is_held_up = state.frames.iter().any(|it| it.replaceable.is_none());
+            let is_held_up = state.frames.iter().any(|queued| queued.replaceable.is_none());
             if is_held_up || state.ended.is_some() {
                 return Poll::Ready(());
             }
@@ -337,13 +337,13 @@ impl State {
     /// Queues a frame, or marks the client as behind. Returns whether the frame is queued.
     fn take(&mut self, queued: Queued, bytes_max: usize) -> bool {
         let length = queued.frame.len();
-        let fits = |it: &Self| it.frames.is_empty() || it.bytes + length <= bytes_max;
+        let fits = |state: &Self| state.frames.is_empty() || state.bytes + length <= bytes_max;
         if !fits(self) {
             self.conflate();
         }
         match queued.replaceable {
-            Some(it) if self.is_behind(it.topic) || !fits(self) => {
-                self.fall_behind(it);
+            Some(replaceable) if self.is_behind(replaceable.topic) || !fits(self) => {
+                self.fall_behind(replaceable);
                 false
             }
             None if !fits(self) => {
@@ -376,11 +376,11 @@ impl State {
     }
 
     fn is_behind(&self, topic: TopicId) -> bool {
-        self.behind.iter().any(|it| it.topic == topic)
+        self.behind.iter().any(|known| known.topic == topic)
     }
 
     fn fall_behind(&mut self, replaceable: Replaceable) {
-        match self.behind.iter_mut().find(|it| it.topic == replaceable.topic) {
+        match self.behind.iter_mut().find(|known| known.topic == replaceable.topic) {
             Some(known) => known.since = known.since.min(replaceable.since),
             None => self.behind.push(replaceable),
         }

@@ -52,7 +52,7 @@ pub(crate) fn is_trusted(address: IpAddr, trusted: &[IpNet]) -> bool {
 
 /// `192.0.2.1`, `192.0.2.1:80`, `2001:db8::1`, `[2001:db8::1]`, `[2001:db8::1]:80`.
 fn forwarded(entry: &str) -> Option<IpAddr> {
-    let with_port = || entry.parse::<SocketAddr>().ok().map(|it| it.ip());
+    let with_port = || entry.parse::<SocketAddr>().ok().map(|address| address.ip());
     let in_brackets = || entry.strip_prefix('[')?.strip_suffix(']')?.parse().ok().map(IpAddr::V6);
     let ip = entry.parse().ok().or_else(with_port).or_else(in_brackets)?;
     Some(ip.to_canonical())
@@ -68,7 +68,8 @@ mod tests {
 
     /// The client of a peer with these headers, `10.0.0.0/8` and `2001:db8:1::/48` being trusted.
     fn client(peer: &str, forwarded: &[&str]) -> String {
-        let trusted = ["10.0.0.0/8", "2001:db8:1::/48"].map(|it| it.parse::<IpNet>().unwrap());
+        let trusted =
+            ["10.0.0.0/8", "2001:db8:1::/48"].map(|network| network.parse::<IpNet>().unwrap());
         let mut headers = HeaderMap::new();
         for value in forwarded {
             headers.append("x-forwarded-for", value.parse().unwrap());

@@ -35,7 +35,7 @@ impl Frames {
         while let Some((&byte, rest)) = bytes.split_first() {
             if self.header_read == self.header_length && self.left > 0 {
                 let skipped =
-                    usize::try_from(self.left).map_or(bytes.len(), |it| it.min(bytes.len()));
+                    usize::try_from(self.left).map_or(bytes.len(), |left| left.min(bytes.len()));
                 bytes = bytes.get(skipped..).unwrap_or_default();
                 self.left -= skipped as u64;
             } else {

@@ -172,7 +172,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Metered<S> {
         match Pin::new(&mut this.stream).poll_read(context, buffer) {
             Poll::Ready(Ok(())) => {
                 this.count(buffer.filled().get(before..).unwrap_or_default());
-                if this.deadline().is_some_and(|it| it <= Instant::now()) {
+                if this.deadline().is_some_and(|deadline| deadline <= Instant::now()) {
                     return Poll::Ready(Err(io::Error::other(Unfinished)));
                 }
                 // What there is to wait for is found out when there is nothing to read.

@@ -45,7 +45,7 @@ impl Origin {
             (Kind::One(wanted), Kind::One(given)) => wanted == given,
             (Kind::Below(wanted), Kind::One(given)) => {
                 let labels = given.host.strip_suffix(&*wanted.host);
-                let is_below = labels.and_then(|it| it.strip_suffix('.'));
+                let is_below = labels.and_then(|labels| labels.strip_suffix('.'));
                 is_below.is_some_and(|labels| !labels.is_empty())
                     && (&wanted.scheme, wanted.port) == (&given.scheme, given.port)
             }
@@ -105,7 +105,7 @@ fn is_scheme(text: &str) -> bool {
 
 /// Labels of letters, digits and dashes, or an IPv6 address in brackets.
 fn is_host(text: &str) -> bool {
-    if let Some(ip) = text.strip_prefix('[').and_then(|it| it.strip_suffix(']')) {
+    if let Some(ip) = text.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')) {
         return ip.parse::<std::net::Ipv6Addr>().is_ok();
     }
     let is_part = |byte: u8| byte.is_ascii_alphanumeric() || b"-_".contains(&byte);
@@ -131,14 +131,14 @@ impl Origins {
     pub(crate) fn allow(&self, headers: &HeaderMap) -> bool {
         let mut values = headers.get_all(header::ORIGIN).iter();
         let Some(first) = values.next() else { return true };
-        let origin = first.to_str().ok().and_then(|it| it.parse::<Origin>().ok());
+        let origin = first.to_str().ok().and_then(|text| text.parse::<Origin>().ok());
         if self.list.is_empty() {
             self.say_once(origin.as_ref());
             return true;
         }
         // Two origins are none.
         let origin = origin.filter(|_| values.next().is_none());
-        origin.is_some_and(|origin| self.list.iter().any(|it| it.allows(&origin)))
+        origin.is_some_and(|origin| self.list.iter().any(|entry| entry.allows(&origin)))
     }
 
     /// What a browser is told that may read an answer; nothing for others.
@@ -158,7 +158,7 @@ impl Origins {
         if self.is_said.swap(true, Ordering::Relaxed) {
             return;
         }
-        let host = match origin.map(|it| &it.0) {
+        let host = match origin.map(|origin| &origin.0) {
             Some(Kind::One(place) | Kind::Below(place)) => &*place.host,
             Some(Kind::Null) | None => "null",
         };
@@ -172,7 +172,7 @@ mod tests {
     use super::*;
 
     fn origins(list: &[&str]) -> Origins {
-        Origins::new(list.iter().map(|it| it.parse().unwrap()).collect())
+        Origins::new(list.iter().map(|text| text.parse().unwrap()).collect())
     }
 
     fn headers(origins: &[&str]) -> HeaderMap {

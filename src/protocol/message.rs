@@ -62,7 +62,7 @@ impl Payload {
     pub fn has_field(&self, name: &str) -> bool {
         let Self::Json(json) = self else { return false };
         let fields = serde_json::from_str::<HashMap<String, &RawValue>>(json.as_str());
-        fields.is_ok_and(|fields| fields.get(name).is_some_and(|it| it.get() != "null"))
+        fields.is_ok_and(|fields| fields.get(name).is_some_and(|value| value.get() != "null"))
     }
 }
 

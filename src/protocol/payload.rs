@@ -92,10 +92,13 @@ impl JoinConfig {
             },
         };
         let broadcast = config.get("broadcast").and_then(Value::as_object);
-        if privacy == Privacy::Public && broadcast.is_some_and(|it| it.contains_key("replay")) {
+        if privacy == Privacy::Public
+            && broadcast.is_some_and(|fields| fields.contains_key("replay"))
+        {
             return Err(Refusal::new(ErrorCode::UnableToReplayMessages));
         }
-        let flag = |key| broadcast.and_then(|it| flexible_bool(it.get(key)?)).unwrap_or(false);
+        let flag =
+            |key| broadcast.and_then(|fields| flexible_bool(fields.get(key)?)).unwrap_or(false);
         let presence = config.get("presence").and_then(Value::as_object).is_some_and(|presence| {
             presence.get("enabled").and_then(flexible_bool).unwrap_or(presence_default)
         });
@@ -108,7 +111,8 @@ impl JoinConfig {
                 .collect(),
             _ => Vec::new(),
         };
-        let replay = broadcast.and_then(|it| it.get("replay")).is_some_and(Value::is_object);
+        let replay =
+            broadcast.and_then(|fields| fields.get("replay")).is_some_and(Value::is_object);
         let (ack, to_self) = (flag("ack"), flag("self"));
         Ok(Self { privacy, ack, to_self, replay, presence, bindings, token })
     }

@@ -132,7 +132,7 @@ async fn viewers_notice(gateway: &Gateway, when: &str, arguments: &str, pid: u32
 fn resident_kib(pid: u32) -> u64 {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
-    line.and_then(|it| it.split_whitespace().next()?.parse().ok()).unwrap_or(0)
+    line.and_then(|rest| rest.split_whitespace().next()?.parse().ok()).unwrap_or(0)
 }
 
 async fn connect(address: SocketAddr) -> Option<TcpStream> {

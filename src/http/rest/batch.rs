@@ -62,7 +62,7 @@ impl RestMessage {
                 Privacy::Private
             }
         };
-        let payload = fields.payload.map(RawValue::get).filter(|it| *it != "null");
+        let payload = fields.payload.map(RawValue::get).filter(|text| *text != "null");
         match payload {
             None => drop(errors.insert("payload".to_owned(), json!(["can't be blank"]))),
             Some(payload) if !payload.starts_with('{') => {

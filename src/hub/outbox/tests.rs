@@ -26,12 +26,13 @@ fn offer(outbox: &Outbox, text: &'static str, topic: char, since: u32) -> bool {
 fn drained(outbox: &Outbox) -> Option<(Vec<String>, Drained)> {
     let mut batch = Vec::new();
     let drained = outbox.drain(&mut batch).now_or_never()?.unwrap();
-    let texts = batch.into_iter().map(|it| it.frame.to_text().unwrap().to_owned()).collect();
+    let texts =
+        batch.into_iter().map(|queued| queued.frame.to_text().unwrap().to_owned()).collect();
     Some((texts, drained))
 }
 
 fn frames(texts: &[&str]) -> Option<(Vec<String>, Drained)> {
-    let texts = texts.iter().map(|it| (*it).to_owned()).collect();
+    let texts = texts.iter().map(|text| (*text).to_owned()).collect();
     Some((texts, Drained::Frames(None)))
 }
 
@@ -213,7 +214,8 @@ async fn pushes_and_drains_race_and_nothing_is_missed_or_left() {
         match outbox.drain(&mut batch).now_or_never() {
             Some(Ok(Drained::Behind(Replaceable { topic, since }))) => {
                 conflations += 1;
-                let letter = ['t', 'u'].into_iter().find(|it| replaceable(*it, 0).topic == topic);
+                let letter =
+                    ['t', 'u'].into_iter().find(|letter| replaceable(*letter, 0).topic == topic);
                 let letter = letter.unwrap();
                 let last = noted[&letter].load(Ordering::SeqCst);
                 told.get_mut(&letter).unwrap()[since.0 as usize..=last].fill(true);
@@ -231,7 +233,7 @@ async fn pushes_and_drains_race_and_nothing_is_missed_or_left() {
     }
     assert!(conflations > 0, "the client is never too slow");
     for (topic, told) in told {
-        let missed: Vec<_> = (1..told.len()).filter(|it| !told[*it]).collect();
+        let missed: Vec<_> = (1..told.len()).filter(|number| !told[*number]).collect();
         assert_eq!(missed, Vec::<usize>::new(), "of {topic}");
     }
     assert!(outbox.is_empty_and_told());

@@ -109,7 +109,7 @@ fn read_variables(
             None => (None, name.as_str()),
         };
         let default = match section {
-            Some(section) => defaults.get(section).and_then(|it| it.as_dict()?.get(field)),
+            Some(section) => defaults.get(section).and_then(|table| table.as_dict()?.get(field)),
             None => defaults.get(field),
         };
         let Some(value) = default.and_then(|default| read_as(default, &text)) else {

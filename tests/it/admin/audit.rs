@@ -271,7 +271,7 @@ async fn an_event_is_one_line_whatever_a_client_is_called_or_joins() {
     assert!(text.chars().all(|c| c == '\n' || !c.is_control()), "{text:?}");
     let shown = forged.replace('\u{9b}', "\u{fffd}");
     let events = events(&text);
-    let names: Vec<_> = events.iter().map(|it| it["event"].as_str().unwrap()).collect();
+    let names: Vec<_> = events.iter().map(|event| event["event"].as_str().unwrap()).collect();
     assert_eq!(names, ["start", "connect", "join", "close"]);
     assert_eq!(events[1]["role"], role);
     let sub = events[1]["sub"].as_str().unwrap();
@@ -304,8 +304,10 @@ async fn neither_log_holds_what_the_other_is_for() {
                 "{log}"
             );
         }
-        let names: Vec<_> =
-            events(&said.out).iter().map(|it| it["event"].as_str().unwrap().to_owned()).collect();
+        let names: Vec<_> = events(&said.out)
+            .iter()
+            .map(|event| event["event"].as_str().unwrap().to_owned())
+            .collect();
         let expected: &[&str] =
             if audit == "-" { &["start", "connect", "join", "close"] } else { &[] };
         assert_eq!(names, expected, "{filter}");
@@ -348,7 +350,7 @@ fn a_log_that_was_renamed_or_cut_is_written_on() {
         let text = fs::read_to_string(path).unwrap();
         events(text.strip_prefix("before\n").unwrap_or(&text))
             .iter()
-            .map(|it| it["event"].as_str().unwrap().to_owned())
+            .map(|event| event["event"].as_str().unwrap().to_owned())
             .collect::<Vec<_>>()
     };
     line("first");

@@ -106,7 +106,7 @@ async fn ask_with(server: &TestServer, request: &str, headers: &[&str]) -> u16 {
     let head =
         format!("{request} HTTP/1.1\r\nconnection: close\r\n{}\r\n\r\n", headers.join("\r\n"));
     let answer = TestServer::raw(server.admin, head.as_bytes()).await;
-    answer.split(' ').nth(1).and_then(|it| it.parse().ok()).unwrap_or(0)
+    answer.split(' ').nth(1).and_then(|status| status.parse().ok()).unwrap_or(0)
 }
 
 /// A page that the operator looks at makes the browser ask (CWE-352), or has its own name point to
@@ -262,7 +262,7 @@ async fn every_series_is_there_before_anything_has_happened() {
         wanted.push(format!("endpoints_dropped_total{{reason=\"{}\"}}", bad.label()));
     }
     for (cause, method) in CatchUpCause::all()
-        .flat_map(|it| Coverage::VARIANTS.iter().map(move |method| (it, *method)))
+        .flat_map(|cause| Coverage::VARIANTS.iter().map(move |method| (cause, *method)))
     {
         let (cause, method) = (cause.label(), method.label());
         wanted.push(format!("catch_ups_total{{cause=\"{cause}\",method=\"{method}\"}}"));
@@ -313,7 +313,7 @@ async fn every_metric_says_what_it_is_and_is_of_one_type() {
             let name = line.split(['{', ' ']).next().unwrap();
             let base = ["_bucket", "_sum", "_count"]
                 .iter()
-                .find_map(|suffix| name.strip_suffix(suffix).filter(|it| names.contains(it)));
+                .find_map(|suffix| name.strip_suffix(suffix).filter(|base| names.contains(base)));
             assert!(names.contains(base.unwrap_or(name)), "{name} has a type");
         }
     }

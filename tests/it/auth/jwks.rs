@@ -101,7 +101,7 @@ impl KeyServer {
     /// Waits until it has been asked so often.
     async fn asked_times(&self, count: usize) {
         let mut asked = self.asked.clone();
-        let reached = timeout(DEADLINE, asked.wait_for(|it| *it >= count)).await;
+        let reached = timeout(DEADLINE, asked.wait_for(|times| *times >= count)).await;
         assert!(reached.is_ok(), "asked {} times and not {count}", self.asked());
     }
 }

@@ -78,7 +78,8 @@ impl Vectors {
 
 fn all() -> Vec<Vectors> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("protocol/jws");
-    let mut files: Vec<_> = fs::read_dir(folder).unwrap().map(|it| it.unwrap().path()).collect();
+    let mut files: Vec<_> =
+        fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
     files.sort();
     files
         .into_iter()
@@ -94,7 +95,7 @@ fn all() -> Vec<Vectors> {
 
 /// The key set of a file of vectors, and its first token, which is good until 2100.
 pub(crate) fn good(name: &str) -> (Value, String) {
-    let vectors = all().into_iter().find(|it| it.name == name).unwrap();
+    let vectors = all().into_iter().find(|vectors| vectors.name == name).unwrap();
     (vectors.jwks.unwrap(), vectors.tests[0].jws.clone())
 }
 
@@ -111,7 +112,8 @@ fn every_token_of_the_vectors_gets_the_answer_that_stands_with_it() {
     let mut played: BTreeMap<&str, usize> = BTreeMap::new();
     for vectors in all() {
         let verifier = vectors.verifier(vectors.jwt_secret.as_deref());
-        let without = vectors.without_secret.as_deref().map(|it| (it, vectors.verifier(None)));
+        let without =
+            vectors.without_secret.as_deref().map(|answer| (answer, vectors.verifier(None)));
         for vector in &vectors.tests {
             let Vector { name, claims, jws, answer: expected } = vector;
             if let Some(claims) = claims {
@@ -162,7 +164,10 @@ fn no_token_of_the_vectors_is_good_under_other_keys() {
             if let Ok(token) = own.verify_at(jws, vectors.now) {
                 good += 1;
                 let verified_by = token.verified_by;
-                assert!(VerifiedBy::all().any(|it| it == verified_by), "{name}: {verified_by:?}");
+                assert!(
+                    VerifiedBy::all().any(|known| known == verified_by),
+                    "{name}: {verified_by:?}"
+                );
                 let error = strange.verify_at(jws, vectors.now).unwrap_err();
                 assert!(matches!(error.label(), "signature" | "no_signer"), "{name}: {error}");
             }

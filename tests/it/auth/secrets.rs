@@ -117,7 +117,7 @@ impl Stage {
     }
 
     fn token(&self, kind: &str) -> String {
-        self.tokens.iter().find(|(it, _)| *it == kind).unwrap().1.clone()
+        self.tokens.iter().find(|(name, _)| *name == kind).unwrap().1.clone()
     }
 
     async fn metrics(&self) -> String {
@@ -127,8 +127,9 @@ impl Stage {
 
     async fn reaches(&self, series: &str, value: f64) {
         let of = |metrics: &str| {
-            let line = metrics.lines().find_map(|it| it.strip_prefix(series)?.strip_prefix(' '));
-            line.and_then(|it| it.parse::<f64>().ok()).unwrap_or_default()
+            let line =
+                metrics.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' '));
+            line.and_then(|text| text.parse::<f64>().ok()).unwrap_or_default()
         };
         let reached = async { while of(&self.metrics().await) < value {} };
         timeout(2 * DEADLINE, reached).await.unwrap_or_else(|_| panic!("{series}: not {value}"));

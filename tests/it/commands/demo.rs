@@ -50,7 +50,8 @@ async fn the_demo_serves_an_event_that_changes_and_leaves_nothing_behind() {
     }
     let event = demo.json("/live/event/AB3028").await;
     let artworks = event["artworks"].as_array().unwrap();
-    let artwork = artworks.iter().find(|it| it["bid_count"] != 0 && !it["easel"].is_null());
+    let artwork =
+        artworks.iter().find(|artwork| artwork["bid_count"] != 0 && !artwork["easel"].is_null());
     let artwork = artwork.expect("somebody has bid before the page opens");
     assert!(artwork["current_bid"].is_number(), "{artwork}");
     let (round, easel) = (&artwork["round"], &artwork["easel"]);
@@ -64,7 +65,9 @@ async fn the_demo_serves_an_event_that_changes_and_leaves_nothing_behind() {
 
     let invalidation = demo.next_invalidation(config["anonKey"].as_str().unwrap()).await;
     let endpoints = invalidation["endpoints"].as_array().unwrap();
-    let of_event = |it: &Value| it.as_str().is_some_and(|it| it.starts_with("/live/event/AB3028"));
+    let of_event = |endpoint: &Value| {
+        endpoint.as_str().is_some_and(|path| path.starts_with("/live/event/AB3028"))
+    };
     assert!(!endpoints.is_empty() && endpoints.iter().all(of_event), "{invalidation}");
 
     let database = demo.database_port().await;

@@ -395,7 +395,7 @@ fn as_it_is(bytes: &[u8]) -> Passed {
 }
 
 fn has(bytes: &[u8], words: &str) -> bool {
-    bytes.windows(words.len()).any(|it| it == words.as_bytes())
+    bytes.windows(words.len()).any(|window| window == words.as_bytes())
 }
 
 /// The answer of a Postgres that refuses everybody with this code.
@@ -492,7 +492,7 @@ async fn a_server_that_is_too_old_a_standby_late_or_full_is_named() {
         ),
     ] {
         let found = scene.found_with(function).await;
-        let also = consequence.map(|it| (it, "failed"));
+        let also = consequence.map(|affected| (affected, "failed"));
         found.are(&[(check, status)].into_iter().chain(also).collect::<Vec<_>>());
         found.says(check, &words);
     }

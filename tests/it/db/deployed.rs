@@ -61,8 +61,10 @@ async fn a_database_with_nothing_of_ours_lacks_everything_and_says_so() {
     database.run("create table votes (id int); create role tidegate login").await;
     let mut session = as_gateway(&database).await;
     let deployed = Deployed::read(&mut session).await.unwrap();
-    let missing: Vec<_> =
-        deployed.missing_triggers().map(|(table, it)| format!("{table} {}", it.label())).collect();
+    let missing: Vec<_> = deployed
+        .missing_triggers()
+        .map(|(table, operation)| format!("{table} {}", operation.label()))
+        .collect();
     assert_eq!(missing, ["votes INSERT", "votes UPDATE", "votes DELETE"]);
     assert_eq!(deployed.drifted().count(), Function::all().len());
     assert!(deployed.drifted().all(|(_, drift)| drift == Drift::Missing));

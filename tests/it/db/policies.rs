@@ -358,7 +358,7 @@ async fn the_gateways_role_may_ask_and_nothing_else() {
             let said = database.denied("tidegate", sql).await;
             let is_denial = ["permission denied", "must be owner", "does not exist"]
                 .iter()
-                .any(|it| said.contains(it));
+                .any(|words| said.contains(words));
             assert!(is_denial, "{table:?}: {sql}: {said}");
         }
         // As anybody of whom it may ask it has that one's rights, which a token gives anyway.

@@ -199,7 +199,7 @@ async fn a_person_is_forgotten_everywhere_and_nobody_else_is() {
         })
     );
     assert_eq!(payloads[1]["artist_id"], OTHER_PERSON);
-    let pointers: Vec<_> = payloads.iter().map(|it| it["pointer"] == true).collect();
+    let pointers: Vec<_> = payloads.iter().map(|payload| payload["pointer"] == true).collect();
     assert_eq!(pointers, [false, false, false, true, true, false]);
     assert_eq!(database.failures().await, "|||54000|notifying\n|||54000|notifying");
     assert_eq!(

@@ -609,7 +609,7 @@ async fn a_page_of_any_origin_may_ask() {
         assert!(methods.contains("POST"), "{methods}");
         let headers = answer.header("access-control-allow-headers").unwrap_or_default();
         for name in ["authorization", "apikey", "content-type", "x-client-info", "traceparent"] {
-            assert!(headers.split(',').any(|it| it.trim() == name), "{name}: {headers}");
+            assert!(headers.split(',').any(|allowed| allowed.trim() == name), "{name}: {headers}");
         }
     }
     // Without the header a page cannot read the answer, an error's least of all.

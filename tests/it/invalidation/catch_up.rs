@@ -53,7 +53,7 @@ fn seconds(seconds: u64) -> Duration {
 
 /// A catch-up's cause and endpoints.
 fn told(cause: &str, endpoints: &[&str]) -> (String, Vec<String>) {
-    (cause.to_owned(), endpoints.iter().map(|it| (*it).to_owned()).collect())
+    (cause.to_owned(), endpoints.iter().map(|endpoint| (*endpoint).to_owned()).collect())
 }
 
 /// The complete list of the world's event, of which these have been seen, in their order.
@@ -556,7 +556,7 @@ impl Wire {
         }
         loop {
             match timeout(DEADLINE, self.0.next()).await.expect("an end in time") {
-                Some(Ok(Frame::Close(frame))) => return frame.map(|it| it.code.into()),
+                Some(Ok(Frame::Close(frame))) => return frame.map(|close| close.code.into()),
                 Some(Ok(_)) => {}
                 Some(Err(_)) | None => return None,
             }
@@ -921,7 +921,9 @@ async fn misses_nothing(gateway: &Arc<Gateway>, topic: &str) {
     let (mut known, mut is_caught_up, mut newest) = (BTreeSet::new(), false, None);
     while !is_caught_up || newest.is_none() {
         let (_, payload) = page.told().await;
-        let numbers = endpoints(&payload).into_iter().filter_map(|it| it[1..].parse::<u32>().ok());
+        let numbers = endpoints(&payload)
+            .into_iter()
+            .filter_map(|endpoint| endpoint[1..].parse::<u32>().ok());
         known.extend(numbers);
         if payload["type"] == "catch_up" {
             is_caught_up = true;
@@ -1011,8 +1013,10 @@ async fn whoever_joins_while_changes_are_committed_misses_nothing() {
     world.database.notify(TOPIC, &json!({ "endpoints": ["/end"] }).to_string()).await;
     for (number, page) in pages.into_iter().enumerate() {
         let all = all_told(page, "/end").await;
-        let missed: Vec<_> =
-            (0..COUNT).map(|it| format!("/{it}")).filter(|it| !all.contains(it)).collect();
+        let missed: Vec<_> = (0..COUNT)
+            .map(|change| format!("/{change}"))
+            .filter(|endpoint| !all.contains(endpoint))
+            .collect();
         assert_eq!(missed, [""; 0], "of the page that joined after /{number}");
     }
     assert_eq!(count(&world.server, "fresh", "complete").await, 1.0, "the watcher's");

@@ -279,7 +279,7 @@ async fn the_history_tells_what_was_sent_when_to_how_many_made_of_what_and_why()
     // It is noted when everybody has been sent it.
     let mut told = Value::Null;
     let noted = async {
-        while told["messages"].as_array().is_none_or(|it| it.len() < 3) {
+        while told["messages"].as_array().is_none_or(|messages| messages.len() < 3) {
             told = history(&server, "").await;
         }
     };
@@ -312,7 +312,7 @@ async fn the_history_tells_what_was_sent_when_to_how_many_made_of_what_and_why()
     );
     let newest = history(&server, "?limit=1&minutes=1440").await;
     let newest: Vec<_> =
-        newest["messages"].as_array().unwrap().iter().map(|it| &it["why"]).collect();
+        newest["messages"].as_array().unwrap().iter().map(|message| &message["why"]).collect();
     assert_eq!(newest, ["gap"]);
     for viewer in viewers {
         viewer.close().await;
@@ -596,7 +596,7 @@ async fn a_muted_event_holds_everything_back_and_sends_it_as_one_at_its_end() {
     late.send(json!(["r9", "r9", format!("realtime:{TOPIC}"), "phx_join", { "config": {} }])).await;
     late.message().await;
     let caught_up = late.caught_up(TOPIC).await;
-    assert!(["/a", "/b", "/c"].iter().all(|it| caught_up.contains(&(*it).to_owned())));
+    assert!(["/a", "/b", "/c"].iter().all(|endpoint| caught_up.contains(&(*endpoint).to_owned())));
 
     // Longer, shorter; it is one mute.
     assert!(mute("24h").await["muted_for"].as_f64().unwrap() > 86_000.0);

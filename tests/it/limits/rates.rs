@@ -516,7 +516,7 @@ async fn a_message_that_is_not_finished_in_time_closes_with_1008() {
 async fn a_page_of_another_origin_is_refused_before_its_key_is_looked_at() {
     let server = server(|config| {
         config.network.origins = ["https://app.example.com", "https://*.live.example.com"]
-            .map(|it| it.parse().unwrap())
+            .map(|origin| origin.parse().unwrap())
             .into();
     });
     for (origin, status) in [

@@ -52,7 +52,8 @@ fn the_table_of_settings_is_the_codes_own() {
 
 #[test]
 fn whatever_is_deployed_names_settings_that_exist() {
-    let known: Vec<_> = defaults().keys().map(|it| it.replace('.', "__").to_uppercase()).collect();
+    let known: Vec<_> =
+        defaults().keys().map(|name| name.replace('.', "__").to_uppercase()).collect();
     let mut found = 0;
     for file in [
         "docker-compose.yml",
@@ -62,8 +63,10 @@ fn whatever_is_deployed_names_settings_that_exist() {
         "deploy/tidegate.service",
     ] {
         for named in read(file).split("TIDEGATE_").skip(1) {
-            let name: String =
-                named.chars().take_while(|it| it.is_ascii_uppercase() || *it == '_').collect();
+            let name: String = named
+                .chars()
+                .take_while(|letter| letter.is_ascii_uppercase() || *letter == '_')
+                .collect();
             assert!(known.contains(&name), "{file}: TIDEGATE_{name}");
             found += 1;
         }
@@ -78,7 +81,11 @@ fn the_built_in_rules_of_the_readme_are_those_of_the_settings() {
     let topics = topics.split("\n## ").next().unwrap();
     let rules = DEFAULTS.parse::<toml::Table>().unwrap();
     let patterns = rules["topic"].as_array().unwrap().iter().flat_map(|rule| {
-        rule["pattern"].as_array().unwrap().iter().map(|it| it.as_str().unwrap().to_owned())
+        rule["pattern"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|pattern| pattern.as_str().unwrap().to_owned())
     });
     for pattern in patterns {
         let prefix = pattern.split('{').next().unwrap();
@@ -144,7 +151,7 @@ fn pages(folder: &str) -> Vec<String> {
             let path = entry.unwrap().path();
             if path.is_dir() {
                 folders.push(path);
-            } else if path.extension().is_some_and(|it| it == "md") {
+            } else if path.extension().is_some_and(|extension| extension == "md") {
                 pages.push(path.strip_prefix(root).unwrap().to_str().unwrap().to_owned());
             }
         }
@@ -178,8 +185,8 @@ fn anchors(page: &str) -> BTreeSet<String> {
             .trim()
             .to_lowercase()
             .chars()
-            .filter(|it| it.is_alphanumeric() || [' ', '-', '_'].contains(it))
-            .map(|it| if it == ' ' { '-' } else { it })
+            .filter(|letter| letter.is_alphanumeric() || [' ', '-', '_'].contains(letter))
+            .map(|letter| if letter == ' ' { '-' } else { letter })
             .collect();
         let count = seen.entry(anchor.clone()).or_default();
         anchors.insert(if *count == 0 { anchor } else { format!("{anchor}-{count}") });

@@ -165,8 +165,10 @@ impl Board {
     /// Expressions of annotations and variables, which have rules of their own.
     fn other_queries(&self) -> impl Iterator<Item = &str> {
         let list = |name: &str| self.json[name]["list"].as_array().unwrap().iter();
-        let annotations = list("annotations").map(|it| it["expr"].as_str().unwrap());
-        annotations.chain(list("templating").filter_map(|it| it["query"]["query"].as_str()))
+        let annotations =
+            list("annotations").map(|annotation| annotation["expr"].as_str().unwrap());
+        annotations
+            .chain(list("templating").filter_map(|variable| variable["query"]["query"].as_str()))
     }
 }
 
@@ -183,12 +185,14 @@ struct Used<'a> {
 /// The metrics of an expression or a text, each of which must exist.
 #[track_caller]
 fn metrics_of<'a>(text: &'a str, exported: &BTreeMap<String, (Metric, Values)>) -> Vec<Used<'a>> {
-    let is_part = |it: char| it.is_ascii_alphanumeric() || it == '_';
+    let is_part = |letter: char| letter.is_ascii_alphanumeric() || letter == '_';
     let mut found = Vec::new();
     let mut at = 0;
     while let Some(length) = text[at..].find(is_part) {
         let start = at + length;
-        let end = text[start..].find(|it| !is_part(it)).map_or(text.len(), |length| start + length);
+        let end = text[start..]
+            .find(|letter| !is_part(letter))
+            .map_or(text.len(), |length| start + length);
         at = end;
         let word = &text[start..end];
         let recorded = text[end..].starts_with(':') || text[..start].ends_with(':');
@@ -198,7 +202,7 @@ fn metrics_of<'a>(text: &'a str, exported: &BTreeMap<String, (Metric, Values)>) 
         }
         let histogram = ["_bucket", "_sum", "_count"].iter().find_map(|suffix| {
             let base = word.strip_suffix(suffix)?;
-            exported.get(base).is_some_and(|(it, _)| it.kind == "histogram").then_some(base)
+            exported.get(base).is_some_and(|(metric, _)| metric.kind == "histogram").then_some(base)
         });
         let name = histogram.unwrap_or(word);
         assert!(exported.contains_key(name), "{word} is no metric: {text}");
@@ -209,11 +213,11 @@ fn metrics_of<'a>(text: &'a str, exported: &BTreeMap<String, (Metric, Values)>) 
 
 /// The labels that the braces behind a metric name.
 fn matched_labels(after: &str) -> Vec<&str> {
-    let Some((matchers, _)) = after.strip_prefix('{').and_then(|it| it.split_once('}')) else {
+    let Some((matchers, _)) = after.strip_prefix('{').and_then(|rest| rest.split_once('}')) else {
         return Vec::new();
     };
-    let names = matchers.split(", ").map(|it| it.split(['=', '!']).next().unwrap());
-    names.filter(|it| !it.is_empty()).collect()
+    let names = matchers.split(", ").map(|matcher| matcher.split(['=', '!']).next().unwrap());
+    names.filter(|name| !name.is_empty()).collect()
 }
 
 #[test]
@@ -234,7 +238,8 @@ fn every_board_can_be_filtered_refreshed_and_left_for_another() {
         assert_eq!((&link["keepTime"], &link["includeVars"]), (&json!(true), &json!(true)));
 
         let annotations = json["annotations"]["list"].as_array().unwrap();
-        let names: Vec<_> = annotations.iter().map(|it| it["name"].as_str().unwrap()).collect();
+        let names: Vec<_> =
+            annotations.iter().map(|annotation| annotation["name"].as_str().unwrap()).collect();
         assert_eq!(names, ["Reconnects", "Gaps", "Deploys"], "{name}");
 
         let variables = json["templating"]["list"].as_array().unwrap();
@@ -245,7 +250,8 @@ fn every_board_can_be_filtered_refreshed_and_left_for_another() {
             (&json!("datasource"), &json!("prometheus"))
         );
         assert_eq!(datasource["label"], "Data source", "{name}");
-        let names: Vec<_> = variables[1..].iter().map(|it| it["name"].as_str().unwrap()).collect();
+        let names: Vec<_> =
+            variables[1..].iter().map(|variable| variable["name"].as_str().unwrap()).collect();
         let expected: &[&str] =
             if name == "event-night" { &["job", "instance", "eid"] } else { &["job", "instance"] };
         assert_eq!(names, expected, "{name}");
@@ -292,7 +298,10 @@ fn every_panel_says_what_it_shows_and_in_which_unit() {
             assert_eq!(panel["datasource"]["uid"], "${datasource}", "{what}");
             assert!(panel["fieldConfig"]["defaults"]["unit"].is_string(), "{what}");
             let targets = panel["targets"].as_array().unwrap();
-            assert!(targets.iter().all(|it| it["datasource"]["uid"] == "${datasource}"), "{what}");
+            assert!(
+                targets.iter().all(|target| target["datasource"]["uid"] == "${datasource}"),
+                "{what}"
+            );
             assert!(!targets.is_empty(), "{what}");
         }
     }
@@ -314,7 +323,8 @@ fn every_query_can_be_filtered_and_takes_counters_as_rates() {
             for used in metrics_of(query, &exported) {
                 let Used { name, before, after } = used;
                 let metric = &exported[name].0;
-                let is_rate = ["rate(", "increase("].iter().any(|it| before.ends_with(it));
+                let is_rate =
+                    ["rate(", "increase("].iter().any(|function| before.ends_with(function));
                 assert_eq!(is_rate, metric.kind != "gauge", "{what}: {name}: {query}");
                 assert!(after.contains('{'), "{what}: {name}: {query}");
                 let own = |label: &&str| !["job", "instance", "le"].contains(label);
@@ -337,7 +347,7 @@ fn every_metric_is_on_a_board_or_in_a_rule() {
     let exported = exported();
     let mut unused: BTreeSet<&str> = exported.keys().map(String::as_str).collect();
     let boards = Board::all();
-    let rules = ["recording", "alerts"].map(|it| read(&format!("grafana/prometheus/{it}.yml")));
+    let rules = ["recording", "alerts"].map(|file| read(&format!("grafana/prometheus/{file}.yml")));
     let queries = boards.iter().flat_map(|board| {
         board.queries().map(|(_, query)| query).chain(board.other_queries()).collect::<Vec<_>>()
     });
@@ -370,7 +380,7 @@ fn alerts() -> Vec<(String, String)> {
 fn rule_tests() -> Vec<String> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("grafana/prometheus/tests");
     let entries = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name());
-    let mut names: Vec<_> = entries.map(|it| it.to_string_lossy().into_owned()).collect();
+    let mut names: Vec<_> = entries.map(|name| name.to_string_lossy().into_owned()).collect();
     names.sort();
     names.into_iter().map(|name| format!("grafana/prometheus/tests/{name}")).collect()
 }
@@ -422,7 +432,7 @@ fn every_alert_has_a_test_that_fires_one_that_does_not_and_a_section_of_the_runb
         assert!(of(false), "{name} keeps quiet in no test");
         let severity = ["critical", "warning"]
             .iter()
-            .any(|it| rule.contains(&format!("labels:\n          severity: {it}\n")));
+            .any(|severity| rule.contains(&format!("labels:\n          severity: {severity}\n")));
         assert!(severity, "{name} has no severity");
         for annotation in ["summary: ", "description: >-"] {
             assert!(rule.contains(&format!("          {annotation}")), "{name}: {annotation}");

@@ -30,7 +30,7 @@ fn rows(page: &str, heading: &str) -> Vec<Vec<String>> {
     let lines: Vec<&str> = text.lines().collect();
     let is_row =
         |number: &usize| lines[*number].starts_with("| ") && !lines[*number].starts_with("|-");
-    let is_head = |number: usize| lines.get(number + 1).is_some_and(|it| it.starts_with("|-"));
+    let is_head = |number: usize| lines.get(number + 1).is_some_and(|line| line.starts_with("|-"));
     (0..lines.len())
         .filter(|number| is_row(number) && !is_head(*number))
         .map(|number| {
@@ -54,7 +54,7 @@ fn texts(folder: &str, ending: &str) -> String {
         for path in paths {
             if path.is_dir() && !path.ends_with("node_modules") {
                 folders.push(path);
-            } else if path.extension().is_some_and(|it| it == ending)
+            } else if path.extension().is_some_and(|extension| extension == ending)
                 && !path.ends_with("security.rs")
             {
                 text.push_str(&fs::read_to_string(&path).unwrap());
@@ -99,8 +99,10 @@ fn every_threat_has_a_number_and_a_control_and_every_asked_number_a_threat() {
     let mut numbers = BTreeSet::new();
     for threat in &threats {
         let [_, cwe, control, _, _] = threat.as_slice() else { panic!("five cells: {threat:?}") };
-        let read: Vec<u32> =
-            cwe.split(", ").map(|it| it.parse().unwrap_or_else(|_| panic!("{threat:?}"))).collect();
+        let read: Vec<u32> = cwe
+            .split(", ")
+            .map(|number| number.parse().unwrap_or_else(|_| panic!("{threat:?}")))
+            .collect();
         assert!(!read.is_empty() && !control.is_empty(), "{threat:?}");
         numbers.extend(read);
     }
@@ -118,7 +120,9 @@ fn every_threat_has_a_number_and_a_control_and_every_asked_number_a_threat() {
 fn every_setting_that_the_paper_names_is_one_and_no_limit_is_missing() {
     let defaults: toml::Table = DEFAULTS.parse().unwrap();
     let is_setting = |name: &str| match name.split_once('.') {
-        Some((section, field)) => defaults.get(section).is_some_and(|it| it.get(field).is_some()),
+        Some((section, field)) => {
+            defaults.get(section).is_some_and(|table| table.get(field).is_some())
+        }
         None => defaults.contains_key(name),
     };
     for threat in rows("threats", "Threats") {

@@ -258,7 +258,8 @@ impl Given {
 }
 
 async fn play(name: &str, transcript: &Transcript, vsn: &str, wires: &Wires<'_>) {
-    let role = transcript.given.claims.as_ref().map_or("anon", |it| it["role"].as_str().unwrap());
+    let role =
+        transcript.given.claims.as_ref().map_or("anon", |claims| claims["role"].as_str().unwrap());
     let apikey = token::named(role);
     let mut peers = HashMap::new();
     peers.insert("A".to_owned(), wires.open(serializer_of(vsn), &apikey).await);
@@ -384,7 +385,7 @@ impl Peer {
                     }
                 };
                 match timeout(DEADLINE, next).await {
-                    Ok(None) => received.extend(batch.into_iter().map(|it| it.frame)),
+                    Ok(None) => received.extend(batch.into_iter().map(|queued| queued.frame)),
                     Ok(Some(due)) => socket.answer(due).await,
                     Err(_elapsed) => panic!("{at}: nothing arrives"),
                 }

@@ -41,7 +41,7 @@ async fn rounds(page: &mut Page, until: f64) -> Rounds {
 
 /// The same topics at each of these times.
 fn at(times: &[f64], topics: &[&str]) -> Rounds {
-    let topics: Vec<_> = topics.iter().map(|it| (*it).to_owned()).collect();
+    let topics: Vec<_> = topics.iter().map(|topic| (*topic).to_owned()).collect();
     times.iter().map(|at| (seconds(*at), topics.clone())).collect()
 }
 
@@ -337,7 +337,7 @@ async fn healed_of(page: &mut Page, count: usize) -> BTreeSet<String> {
 }
 
 fn set(topics: &[&str]) -> BTreeSet<String> {
-    topics.iter().map(|it| (*it).to_owned()).collect()
+    topics.iter().map(|topic| (*topic).to_owned()).collect()
 }
 
 /// A deaf client needs its topic most when something happens.

@@ -209,7 +209,7 @@ async fn a_notification_reaches_both_spellings_in_both_serializers_byte_for_byte
                 assert_eq!((&*user_event, &*bytes), ("news", payload));
                 received.insert(topic);
             }
-            assert_eq!(received, topics.iter().map(|it| format!("realtime:{it}")).collect());
+            assert_eq!(received, topics.iter().map(|topic| format!("realtime:{topic}")).collect());
         }
     }
     for (mut viewer, _) in viewers {
@@ -748,7 +748,7 @@ async fn only_service_role_writes_to_what_the_database_writes_to() {
     received.sort_by(|a, b| b.topic.cmp(&a.topic));
     assert_eq!(
         received,
-        topics[..2].iter().map(|it| invalidation(it, "{}")).collect::<Vec<_>>()[..]
+        topics[..2].iter().map(|topic| invalidation(topic, "{}")).collect::<Vec<_>>()[..]
     );
     reader.close().await;
     server.stop().await;

@@ -160,7 +160,8 @@ impl Scene {
     /// nothing before it: what waits to be sent would be merged with it.
     async fn tells_nothing<const N: usize>(&self, viewers: [(&mut Client, &str); N]) {
         let marker = json!({ "id": 0, "marker": fastrand::u32(..) });
-        let channels: BTreeSet<_> = viewers.iter().map(|it| it.1.replace(':', "_")).collect();
+        let channels: BTreeSet<_> =
+            viewers.iter().map(|(_, topic)| topic.replace(':', "_")).collect();
         for channel in channels {
             self.database.run(&format!("select pg_notify('{channel}', '{marker}')")).await;
         }
@@ -248,7 +249,7 @@ async fn told(viewer: &mut Client) -> Told {
     let text = |name: &str| payload[name].as_str().unwrap_or_default().to_owned();
     let listed = payload["endpoints"].as_array().expect("a list of endpoints");
     let endpoints: BTreeSet<_> =
-        listed.iter().map(|it| it.as_str().expect("an endpoint").to_owned()).collect();
+        listed.iter().map(|endpoint| endpoint.as_str().expect("an endpoint").to_owned()).collect();
     assert_eq!(endpoints.len(), listed.len(), "an endpoint twice: {payload}");
     let cause = text("cause").replace("closed", ENDED).replace("broken", ENDED);
     Told { topic, kind: text("type"), cause, endpoints }
@@ -284,7 +285,7 @@ async fn counts(server: &TestServer, metric: &str) -> BTreeMap<String, u64> {
     let (_, text) = TestServer::request(server.admin, "GET /metrics HTTP/1.1", "").await;
     let mut counts = BTreeMap::new();
     for line in text.lines() {
-        let Some(series) = line.strip_prefix(metric).and_then(|it| it.strip_prefix('{')) else {
+        let Some(series) = line.strip_prefix(metric).and_then(|rest| rest.strip_prefix('{')) else {
             continue;
         };
         let (labels, value) = series.split_once("} ").expect("labels and a value");
@@ -298,7 +299,7 @@ async fn counts(server: &TestServer, metric: &str) -> BTreeMap<String, u64> {
 /// How often whole events were caught up.
 async fn catch_ups(server: &TestServer) -> BTreeMap<String, u64> {
     let mut counts = counts(server, "tidegate_catch_ups_total").await;
-    counts.retain(|labels, _| !CAUSES_OF_JOINS.iter().any(|it| labels.contains(it)));
+    counts.retain(|labels, _| !CAUSES_OF_JOINS.iter().any(|cause| labels.contains(cause)));
     counts
 }
 
@@ -680,10 +681,11 @@ async fn a_gap_with_too_many_endpoints_ends_in_the_complete_list() {
     let mut scene = Scene::start().await;
     let [mut viewer, mut other] = scene.viewers().await;
     let endpoints: Vec<_> = (0..201).map(|n| format!("/live/event/AB3028/{n}")).collect();
-    let invalidate =
-        |it: &String| format!("select from manual_cache_invalidation('AB3028', '{it}');");
+    let invalidate = |endpoint: &String| {
+        format!("select from manual_cache_invalidation('AB3028', '{endpoint}');")
+    };
     scene.gap(&endpoints.iter().map(invalidate).collect::<String>()).await;
-    let all: Vec<_> = endpoints.iter().map(|it| &**it).chain(ALL).collect();
+    let all: Vec<_> = endpoints.iter().map(|endpoint| &**endpoint).chain(ALL).collect();
     is_caught_up(&mut viewer, TOPIC, ENDED, &all).await;
     scene.tells_nothing([(&mut viewer, TOPIC), (&mut other, OTHER_TOPIC)]).await;
     scene.has_counted(&[(ENDED, "exact", 1)]).await;

@@ -187,7 +187,7 @@ async fn a_file_goes_over_the_defaults_and_the_environment_over_the_file() {
     ];
     let said = run(&["config"], &variables).await;
     assert_eq!((said.code, &*said.err), (Some(0), ""));
-    let has = |line: &str| said.out.lines().any(|it| it == line);
+    let has = |line: &str| said.out.lines().any(|printed| printed == line);
     assert!(has("connections_max = 7"), "the file's: {}", said.out);
     assert!(has("channels_per_socket_max = 9"), "the environment's: {}", said.out);
     assert!(has("log = \"warn\""), "the environment's: {}", said.out);

@@ -120,8 +120,8 @@ async fn the_reply_precedes_every_broadcast_however_many_are_sent() {
         socket.handle([Serializer::V2.decode(frame).unwrap()]).await;
         let mut batch = Vec::new();
         outbox.drain(&mut batch).await.unwrap();
-        let first = batch.into_iter().next().map(|it| it.frame);
-        early = first.filter(|it| !it.to_text().unwrap().contains("phx_reply"));
+        let first = batch.into_iter().next().map(|queued| queued.frame);
+        early = first.filter(|frame| !frame.to_text().unwrap().contains("phx_reply"));
         if early.is_some() {
             break;
         }

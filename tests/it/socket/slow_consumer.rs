@@ -24,7 +24,7 @@ const RESYNC: [&str; 3] =
 const NARROW: usize = 300;
 
 fn told(cause: &str, endpoints: &[&str]) -> (String, Vec<String>) {
-    (cause.to_owned(), endpoints.iter().map(|it| (*it).to_owned()).collect())
+    (cause.to_owned(), endpoints.iter().map(|endpoint| (*endpoint).to_owned()).collect())
 }
 
 async fn conflations(server: &TestServer, method: &str) -> (f64, f64) {
@@ -209,7 +209,7 @@ async fn a_viewer_that_reads_too_late_stays_and_hears_of_every_endpoint() {
             flood.send().await;
         }
         let (mut missed, mut told): (BTreeSet<_>, _) =
-            ((1..=flood.sent).map(|it| it.to_string()).collect(), Value::Null);
+            ((1..=flood.sent).map(|number| number.to_string()).collect(), Value::Null);
         while !missed.is_empty() {
             told = slow.broadcast().await.1["payload"].take();
             for endpoint in endpoints(&told) {

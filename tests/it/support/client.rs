@@ -154,7 +154,7 @@ impl Client {
             json!({ "type": "broadcast", "event": "cache_invalidation", "payload": fields });
         assert_eq!(envelope, expected);
         let causes = ["fresh", "held", "returned", "unknown"];
-        assert!(causes.iter().any(|it| cause == it), "{envelope}");
+        assert!(causes.iter().any(|known| cause == known), "{envelope}");
         assert!(payload["timestamp"].is_f64(), "{envelope}");
         let endpoints: Vec<String> = serde_json::from_value(payload["endpoints"].clone()).unwrap();
         assert!(endpoints.starts_with(&resync(eid)), "{envelope}");
@@ -172,7 +172,7 @@ impl Client {
         let first: Vec<String> = serde_json::from_value(payload["endpoints"].take()).unwrap();
         assert!(listed.starts_with(&first), "{envelope}");
         let eid = &sub_topic[CACHE.len() + 1..];
-        assert!(resync(eid).iter().all(|it| listed.contains(it)), "{envelope}");
+        assert!(resync(eid).iter().all(|endpoint| listed.contains(endpoint)), "{envelope}");
         payload["endpoints"] = endpoints.clone();
         payload["timestamp"] = timestamp.clone();
         payload["merged"] = 1.into();

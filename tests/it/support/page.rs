@@ -144,7 +144,9 @@ impl Page {
             tokio::select! {
                 biased;
                 drained = self.outbox.drain(&mut batch) => match drained.unwrap() {
-                    Drained::Frames(_) => self.arrived.extend(batch.into_iter().map(|it| it.frame)),
+                    Drained::Frames(_) => {
+                        self.arrived.extend(batch.into_iter().map(|queued| queued.frame));
+                    }
                     Drained::Behind(replaceable) => self.socket.conflate(replaceable),
                     Drained::Nudged => self.socket.review(),
                 },

@@ -85,8 +85,9 @@ impl Serving {
         let mut out = BufReader::new(child.stdout.take().unwrap());
         let mut line = String::new();
         timeout(DEADLINE, out.read_line(&mut line)).await.expect("it listens in time").unwrap();
-        let addresses = line.strip_prefix("listening public=").and_then(|it| it.strip_suffix('\n'));
-        let Some((public, admin)) = addresses.and_then(|it| it.split_once(" admin=")) else {
+        let addresses =
+            line.strip_prefix("listening public=").and_then(|text| text.strip_suffix('\n'));
+        let Some((public, admin)) = addresses.and_then(|text| text.split_once(" admin=")) else {
             let output = child.wait_with_output().await.unwrap();
             panic!("said {line:?}, then {}", String::from_utf8_lossy(&output.stderr));
         };

@@ -131,7 +131,8 @@ async fn forward(
     let (client_read, client_write) = client.into_split();
     let (server_read, server_write) = server.into_split();
     let up = pump(client_read, server_write, state.clone(), |state, bytes| {
-        let says = |words: &str| bytes.windows(words.len()).any(|it| it == words.as_bytes());
+        let says =
+            |words: &str| bytes.windows(words.len()).any(|window| window == words.as_bytes());
         let is_held = state.hold_at.is_some_and(says);
         if is_held {
             seen.send_modify(|seen| seen.held_by_order = state.order);

@@ -52,7 +52,7 @@ pub(crate) async fn answer(stream: &mut TcpStream) -> Answer {
         let head = String::from_utf8(bytes).unwrap();
         let status = head.split(' ').nth(1).unwrap().parse().unwrap();
         let mut answer = Answer { status, head, body: String::new() };
-        let length = answer.header("content-length").map_or(0, |it| it.parse().unwrap());
+        let length = answer.header("content-length").map_or(0, |length| length.parse().unwrap());
         let mut body = vec![0; length];
         stream.read_exact(&mut body).await.unwrap();
         answer.body = String::from_utf8(body).unwrap();

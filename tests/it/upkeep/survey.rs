@@ -110,7 +110,7 @@ impl Scene {
             loop {
                 let now = self.deployed().await;
                 assert_eq!(now.len(), right.len());
-                found = now.into_iter().filter(|(name, it)| right[name] != *it).collect();
+                found = now.into_iter().filter(|(name, value)| right[name] != *value).collect();
                 if found.iter().map(|(name, _)| name).eq(expected) {
                     return;
                 }
@@ -139,7 +139,7 @@ async fn what_is_broken_moves_its_own_series_and_they_go_back() {
         assert_eq!(*value, expected, "{name}");
     }
     let pending = "tidegate_database_migrations_pending".to_owned();
-    let votes = ["DELETE", "INSERT", "UPDATE"].map(|it| trigger("votes", it));
+    let votes = ["DELETE", "INSERT", "UPDATE"].map(|operation| trigger("votes", operation));
     for (fault, repair, expected) in [
         ("drop trigger cache_invalidate_votes_trigger on votes", "", votes.to_vec()),
         (
@@ -184,7 +184,7 @@ async fn a_table_that_is_dropped_takes_its_series_along() {
     let gone = async { while scene.deployed().await.len() != right.len() - 3 {} };
     assert!(timeout(DEADLINE, gone).await.is_ok());
     let left = scene.deployed().await;
-    assert!(left.keys().all(|it| !it.contains("artwork_offers")), "{left:?}");
+    assert!(left.keys().all(|series| !series.contains("artwork_offers")), "{left:?}");
     scene.server.stop().await;
 }
 
@@ -194,7 +194,7 @@ async fn writes_that_nobody_is_told_of_are_seen_in_the_difference() {
     // Nothing of what was there before.
     let counted = scene.series(&["writes_total", "history_rows_total"]).await;
     assert_eq!(counted.len(), 9 + 11);
-    assert!(counted.values().all(|it| *it == 0.0), "{counted:?}");
+    assert!(counted.values().all(|count| *count == 0.0), "{counted:?}");
     scene.run(&format!("{} {}", scene.database.shape.vote(), bid(ART, 5))).await;
     scene.has_counted("votes", 1, 1).await;
     scene.has_counted("bids", 1, 1).await;
