@@ -62,13 +62,10 @@ rust:
 doctests:
 	cargo test --locked --doc
 
-# One build more, of our own crate alone, is for the proof that the chaos run finds what is missed.
 client:
-	cargo build --locked --features without-catch-up
-	cp target/debug/tidegate target/debug/tidegate-without-catch-up
 	cargo build --locked
 	npm ci --prefix tests/js --ignore-scripts --no-audit --no-fund --loglevel=error
-	TIDEGATE_BIN_WITHOUT_CATCH_UP=$(CURDIR)/target/debug/tidegate-without-catch-up npm test --prefix tests/js
+	npm test --prefix tests/js
 
 bench-short:
 	cargo test --locked --bench reach -- --short

@@ -193,9 +193,6 @@ impl Gaps {
     /// Offers one invalidation to each feed of which something is known to be missed, and the
     /// complete list to each of which nothing is known, one feed after the other.
     fn offer(&self, cause: GapCause, covered: &Covered, missed: Option<&HashMap<String, Missed>>) {
-        if cfg!(feature = "without-catch-up") {
-            return;
-        }
         let (all, cause) = (self.feeds.all(), CatchUpCause::from(cause));
         let has_heard = |heard: Heard| all.iter().any(|feed| feed.heard() == heard);
         // Where nothing was heard of an event itself, its notifications are taken to be like those

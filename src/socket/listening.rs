@@ -46,9 +46,6 @@ impl Channel {
         let (Some(feed), Some(subscription)) = (&self.target.feed, &self.subscription) else {
             return;
         };
-        if cfg!(feature = "without-catch-up") {
-            return;
-        }
         let feeds = &context.shared.feeds;
         if self.listening.as_ref().is_some_and(|listening| !listening.is_active()) {
             feed.owe();

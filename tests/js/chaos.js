@@ -6,7 +6,7 @@
 //
 // Ends with 0 if nothing was missed, 1 if invalidations are missing and nothing else is wrong, 2 if
 // something else is. CONVERGENCE is how many seconds after the last fault everybody must have been
-// told, and TRANSCRIPT names a file for all that was seen.
+// told, TRANSCRIPT names a file for all that was seen, and CONFIG a settings file of the gateway.
 
 import { mkdirSync, writeFileSync } from 'node:fs';
 import { dirname, resolve } from 'node:path';

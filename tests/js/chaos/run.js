@@ -120,6 +120,7 @@ export class Run {
     this.#link = await Line.open(() => ({ path: `${folder}/.s.PGSQL.5432` }));
     this.#gateway = new Gateway({
       ...SETTINGS,
+      ...(process.env.CONFIG && { CONFIG: process.env.CONFIG }),
       DATABASE_URL: `postgres://postgres@127.0.0.1:${this.#link.port}/postgres?sslmode=disable`,
     });
     this.#gateway.onEnd = (how) => this.#end(new Error(`the gateway ended by itself: ${how}`));
