@@ -464,3 +464,16 @@ async fn a_scrape_is_of_the_text_format_and_shows_no_secret() {
     client.ends().await;
     server.stop().await;
 }
+
+#[tokio::test]
+async fn every_metric_has_the_prefix_or_is_the_process() {
+    let server = TestServer::start();
+    let (status, text) = TestServer::request(server.admin, "GET /metrics HTTP/1.1", "").await;
+    assert_eq!(status, 200);
+    let names: Vec<_> = text.lines().filter_map(|line| line.strip_prefix("# TYPE ")).collect();
+    assert!(names.len() > 25, "{names:?}");
+    for name in names {
+        assert!(name.starts_with("tidegate_") || name.starts_with("process_"), "{name}");
+    }
+    server.stop().await;
+}
