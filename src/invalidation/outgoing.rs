@@ -49,8 +49,8 @@ pub(super) struct Outgoing {
 }
 
 impl Outgoing {
-    /// Composes the message of a union that names `endpoints`, of which some are not the union's own if
-    /// `is_extended`. It is the newest invalidation as it came if there is nothing to change.
+    /// Composes the message of a union, which names `endpoints`; some of them are not the union's own
+    /// if `is_extended`. If nothing changes, the message is the newest invalidation as it came.
     pub(super) fn of(
         union: Union,
         template: &Template,

@@ -101,8 +101,8 @@ impl Listens {
         self.wait
     }
 
-    /// Holds a NOTIFY channel, and has it listened to. Its
-    /// notifications go to the `target` of the first holder.
+    /// Holds a NOTIFY channel, and has it listened to. Its notifications go to the `target` of the
+    /// first holder.
     ///
     /// # Errors
     /// [`ListenError`], which is counted; the event's other sources still reach its viewers.

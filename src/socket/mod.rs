@@ -3,8 +3,8 @@
 //! Invariants: messages of one topic are handled in their order, also while its join waits for a
 //! LISTEN, its refusal for the delay, or its channel for the database's policies; other topics go on
 //! meanwhile. A socket holds at most `channels_per_socket_max` channels and as many refusals that
-//! wait; what waits behind them has a bound of its own, see [`pending`]. A socket that ends without a leave leaves a record of each topic that the database tells
-//! of.
+//! wait; what waits behind them has a bound of its own, see [`pending`]. A socket that ends without a
+//! leave leaves a record of each topic that the database tells of.
 
 mod broadcast;
 mod channel;

@@ -2,8 +2,8 @@
 //!
 //! Invariants: all series of a closed set exist at zero from the start, so that a rate over a
 //! counter sees its first increment, and each is resolved once: where something is counted, a short
-//! search finds its series. Nothing here knows what is measured, and there is no static: two servers of one
-//! process count apart.
+//! search finds its series. Nothing here knows what is measured, and there is no static: two servers
+//! of one process count apart.
 
 use std::marker::PhantomData;
 
