@@ -2,23 +2,13 @@
 
 use std::time::Duration;
 
-use serde::Deserialize;
 use tokio::time::{Instant, sleep, timeout_at};
 
 use super::gateway::Gateway;
-use crate::{clock::duration, hub::outbox::Ended, upkeep};
+use crate::{hub::outbox::Ended, upkeep};
 
 /// What everything else may take once the sockets are closed, however long that took.
 const STOP_TIMEOUT: Duration = Duration::from_secs(2);
-
-/// `[drain]`: the orderly end.
-#[derive(Debug, Clone, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Drain {
-    /// Within so long all sockets are closed, in jittered batches.
-    #[serde(deserialize_with = "duration")]
-    pub timeout: Duration,
-}
 
 /// Sends what waits for its window, closes all sockets in jittered batches, then ends everything,
 /// within the drain's time.

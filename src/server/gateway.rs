@@ -11,9 +11,8 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use uuid::Uuid;
 
 use super::{
-    drain::Drain,
     reload::{Reload, ReloadError},
-    settings::Config,
+    settings::{Config, Drain},
 };
 use crate::{
     access::{Access, Rules},

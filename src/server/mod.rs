@@ -17,13 +17,12 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
+use self::{drain::drain, gateway::Tasks};
 pub use self::{
-    drain::Drain,
     gateway::Gateway,
     reload::{Read, ReloadError},
-    settings::{Config, ConfigError},
+    settings::{Config, ConfigError, Drain},
 };
-use self::{drain::drain, gateway::Tasks};
 use crate::{
     admin,
     auth::jwks::JwksError,

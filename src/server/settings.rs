@@ -6,16 +6,16 @@
 mod load;
 mod show;
 
-use std::net::SocketAddr;
+use std::{net::SocketAddr, time::Duration};
 
 use serde::Deserialize;
 
 pub use self::show::Effective;
-use super::drain::Drain;
 use crate::{
     access::{self, Rule, Topics},
     admin,
     auth::{self, TrustSettings, jwks},
+    clock::duration,
     db,
     limits::{self, NetworkSettings},
     policies,
@@ -83,6 +83,15 @@ pub struct Config {
 #[derive(Debug, thiserror::Error)]
 #[error("{}", .0.join("\n"))]
 pub struct ConfigError(pub Vec<String>);
+
+/// `[drain]`: the orderly end.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Drain {
+    /// Within so long all sockets are closed, in jittered batches.
+    #[serde(deserialize_with = "duration")]
+    pub timeout: Duration,
+}
 
 impl Config {
     /// Returns the built-in settings alone.

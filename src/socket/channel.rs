@@ -10,14 +10,13 @@ use std::{sync::Arc, time::Duration};
 use tokio::time::Instant;
 
 use super::{
+    answers::Answers,
     metrics::{Dropped, EndReason, JoinResult, OpenChannel},
-    private::Answers,
     shared::Shared,
-    tokens::authorize,
 };
 use crate::{
-    access::{Captures, Found, Reason, Rule, Rules, Verdict},
-    auth::Token,
+    access::{AccessRequest, Action, Captures, Decision, Found, Reason, Rule, Rules, Verdict},
+    auth::{Token, TokenError},
     clock::unix_now,
     hub::{Subscription, outbox::Outbox},
     invalidation::ClientHistory,
@@ -317,4 +316,32 @@ impl Channel {
         self.complain(context, refusal.text());
         Next::Ended(EndReason::Token)
     }
+}
+
+/// Decides about reading, and returns the token that it was decided by: where that of the client
+/// has ended and the topic has a rule, the connection's or, if that has ended as well, none at all.
+pub(super) fn authorize(
+    context: Context<'_>,
+    (rules, found): (&Rules, &Found),
+    sub_topic: &str,
+    privacy: Privacy,
+    verified: Result<Arc<Token>, TokenError>,
+) -> (Decision, Option<Arc<Token>>) {
+    let auth = &context.shared.auth;
+    let fallback = verified.is_err().then(|| {
+        auth.recheck(context.apikey, unix_now(), auth.leeway())
+            .unwrap_or_else(|_has_ended| Arc::clone(auth.anonymous()))
+    });
+    let decision = rules.decide_found(
+        found,
+        &AccessRequest {
+            action: Action::Read,
+            sub_topic,
+            privacy,
+            token: verified.as_ref().map(|token| &token.claims),
+            fallback: fallback.as_ref().map(|token| &token.claims),
+        },
+    );
+    let token = if decision.fell_back { fallback } else { verified.ok() };
+    (decision, token)
 }

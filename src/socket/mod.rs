@@ -6,6 +6,7 @@
 //! wait; what waits behind them has a bound of its own, see [`pending`]. A socket that ends without a
 //! leave leaves a record of each topic that the database tells of.
 
+mod answers;
 mod broadcast;
 mod channel;
 mod listening;

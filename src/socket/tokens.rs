@@ -8,11 +8,11 @@ use std::sync::Arc;
 use serde_json::Value;
 
 use super::{
-    channel::{Channel, Context, Next},
+    channel::{Channel, Context, Next, authorize},
     metrics::{Dropped, Refresh},
 };
 use crate::{
-    access::{AccessRequest, Action, Decision, Found, Rules, Verdict},
+    access::{Decision, Found, Verdict},
     auth::{Token, TokenError},
     clock::unix_now,
     invalidation::ClientHistory,
@@ -20,7 +20,6 @@ use crate::{
         error_code::Refusal,
         message::{Message, Payload},
         payload::OPAQUE_KEY_PREFIX,
-        topic::Privacy,
     },
     telemetry::audit::Audit,
 };
@@ -174,32 +173,4 @@ impl Channel {
         }
         decided
     }
-}
-
-/// Decides about reading, and returns the token that it was decided by: where that of the client
-/// has ended and the topic has a rule, the connection's or, if that has ended as well, none at all.
-pub(super) fn authorize(
-    context: Context<'_>,
-    (rules, found): (&Rules, &Found),
-    sub_topic: &str,
-    privacy: Privacy,
-    verified: Result<Arc<Token>, TokenError>,
-) -> (Decision, Option<Arc<Token>>) {
-    let auth = &context.shared.auth;
-    let fallback = verified.is_err().then(|| {
-        auth.recheck(context.apikey, unix_now(), auth.leeway())
-            .unwrap_or_else(|_has_ended| Arc::clone(auth.anonymous()))
-    });
-    let decision = rules.decide_found(
-        found,
-        &AccessRequest {
-            action: Action::Read,
-            sub_topic,
-            privacy,
-            token: verified.as_ref().map(|token| &token.claims),
-            fallback: fallback.as_ref().map(|token| &token.claims),
-        },
-    );
-    let token = if decision.fell_back { fallback } else { verified.ok() };
-    (decision, token)
 }

@@ -1,7 +1,7 @@
 //! Rules of the house that are text: which module may name what, and what no file may say.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     fs,
     path::{Path, PathBuf},
 };
@@ -247,6 +247,35 @@ fn a_child_names_its_siblings_and_never_the_face_of_its_room() {
         }
     }
     expect_none("what children share is a file of its own", &found);
+}
+
+#[test]
+fn the_files_of_a_room_form_no_circle() {
+    let files = code();
+    let mut names: BTreeMap<(&str, &str), BTreeSet<String>> = BTreeMap::new();
+    for file in &files {
+        let parts: Vec<_> = file.path.split('/').collect();
+        if let [_, room, child] = parts[..]
+            && child != "mod.rs"
+        {
+            let code: Vec<_> = file.code().map(|(_, line)| line).collect();
+            let code = code.join("\n").replace("crate::", "elsewhere::");
+            let siblings = named(&code.replace("super::", "crate::"));
+            names.insert((room, child.trim_end_matches(".rs")), siblings);
+        }
+    }
+    assert!(names.len() > 100, "{} files", names.len());
+    // Take away whatever names nothing that is left: a circle is what stays.
+    loop {
+        let left: BTreeSet<_> = names.keys().copied().collect();
+        names.retain(|(room, _), siblings| {
+            siblings.iter().any(|sibling| left.contains(&(*room, sibling.as_str())))
+        });
+        if names.len() == left.len() {
+            break;
+        }
+    }
+    assert!(names.is_empty(), "circles among {names:?}");
 }
 
 #[test]
