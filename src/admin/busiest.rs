@@ -92,7 +92,8 @@ impl Busiest {
                     rank(a, &of_a).cmp(&rank(b, &of_b))
                 });
                 // Nor will one that is less busy find a place.
-                let Some(weakest) = weakest.filter(|it| row(eid).displaces(&row(it))).cloned()
+                let Some(weakest) =
+                    weakest.filter(|place| row(eid).displaces(&row(place))).cloned()
                 else {
                     break;
                 };
@@ -155,7 +156,7 @@ mod tests {
             let text = String::from_utf8(self.registry.render()).unwrap();
             let name = format!("tidegate_{metric}{{eid=\"");
             let series = text.lines().filter_map(|line| line.strip_prefix(&*name));
-            let series = series.map(|it| it.split_once("\"} ").unwrap());
+            let series = series.map(|line| line.split_once("\"} ").unwrap());
             series.map(|(eid, value)| (eid.to_owned(), value.parse().unwrap())).collect()
         }
     }

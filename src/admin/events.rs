@@ -136,7 +136,7 @@ pub(super) async fn invalidate(
         None => None,
     };
     let events = known_or_new(shared, &eid)?;
-    let missed = endpoint.as_deref().map(|it| Endpoints::from([it.into()]));
+    let missed = endpoint.as_deref().map(|text| Endpoints::from([text.into()]));
     let mut viewers = 0;
     for event in &events {
         viewers += viewer_count(shared, event);

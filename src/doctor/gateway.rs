@@ -248,9 +248,10 @@ async fn keys(context: &Context) -> (Seen, Option<Authenticator>) {
     let left_out = authenticator.unusable_keys();
     let unusable = Unusable::VARIANTS
         .iter()
-        .map(|reason| (reason.label(), left_out.iter().filter(|it| *it == reason).count()))
+        .map(|reason| (reason.label(), left_out.iter().filter(|other| *other == reason).count()))
         .find(|(_, count)| *count > 0);
-    let is_short = |it: &&crate::secret::Secret| (1..SECRET_BYTES_MIN).contains(&it.expose().len());
+    let is_short =
+        |secret: &&crate::secret::Secret| (1..SECRET_BYTES_MIN).contains(&secret.expose().len());
     let can_verify = secrets.iter().any(|secret| !secret.is_empty())
         || KeySource::VARIANTS.iter().any(|from| authenticator.key_count(*from) > 0);
     let seen = if let Err(error) = read {

@@ -332,7 +332,7 @@ mod tests {
     #[test]
     fn names_are_kebab_case_and_each_is_one_checks() {
         let mut names: Vec<_> = Check::ALL.iter().map(|check| check.name()).collect();
-        let is_kebab = |it: &&str| it.bytes().all(|b| b.is_ascii_lowercase() || b == b'-');
+        let is_kebab = |name: &&str| name.bytes().all(|b| b.is_ascii_lowercase() || b == b'-');
         assert!(names.iter().all(is_kebab));
         names.sort_unstable();
         names.dedup();

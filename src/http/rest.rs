@@ -78,7 +78,7 @@ async fn batch(shared: &Shared, request: Request, caller: Caller) -> Response {
         messages.iter().map(|message| RestMessage::check(message, bytes_max)).collect();
     if checked.iter().any(Result::is_err) {
         let errors: Vec<_> =
-            checked.into_iter().map(|it| it.err().unwrap_or_else(|| json!({}))).collect();
+            checked.into_iter().map(|message| message.err().unwrap_or_else(|| json!({}))).collect();
         return invalid(&json!({ "messages": errors }));
     }
     let decide = |message: RestMessage| (sender.decide(&message.topic, message.privacy), message);
@@ -355,7 +355,8 @@ pub(super) fn target(rest: &str) -> Option<(String, String)> {
 /// The status of the response; see [`exchange::body`].
 async fn body(shared: &Shared, request: Request) -> Result<Bytes, StatusCode> {
     let time = shared.limits.settings().body_timeout;
-    let is_small = request.body().size_hint().upper().is_some_and(|it| it <= SMALL_BODY_BYTES);
+    let is_small =
+        request.body().size_hint().upper().is_some_and(|bytes| bytes <= SMALL_BODY_BYTES);
     let read = async {
         let _permit = if is_small { None } else { Some(shared.bodies.acquire().await) };
         exchange::body(request, BODY_BYTES_MAX, time).await

@@ -264,7 +264,7 @@ impl Encoded<'_> {
             Serializer::V2 => &self.v2,
         };
         frames.get_or_init(|| {
-            let encode = |it| serializer.encode_broadcast(self.topic, it);
+            let encode = |broadcast| serializer.encode_broadcast(self.topic, broadcast);
             self.broadcasts.iter().filter_map(encode).collect()
         })
     }

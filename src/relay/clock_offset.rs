@@ -96,7 +96,7 @@ mod tests {
 
     #[test]
     fn a_stamp_is_as_old_as_the_two_clocks_say() {
-        let age = |payload: &str, offset| age(payload, NOW, offset).map(|it| it.as_secs_f64());
+        let age = |payload: &str, offset| age(payload, NOW, offset).map(|age| age.as_secs_f64());
         is_about(age(r#"{"timestamp":1789999999.75}"#, 0.0).unwrap(), 0.25);
         // The database is five seconds ahead, and then behind.
         is_about(age(r#"{"a":[],"timestamp":1790000004.75}"#, 5.0).unwrap(), 0.25);

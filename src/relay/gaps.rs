@@ -86,7 +86,8 @@ impl Gaps {
         probe: &Probe,
     ) -> Result<(), sqlx::Error> {
         let failures = probe.failures.as_ref().map(|(_, failures)| &**failures).unwrap_or_default();
-        let (kept, lost): (Vec<_>, Vec<_>) = failures.iter().partition(|it| it.is_in_history);
+        let (kept, lost): (Vec<_>, Vec<_>) =
+            failures.iter().partition(|failure| failure.is_in_history);
         if !lost.is_empty() {
             self.metrics.gap_begins(GapCause::TriggerFailure);
         }
@@ -97,9 +98,9 @@ impl Gaps {
         self.learn(listener, self.listens.covered()).await?;
         let covered = with_feeds(self.listens.covered());
         if !lost.is_empty() {
-            let is_unknown = lost.iter().any(|it| it.eid.is_none());
+            let is_unknown = lost.iter().any(|failure| failure.eid.is_none());
             let is_lost = |feed: &Feed| {
-                is_unknown || lost.iter().any(|it| it.eid.as_deref() == Some(feed.eid()))
+                is_unknown || lost.iter().any(|failure| failure.eid.as_deref() == Some(feed.eid()))
             };
             let touched: Vec<_> =
                 covered.iter().filter(|(_, feed)| is_lost(feed)).cloned().collect();

@@ -78,7 +78,9 @@ impl Ingest {
             while let Some(first) = rest.next() {
                 let Notification { channel, pid, payload, received } = first;
                 let mut payloads = vec![(payload, received)];
-                while let Some(next) = rest.next_if(|it| it.channel == channel && it.pid == pid) {
+                while let Some(next) =
+                    rest.next_if(|next| next.channel == channel && next.pid == pid)
+                {
                     payloads.push((next.payload, next.received));
                 }
                 self.handle(&channel, payloads, pid).await;

@@ -343,10 +343,12 @@ impl ListenSession<'_> {
         let changes = listens.changes(settings.linger);
         for channels in changes.listen.chunks(LISTENS_PER_STATEMENT) {
             self.run(|listener| {
-                Box::pin(async move { listener.listen_all(channels.iter().map(|it| &**it)).await })
+                Box::pin(async move {
+                    listener.listen_all(channels.iter().map(|channel| &**channel)).await
+                })
             })
             .await?;
-            let relayed = channels.iter().filter_map(|it| listens.relayed(it)).collect();
+            let relayed = channels.iter().filter_map(|channel| listens.relayed(channel)).collect();
             self.run(|listener| Box::pin(gaps.learn(listener, relayed))).await?;
             for relayed in listens.activate(channels) {
                 if let Some(feed) = relayed.target.feed.as_ref().filter(|feed| feed.take_owed()) {

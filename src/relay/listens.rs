@@ -132,7 +132,8 @@ impl Listens {
             let mut state = self.state.lock();
             let State { wanted, held } = &mut *state;
             let entry = wanted.get(&channel);
-            let (is_new, is_held) = (entry.is_none(), entry.is_some_and(|it| it.holders > 0));
+            let (is_new, is_held) =
+                (entry.is_none(), entry.is_some_and(|wanted| wanted.holders > 0));
             if !is_held && *held >= self.max || is_new && wanted.len() >= 2 * self.max {
                 return Err(ListenError::Full);
             }
@@ -221,8 +222,8 @@ impl Listens {
     /// The channels that were listened to, by this session or an earlier one.
     pub(super) fn covered(&self) -> Vec<Arc<Relayed>> {
         let state = self.state.lock();
-        let covered = state.wanted.values().filter(|it| it.covered_since.is_some());
-        covered.map(|it| Arc::clone(&it.relayed)).collect()
+        let covered = state.wanted.values().filter(|wanted| wanted.covered_since.is_some());
+        covered.map(|wanted| Arc::clone(&wanted.relayed)).collect()
     }
 
     /// Records that not everything on the channel has been heard up to now.
@@ -239,7 +240,7 @@ impl Listens {
 
     /// Whether the channel is listened to.
     pub(crate) fn is_active(&self, channel: &str) -> bool {
-        self.state.lock().wanted.get(channel).is_some_and(|it| *it.active.borrow())
+        self.state.lock().wanted.get(channel).is_some_and(|wanted| *wanted.active.borrow())
     }
 
     /// Records that no channel is listened to: the session is gone.

@@ -105,7 +105,7 @@ impl Socket {
         self
     }
 
-    /// Does what a client's messages ask for, one after the other; answers through the outbox.
+    /// Handles a client's messages in their order. Replies go to the outbox.
     pub async fn handle(&mut self, messages: impl IntoIterator<Item = Message>) {
         let mut messages = messages.into_iter().peekable();
         while let Some(message) = messages.next() {
@@ -126,7 +126,8 @@ impl Socket {
                     // Neighbours on one topic are fanned out together.
                     let topic = message.topic.clone();
                     let mut pushes = vec![message];
-                    let is_next = |it: &Message| &*it.event == "broadcast" && it.topic == topic;
+                    let is_next =
+                        |next: &Message| &*next.event == "broadcast" && next.topic == topic;
                     while let Some(next) = messages.next_if(is_next) {
                         pushes.push(next);
                     }
@@ -141,7 +142,7 @@ impl Socket {
         }
     }
 
-    /// Waits until the answer is there that a topic waits for; [`Self::answer`] takes it.
+    /// Waits until a topic's answer has arrived; [`Self::answer`] takes it.
     ///
     /// # Cancel safety
     /// Nothing is lost.
@@ -149,7 +150,7 @@ impl Socket {
         self.pending.due().await
     }
 
-    /// Does what a topic has waited for, then handles what came after it.
+    /// Takes the answer that a topic has waited for, then handles the messages kept behind it.
     pub async fn answer(&mut self, due: Due) {
         let Due { topic, answer } = due;
         let Some(Slot::Waiting(waiting)) = self.channels.remove(&topic) else {
@@ -209,7 +210,8 @@ impl Socket {
         self.each_channel(Channel::review);
     }
 
-    /// Tells the client what has changed on a topic whose messages it was too slow for.
+    /// Pushes one message that names what has changed on a topic whose messages were dropped,
+    /// because the client was too slow.
     pub fn conflate(&self, behind: Replaceable) {
         for slot in self.channels.values() {
             let channel = match slot {
@@ -390,7 +392,7 @@ impl Socket {
             Answer::Reads(reads) => channel.take_reads(self.context(), reads),
             Answer::Writes(writes) => {
                 if let Err(reason) = channel.take_writes(writes) {
-                    let is_other = |it: &Message| &*it.event != "broadcast";
+                    let is_other = |message: &Message| &*message.event != "broadcast";
                     let count = backlog.iter().position(is_other).unwrap_or(backlog.len());
                     for _ in backlog.drain(..count) {
                         self.shared.metrics.dropped.of(reason).inc();
@@ -416,7 +418,7 @@ impl Socket {
         async move {
             let reads = policies.read(query, presence).await;
             if let Some(refused_at) = refused_at
-                && (is_refused_anyway || !reads.as_ref().is_ok_and(|it| it.any()))
+                && (is_refused_anyway || !reads.as_ref().is_ok_and(|reads| reads.any()))
             {
                 sleep_until(refused_at).await;
             }
@@ -540,7 +542,7 @@ impl Socket {
         self.expires_at = ends.min().unwrap_or(i64::MAX);
     }
 
-    /// Does what is left to do for a channel after an event.
+    /// Ends a channel, or asks its policies, as its last event requires.
     fn settle(&mut self, topic: &str, next: Next) {
         if next == Next::Open {
             return;

@@ -109,7 +109,7 @@ impl Channel {
         let fault = verified.as_ref().err().map(TokenError::label);
         let (decision, token) = self.authorize(context, verified);
         let had_read = self.may_read;
-        let is_same = token.as_ref().is_some_and(|it| Arc::ptr_eq(it, &self.token));
+        let is_same = token.as_ref().is_some_and(|token| Arc::ptr_eq(token, &self.token));
         let is_private = decision.verdict == Verdict::Policies;
         if !is_same || !is_private && had_read != decision.is_allowed() {
             let token = token.as_deref().unwrap_or(&self.token);

@@ -53,7 +53,7 @@ pub(crate) trait Label<const N: usize = 1>: Sized {
 /// An enum without data: each variant is a value, by the name that `strum` gives it.
 impl<T: VariantArray + Copy + Into<&'static str>> Label for T {
     fn all() -> impl Iterator<Item = [&'static str; 1]> {
-        T::VARIANTS.iter().map(|it| [(*it).into()])
+        T::VARIANTS.iter().map(|value| [(*value).into()])
     }
 
     fn values(&self) -> [&'static str; 1] {
@@ -76,7 +76,7 @@ where
 
 impl<E: VariantNames> Label for Named<E> {
     fn all() -> impl Iterator<Item = [&'static str; 1]> {
-        E::VARIANTS.iter().map(|it| [*it])
+        E::VARIANTS.iter().map(|value| [*value])
     }
 
     fn values(&self) -> [&'static str; 1] {
@@ -99,7 +99,7 @@ where
 
 impl<E: VariantNames> Label for OkOr<E> {
     fn all() -> impl Iterator<Item = [&'static str; 1]> {
-        ["ok"].into_iter().chain(E::VARIANTS.iter().copied()).map(|it| [it])
+        ["ok"].into_iter().chain(E::VARIANTS.iter().copied()).map(|value| [value])
     }
 
     fn values(&self) -> [&'static str; 1] {
@@ -365,7 +365,7 @@ mod tests {
 
     impl Label<2> for Pair {
         fn all() -> impl Iterator<Item = [&'static str; 2]> {
-            Colour::VARIANTS.iter().map(|it| Self(*it).values())
+            Colour::VARIANTS.iter().map(|colour| Self(*colour).values())
         }
 
         fn values(&self) -> [&'static str; 2] {

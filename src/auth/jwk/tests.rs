@@ -36,9 +36,9 @@ fn a_document_is_an_object_with_a_list_of_at_most_64_keys() {
         let key = |at| json!({ "kty": "oct", "kid": format!("{at}"), "k": "A".repeat(43) });
         (0..count).map(key).collect::<Vec<_>>().into()
     };
-    assert_eq!(parse(&keys(64), KeySource::File).map(|it| it.key_count()), Ok(64));
+    assert_eq!(parse(&keys(64), KeySource::File).map(|keys| keys.key_count()), Ok(64));
     assert_eq!(parse(&keys(65), KeySource::File).err(), Some(DocumentError::TooMany));
-    assert_eq!(parse(&json!([]), KeySource::Url).map(|it| it.key_count()), Ok(0));
+    assert_eq!(parse(&json!([]), KeySource::Url).map(|keys| keys.key_count()), Ok(0));
 }
 
 #[test]
@@ -83,7 +83,8 @@ fn each_reason_to_leave_a_key_out_is_named() {
         (with("oth", json!([])), "private"),
     ];
     for (key, reason) in cases {
-        let expected: Vec<_> = Some(reason).filter(|it| !it.is_empty()).into_iter().collect();
+        let expected: Vec<_> =
+            Some(reason).filter(|reason| !reason.is_empty()).into_iter().collect();
         assert_eq!(reasons(&json!([key]), KeySource::File), expected, "{key}");
     }
     let twice = json!([rsa_key(), rsa_key()]);

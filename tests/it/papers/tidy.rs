@@ -52,7 +52,7 @@ fn sources(folder: &str, ending: &str) -> Vec<Source> {
                 if path.file_name().is_some_and(|name| name != "node_modules" && name != "target") {
                     folders.push(path);
                 }
-            } else if path.extension().is_some_and(|it| it == ending) {
+            } else if path.extension().is_some_and(|found| found == ending) {
                 let text = fs::read_to_string(&path).unwrap();
                 let path = path.strip_prefix(root).unwrap().to_string_lossy().into_owned();
                 found.push(Source { path, text });
@@ -94,8 +94,10 @@ fn the_protocol_uses_no_runtime_clock_chance_or_io() {
         "parking_lot",
         "tracing",
     ];
-    let files: Vec<_> =
-        sources("src", "rs").into_iter().filter(|it| it.path.starts_with("src/protocol")).collect();
+    let files: Vec<_> = sources("src", "rs")
+        .into_iter()
+        .filter(|file| file.path.starts_with("src/protocol"))
+        .collect();
     assert!(files.len() > 5, "{} files", files.len());
     for file in files {
         // Its own time, and the frames of the WebSocket library, whose name begins like the runtime's.
@@ -124,7 +126,7 @@ fn map() -> Vec<Room> {
         let cells: Vec<_> = row.split(" | ").collect();
         let name = cells[0].trim_end_matches("`]").trim_start_matches("mod@").to_owned();
         let may_name = cells[2].trim_end_matches('|').split(',').map(str::trim);
-        let may_name = may_name.filter(|it| !it.is_empty()).map(str::to_owned).collect();
+        let may_name = may_name.filter(|name| !name.is_empty()).map(str::to_owned).collect();
         Room { name, may_name }
     })
     .collect()
@@ -184,8 +186,8 @@ fn a_room_may_name_only_rooms_above_it() {
         }
     }
     let mut folders: Vec<_> =
-        sources("src", "rs").iter().map(|it| room_of(&it.path).to_owned()).collect();
-    folders.retain(|it| it != "lib" && it != "main");
+        sources("src", "rs").iter().map(|file| room_of(&file.path).to_owned()).collect();
+    folders.retain(|room| room != "lib" && room != "main");
     folders.sort_unstable();
     folders.dedup();
     let mut rooms: Vec<_> = map.into_iter().map(|room| room.name).collect();
@@ -231,9 +233,10 @@ fn a_child_names_its_siblings_and_never_the_face_of_its_room() {
         }
         let is_sibling = |name: &str| {
             let place = format!("src/{room}/{name}");
-            files.iter().any(|it| {
-                it.path == format!("{place}.rs") || it.path.starts_with(&format!("{place}/"))
-            })
+            let folder = format!("{place}/");
+            files
+                .iter()
+                .any(|file| file.path == format!("{place}.rs") || file.path.starts_with(&folder))
         };
         let code: Vec<_> = file.code().map(|(_, line)| line).collect();
         let code = code.join("\n");
