@@ -25,6 +25,11 @@ impl Source {
         lines.take_while(move |(_, line)| !is_test(line)).filter(is_code)
     }
 
+    /// The code as one text.
+    fn text(&self) -> String {
+        self.code().map(|(_, line)| line).collect::<Vec<_>>().join("\n")
+    }
+
     /// Where the code, or the whole text, names one of these.
     fn naming<'a>(
         lines: impl Iterator<Item = (usize, &'a str)>,
@@ -202,8 +207,12 @@ fn a_room_names_what_its_row_of_the_map_allows_and_the_row_allows_no_more() {
     let mut used: BTreeSet<(String, String)> = BTreeSet::new();
     for file in code() {
         let Some(room) = map.iter().find(|room| room.name == room_of(&file.path)) else { continue };
-        let code: Vec<_> = file.code().map(|(_, line)| line).collect();
-        for name in named(&code.join("\n")) {
+        let mut code = file.text();
+        if file.path.ends_with("/mod.rs") || file.path == format!("src/{}.rs", room.name) {
+            // The parent of a room's face is the crate itself.
+            code = code.replace("super::", "crate::");
+        }
+        for name in named(&code) {
             if room.may_name.contains(&name) {
                 used.insert((room.name.clone(), name));
             } else if name != room.name {
@@ -227,8 +236,18 @@ fn a_child_names_its_siblings_and_never_the_face_of_its_room() {
     let mut found = Vec::new();
     for file in &files {
         let parts: Vec<_> = file.path.split('/').collect();
-        let [_, room, child] = parts[..] else { continue };
+        let [_, room, child, ..] = parts[..] else { continue };
         if child == "mod.rs" {
+            continue;
+        }
+        let code = file.text();
+        if named(&code).contains(room) {
+            found.push(format!("{} names its own room from outside: write super::", file.path));
+        }
+        if parts.len() > 3 {
+            if code.contains("super::super::") {
+                found.push(format!("{} names what is above its parent", file.path));
+            }
             continue;
         }
         let is_sibling = |name: &str| {
@@ -238,11 +257,6 @@ fn a_child_names_its_siblings_and_never_the_face_of_its_room() {
                 .iter()
                 .any(|file| file.path == format!("{place}.rs") || file.path.starts_with(&folder))
         };
-        let code: Vec<_> = file.code().map(|(_, line)| line).collect();
-        let code = code.join("\n");
-        if named(&code).contains(room) {
-            found.push(format!("{} names its own room from outside: say super::", file.path));
-        }
         for name in named(&code.replace("crate::", "elsewhere::").replace("super::", "crate::")) {
             if !is_sibling(&name) {
                 found.push(format!("{} names {room}::{name}", file.path));
@@ -261,8 +275,7 @@ fn the_files_of_a_room_form_no_circle() {
         if let [_, room, child] = parts[..]
             && child != "mod.rs"
         {
-            let code: Vec<_> = file.code().map(|(_, line)| line).collect();
-            let code = code.join("\n").replace("crate::", "elsewhere::");
+            let code = file.text().replace("crate::", "elsewhere::");
             let siblings = named(&code.replace("super::", "crate::"));
             names.insert((room, child.trim_end_matches(".rs")), siblings);
         }
@@ -281,6 +294,32 @@ fn the_files_of_a_room_form_no_circle() {
     assert!(names.is_empty(), "circles among {names:?}");
 }
 
+/// Else the rules above would not see who names whom.
+#[test]
+fn nothing_names_a_room_by_another_name() {
+    let mut found = Vec::new();
+    for file in code() {
+        let names = ["crate as ", "super as ", "#[path = \".", "#[path = \"/", "include!("];
+        found.extend(Source::naming(file.code(), &file.path, &names));
+        let hands_on = |(_, line): &(usize, &str)| {
+            line.trim_start().starts_with("pub") && line.contains(" use crate::")
+        };
+        found.extend(Source::naming(file.code().filter(hands_on), &file.path, &["use"]));
+        let lines: Vec<_> = file.text.lines().collect();
+        for (number, pair) in lines.windows(2).enumerate() {
+            if pair[0] == "#[cfg(test)]" && !pair[1].contains("mod tests") {
+                found.push(format!("{}:{}: only tests may be left out", file.path, number + 2));
+            }
+        }
+        if file.path == "src/lib.rs" {
+            let is_room = |line: &str| line.ends_with(';') && line.contains("mod ");
+            let other = file.code().filter(|(_, line)| !line.is_empty() && !is_room(line));
+            found.extend(Source::naming(other, &file.path, &[""]));
+        }
+    }
+    expect_none("a room is named by its own name", &found);
+}
+
 #[test]
 fn a_library_is_named_where_it_is_at_home() {
     let files = code();
@@ -293,6 +332,7 @@ fn a_library_is_named_where_it_is_at_home() {
             }
         };
         forbid(!is_in(file, &["telemetry"]), "prometheus::");
+        forbid(!is_in(file, &["telemetry"]), "use prometheus");
         forbid(!is_in(file, &["protocol", "hub", "http", "wire_client"]), "tokio_tungstenite");
         let is_stateless = [
             "clock",
@@ -352,7 +392,10 @@ fn select_stands_in_few_files() {
         let is_command =
             ["src/demo", "src/bench"].iter().any(|command| file.path.starts_with(command));
         if !is_command && !allowed.contains(&&*file.path) {
-            expect_none("no select! here", &Source::naming(file.code(), &file.path, &["select!"]));
+            expect_none(
+                "no select! here",
+                &Source::naming(file.code(), &file.path, &["select!", "tokio::select"]),
+            );
         }
     }
 }
