@@ -35,10 +35,9 @@ impl Target {
         if rule.listen.is_none() {
             return;
         }
-        let spellings: Arc<[TopicKey]> = rule.spellings(captures).collect();
         self.spellings = match &self.feed {
-            Some(feed) if *feed.topics() == spellings => Arc::clone(feed.topics()),
-            Some(_) | None => spellings,
+            Some(feed) if feed.is_spelled_by(rule) => Arc::clone(feed.topics()),
+            Some(_) | None => rule.spellings(captures).collect(),
         };
     }
 }

@@ -124,6 +124,12 @@ impl Feed {
         &self.topics
     }
 
+    /// Returns whether the rule, which is one of this feed's topics, spells them all as the feed
+    /// does: texts that the same patterns match have the same captures.
+    pub(crate) fn is_spelled_by(&self, rule: &Rule) -> bool {
+        self.template.rule.pattern == rule.pattern
+    }
+
     /// Offers every broadcast that is an invalidation; `notified` is given for what came from the
     /// database.
     pub(super) fn offer_all(
