@@ -103,7 +103,7 @@ impl Channel {
             &self.find(&rules),
             &AccessRequest {
                 action: Action::Write,
-                sub_topic: self.sub_topic_text(),
+                sub_topic: self.sub_topic(),
                 privacy: self.privacy(),
                 token: Ok(&self.token.claims),
                 fallback: None,

@@ -162,8 +162,7 @@ impl Channel {
         metrics.join_seconds.observe(self.asked_at.elapsed().as_secs_f64());
         self.open = Some(metrics.open_channel());
         if !self.config.bindings.is_empty() {
-            let payload =
-                system_error("postgres_changes", NO_POSTGRES_CHANGES, self.sub_topic_text());
+            let payload = system_error("postgres_changes", NO_POSTGRES_CHANGES, self.sub_topic());
             self.push(context, "system", &payload);
             // They were echoed; nothing needs them again.
             self.config.bindings = Vec::new();
@@ -213,12 +212,7 @@ impl Channel {
     }
 
     /// The topic without its prefix.
-    pub(super) fn sub_topic(&self) -> Arc<str> {
-        Arc::clone(&self.target.topic.sub_topic)
-    }
-
-    /// The topic without its prefix.
-    pub(super) fn sub_topic_text(&self) -> &str {
+    pub(super) fn sub_topic(&self) -> &Arc<str> {
         &self.target.topic.sub_topic
     }
 
@@ -236,7 +230,7 @@ impl Channel {
     /// of the last decision.
     pub(super) fn find(&self, rules: &Arc<Rules>) -> Found {
         if !Arc::ptr_eq(rules, &self.rules) {
-            return rules.find(self.sub_topic_text());
+            return rules.find(self.sub_topic());
         }
         match &self.rule {
             Some((rule, captures)) => Found::Rule(Arc::clone(rule), Arc::clone(captures)),
@@ -308,7 +302,7 @@ impl Channel {
 
     /// Pushes a `system` text about this channel.
     pub(super) fn complain(&self, context: Context<'_>, text: &str) {
-        self.push(context, "system", &system_error("system", text, self.sub_topic_text()));
+        self.push(context, "system", &system_error("system", text, self.sub_topic()));
     }
 
     /// Tells the client why its channel ends.

@@ -457,7 +457,7 @@ impl Socket {
             None => channel.open(context, reference, history),
         }
         if channel.is_listened() {
-            self.shared.recovery.healing.note_joined(&channel.sub_topic());
+            self.shared.recovery.healing.note_joined(channel.sub_topic());
         }
         self.expires_at = self.expires_at.min(channel.expires_at(self.shared.auth.grace()));
         self.channels.insert(channel.topic().into(), Slot::Joined(Box::new(channel)));

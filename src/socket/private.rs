@@ -43,7 +43,7 @@ impl Channel {
     pub(super) fn query(&self, headers: &Arc<str>) -> PolicyQuery {
         PolicyQuery {
             token: Arc::clone(&self.token),
-            sub_topic: self.sub_topic(),
+            sub_topic: Arc::clone(self.sub_topic()),
             headers: Arc::clone(headers),
         }
     }
@@ -53,7 +53,7 @@ impl Channel {
     /// # Errors
     /// [`Refusal`] if nothing may be read, or the policies gave no answer.
     pub(super) fn admit_by(mut self, reads: Result<Allowed, QueryError>) -> Result<Self, Refusal> {
-        let sub_topic = self.sub_topic_text();
+        let sub_topic = self.sub_topic();
         let reads = reads.map_err(|error| error.refuse(sub_topic))?;
         if !reads.any() {
             return Err(Refusal::unauthorized(sub_topic));
@@ -81,18 +81,18 @@ impl Channel {
         let reads = match reads {
             Ok(reads) => reads,
             Err(error @ QueryError::Policy { .. }) => {
-                return self.end_with(context, &error.refuse(self.sub_topic_text()));
+                return self.end_with(context, &error.refuse(self.sub_topic()));
             }
             Err(error) => {
-                self.complain(context, error.refuse(self.sub_topic_text()).text());
+                self.complain(context, error.refuse(self.sub_topic()).text());
                 return Next::Ended(EndReason::Unanswered);
             }
         };
         if !reads.any() {
-            return self.end_with(context, &Refusal::unauthorized(self.sub_topic_text()));
+            return self.end_with(context, &Refusal::unauthorized(self.sub_topic()));
         }
         if (had.broadcast && !reads.broadcast) || (had.presence && !reads.presence) {
-            let sub_topic = self.sub_topic_text();
+            let sub_topic = self.sub_topic();
             let text = format!(
                 "You no longer have permission to read from this Channel topic: {sub_topic}"
             );

@@ -55,7 +55,7 @@ impl Channel {
     /// # Errors
     /// [`Refusal`] if the join would be refused by now.
     pub(super) fn confirm(&mut self, context: Context<'_>) -> Result<(), Refusal> {
-        let (sub_topic, auth) = (self.sub_topic(), &context.shared.auth);
+        let (sub_topic, auth) = (Arc::clone(self.sub_topic()), &context.shared.auth);
         let verified = auth.recheck(&self.token, unix_now(), auth.leeway());
         let rules = context.shared.access.rules();
         let found = self.find(&rules);
@@ -105,7 +105,7 @@ impl Channel {
         context: Context<'_>,
         verified: Result<Arc<Token>, TokenError>,
     ) -> Next {
-        let sub_topic = self.sub_topic();
+        let sub_topic = Arc::clone(self.sub_topic());
         let fault = verified.as_ref().err().map(TokenError::label);
         let (decision, token) = self.authorize(context, verified);
         let had_read = self.may_read;
@@ -157,7 +157,7 @@ impl Channel {
         let rules = context.shared.access.rules();
         let found = self.find(&rules);
         let (sub_topic, privacy) = (self.sub_topic(), self.privacy());
-        let decided = authorize(context, (&rules, &found), &sub_topic, privacy, verified);
+        let decided = authorize(context, (&rules, &found), sub_topic, privacy, verified);
         match (&self.rule, &decided.0.rule) {
             (Some((rule, _)), Some((new, captures))) if rule.listen == new.listen => {
                 if !Arc::ptr_eq(rule, new) {
