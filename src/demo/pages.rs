@@ -19,7 +19,7 @@ use hyper::{
 use serde_json::json;
 use sqlx::PgPool;
 
-use crate::http::{Answering, Request, Response, content, empty, object};
+use crate::http::{Answering, Request, Response, content, empty, message, not_found};
 
 use super::{example::EVENTS, live::Endpoint};
 
@@ -112,8 +112,7 @@ impl Site {
     /// Answers requests from memory; `Err` is an endpoint that the database answers.
     fn route(&self, request: &Request) -> Result<Response, Endpoint> {
         if !matches!(*request.method(), Method::GET | Method::HEAD) {
-            let mut answer =
-                object(StatusCode::METHOD_NOT_ALLOWED, &json!({ "message": "method not allowed" }));
+            let mut answer = message(StatusCode::METHOD_NOT_ALLOWED, "method not allowed");
             answer.headers_mut().insert(header::ALLOW, HeaderValue::from_static("GET, HEAD"));
             return Ok(answer);
         }
@@ -161,18 +160,13 @@ async fn live(endpoint: &Endpoint, pool: &PgPool) -> Response {
         Ok(None) => not_found(),
         Err(error) => {
             tracing::warn!(?endpoint, error = &error as &dyn Error, "cannot read an endpoint");
-            let body = json!({ "message": "the database does not answer" });
-            object(StatusCode::SERVICE_UNAVAILABLE, &body)
+            message(StatusCode::SERVICE_UNAVAILABLE, "the database does not answer")
         }
     }
 }
 
 fn json_text(text: String) -> Response {
     content(StatusCode::OK, "application/json; charset=utf-8", text)
-}
-
-fn not_found() -> Response {
-    object(StatusCode::NOT_FOUND, &json!({ "message": "not found" }))
 }
 
 fn guarded(mut answer: Response) -> Response {

@@ -88,19 +88,12 @@ impl Refused {
 /// Reads a request's body.
 ///
 /// # Errors
-/// 413 for more than `bytes_max`, 400 for one that breaks off, 408 for one that is not there after
-/// `time`.
-pub(crate) async fn body(
-    request: Request,
-    bytes_max: usize,
-    time: Duration,
-) -> Result<Bytes, StatusCode> {
-    let read = Limited::new(request.into_body(), bytes_max).collect();
-    match timeout(time, read).await {
-        Ok(Ok(body)) => Ok(body.to_bytes()),
-        Ok(Err(error)) if error.is::<LengthLimitError>() => Err(StatusCode::PAYLOAD_TOO_LARGE),
-        Ok(Err(_broken)) => Err(StatusCode::BAD_REQUEST),
-        Err(_elapsed) => Err(StatusCode::REQUEST_TIMEOUT),
+/// 413 for more than `bytes_max`, 400 for one that breaks off. The caller sets the deadline.
+pub(crate) async fn body(request: Request, bytes_max: usize) -> Result<Bytes, StatusCode> {
+    match Limited::new(request.into_body(), bytes_max).collect().await {
+        Ok(body) => Ok(body.to_bytes()),
+        Err(error) if error.is::<LengthLimitError>() => Err(StatusCode::PAYLOAD_TOO_LARGE),
+        Err(_broken) => Err(StatusCode::BAD_REQUEST),
     }
 }
 

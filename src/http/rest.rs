@@ -352,14 +352,14 @@ pub(super) fn target(rest: &str) -> Option<(String, String)> {
 /// Reads the whole body. Large ones are read a few at a time.
 ///
 /// # Errors
-/// The status of the response; see [`exchange::body`].
+/// The status of the response: those of [`exchange::body`], and 408 after the deadline.
 async fn body(shared: &Shared, request: Request) -> Result<Bytes, StatusCode> {
     let time = shared.limits.settings().body_timeout;
     let is_small =
         request.body().size_hint().upper().is_some_and(|bytes| bytes <= SMALL_BODY_BYTES);
     let read = async {
         let _permit = if is_small { None } else { Some(shared.bodies.acquire().await) };
-        exchange::body(request, BODY_BYTES_MAX, time).await
+        exchange::body(request, BODY_BYTES_MAX).await
     };
     timeout(time, read).await.unwrap_or(Err(StatusCode::REQUEST_TIMEOUT))
 }
