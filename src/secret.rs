@@ -5,7 +5,7 @@ use std::fmt;
 use subtle::ConstantTimeEq;
 
 /// A secret of the settings. Its `Debug` is `<hidden>`.
-#[derive(Clone, PartialEq, Eq, Default, serde::Deserialize)]
+#[derive(Clone, Default, serde::Deserialize)]
 #[serde(transparent)]
 pub struct Secret(String);
 
@@ -20,17 +20,7 @@ impl Secret {
     /// the length of `text` alone.
     #[must_use]
     pub fn is(&self, text: &str) -> bool {
-        let (given, wanted) = (text.as_bytes(), self.0.as_bytes());
-        if wanted.is_empty() {
-            return false;
-        }
-        // The secret is repeated, so that the time tells nothing about its length.
-        let repeated = wanted.iter().cycle();
-        let same = given
-            .iter()
-            .zip(repeated)
-            .fold(given.len().ct_eq(&wanted.len()), |same, (a, b)| same & a.ct_eq(b));
-        same.into()
+        is_same(text.bytes(), self.0.as_bytes())
     }
 
     /// The secret itself.
@@ -52,6 +42,17 @@ impl fmt::Debug for Secret {
     }
 }
 
+/// Compares every byte of `given`, however early the first difference is; `wanted` is repeated, so
+/// that the time tells nothing about its length. Nothing is equal to an empty `wanted`.
+fn is_same(given: impl ExactSizeIterator<Item = u8>, wanted: &[u8]) -> bool {
+    if wanted.is_empty() {
+        return false;
+    }
+    let length = given.len().ct_eq(&wanted.len());
+    let bytes = given.zip(wanted.iter().cycle());
+    bytes.fold(length, |same, (a, b)| same & a.ct_eq(b)).into()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -64,6 +65,20 @@ mod tests {
             assert!(!secret.is(text), "{text}");
         }
         assert!(!Secret::default().is("") && !Secret::default().is("a"));
+    }
+
+    /// A comparison that stops at the first difference, or at a wrong length, reads less.
+    #[test]
+    fn a_text_is_read_to_its_end_wherever_it_differs() {
+        let secret = "abcdefgh";
+        for text in
+            ["abcdefgh", "xbcdefgh", "abcdefgx", "abcdexgh", "a", "x", "abcdefghi", "xxxxxxxxxxxx"]
+        {
+            let mut read = 0;
+            let bytes = text.bytes().inspect(|_| read += 1);
+            assert_eq!(is_same(bytes, secret.as_bytes()), text == secret, "{text}");
+            assert_eq!(read, text.len(), "{text}");
+        }
     }
 
     #[test]

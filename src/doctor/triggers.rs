@@ -179,7 +179,7 @@ async fn dry_run(
         return Err(Seen::skipped("the migrations have not run: see role-rights"));
     }
     let config = &context.config;
-    let is_same = config.migrate_url() == config.pool_url();
+    let is_same = config.migrate_url().is(config.pool_url().expose());
     let (mut owner, setting) = if is_same {
         (None, "TIDEGATE_DATABASE_URL")
     } else {

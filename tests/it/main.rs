@@ -55,6 +55,7 @@ mod socket {
     mod join;
     mod leave;
     mod slow_consumer;
+    mod waiting;
 }
 mod http {
     mod handshake;

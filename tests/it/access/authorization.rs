@@ -19,7 +19,7 @@ use tidegate::{
 use tokio::time::Instant;
 
 use crate::support::{
-    client::Client,
+    client::{Client, invalidations},
     page::{Page, browser},
     server::{DEADLINE, TestServer, config},
     token,
@@ -172,9 +172,21 @@ async fn a_server_does_what_the_table_says() {
                 client.hears(&row.topic, json!({ "by": name })).await;
             }
             client.expect_nothing().await;
+            if row.rule.as_deref() == Some("cache") && row.write[name].starts_with("refused") {
+                for frame in invalidations(Serializer::V2, "1", &topic, "/forged") {
+                    client.send_frame(frame).await;
+                }
+                client.expect_nothing().await;
+            }
             client.close().await;
         }
     }
+    // What may not be written is not remembered for those who come later, either.
+    let mut late = Client::connect(&server, Serializer::V2).await;
+    late.join_only("cache_invalidate_AB3028", json!({})).await;
+    let endpoints = late.caught_up("cache_invalidate_AB3028").await;
+    assert!(!endpoints.contains(&"/forged".to_owned()), "{endpoints:?}");
+    late.close().await;
     server.stop().await;
 }
 
@@ -195,34 +207,112 @@ async fn a_public_join_of_an_ordinary_topic_is_refused_where_only_private_ones_a
     server.stop().await;
 }
 
-/// Probing tells nothing: what is forbidden, what only looks like a topic and what is not served
-/// are answered by the same text at the same moment, to the millisecond of a clock that stands.
+/// Topics that are forbidden, that only look like a rule's and that are not served.
+const CLOSED: [&str; 9] = [
+    "sms-+14165550100",
+    "sms-nobody",
+    "active-campaigns",
+    "active-campaigns-2",
+    "admin-settings",
+    "admin-no-such-thing",
+    "cache_invalidate_AB 3028",
+    "event_offers_x_y",
+    "room-1",
+];
+
+/// Every counter and gauge that is not zero.
+fn counted(server: &TestServer) -> BTreeMap<String, f64> {
+    let text = String::from_utf8(server.gateway.registry.render()).unwrap();
+    let series = text.lines().filter(|line| !line.starts_with('#'));
+    let series = series.filter_map(|line| line.rsplit_once(' '));
+    series.map(|(name, value)| (name.to_owned(), value.parse().unwrap())).collect()
+}
+
+/// Probing tells nothing: such topics are answered by the same text at the same moment, and cost
+/// the same work. The clock stands, so that it moves only where something waits: the delay is all
+/// that an answer waits for, however long it is.
 #[tokio::test(start_paused = true)]
 async fn unknown_and_forbidden_topics_are_answered_alike_in_text_and_time() {
-    let mut config = config();
-    config.protocol.error_delay = Duration::from_millis(700);
-    config.topics.allow_other = false;
-    let server = TestServer::start_with(config);
-    let mut answers = BTreeSet::new();
-    for sub_topic in [
-        "sms-+14165550100",
-        "sms-nobody",
-        "active-campaigns",
-        "active-campaigns-2",
-        "admin-settings",
-        "admin-no-such-thing",
-        "cache_invalidate_AB 3028",
-        "event_offers_x_y",
-        "room-1",
-    ] {
-        let mut page = Page::open(&server.gateway, browser(1));
-        let asked = Instant::now();
-        page.ask("1", sub_topic).await;
-        let answer = page.message_until(asked + DEADLINE).await.expect("an answer");
-        answers.insert((asked.elapsed(), answer.to_string().replace(sub_topic, "<sub>")));
+    for delay in [0, 1, 700, 2900].map(Duration::from_millis) {
+        let mut config = config();
+        config.protocol.error_delay = delay;
+        config.topics.allow_other = false;
+        let server = TestServer::start_with(config);
+        let mut answers = Vec::new();
+        for privacy in [false, true] {
+            for sub_topic in CLOSED {
+                let mut page = Page::open(&server.gateway, browser(1));
+                let before = counted(&server);
+                let asked = Instant::now();
+                let payload = json!({ "config": { "private": privacy } });
+                let topic = format!("realtime:{sub_topic}");
+                page.send(json!(["1", "1", topic, "phx_join", payload])).await;
+                let answer = page.message_until(asked + DEADLINE).await.expect("an answer");
+                assert_eq!(asked.elapsed(), delay, "{sub_topic}");
+                let mut work = counted(&server);
+                work.retain(|series, value| {
+                    let was = before.get(series).copied().unwrap_or_default();
+                    *value -= was;
+                    *value != 0.0 && !series.contains("process_")
+                });
+                answers.push((work, answer.to_string().replace(sub_topic, "<sub>")));
+            }
+        }
+        let (first, rest) = answers.split_first().unwrap();
+        assert!(first.0.keys().any(|series| series.starts_with("tidegate_joins_total{")));
+        for other in rest {
+            assert_eq!(other, first);
+        }
+        server.stop().await;
     }
-    let answers: Vec<_> = answers.into_iter().collect();
-    let [(after, _)] = answers.as_slice() else { panic!("{answers:#?}") };
-    assert_eq!(*after, Duration::from_millis(700));
+}
+
+/// The moment tells nothing of the reason, either: whatever the join lacks, it is refused when the
+/// delay is over.
+#[tokio::test(start_paused = true)]
+async fn every_refusal_comes_when_the_delay_is_over_and_not_before() {
+    let delay = Duration::from_millis(700);
+    let mut config = config();
+    config.protocol.error_delay = delay;
+    config.limits.channels_per_socket_max = 1;
+    config.limits.joins_per_second_max = 1;
+    let server = TestServer::start_with(config);
+    let exp = unix_now() + 3600;
+    let ended = token::with_claims(json!({ "role": "anon", "exp": unix_now() - 3600 }));
+    let mut reasons = BTreeSet::new();
+    // As many at once as a minute of joins allows, which the last one exceeds.
+    let many = (0..60).map(|n| (format!("many-{n}"), json!({ "config": {} })));
+    let mut asked = vec![
+        ("active-campaigns".to_owned(), json!({})),
+        (String::new(), json!({})),
+        ("room".to_owned(), json!({ "access_token": "garbage" })),
+        ("room".to_owned(), json!({ "access_token": ended })),
+        ("room".to_owned(), json!({ "access_token": token::with_claims(json!({})) })),
+        (
+            "room".to_owned(),
+            json!({ "access_token": token::forged(&json!({ "role": "anon", "exp": exp })) }),
+        ),
+        ("room".to_owned(), json!({ "config": { "private": true } })),
+        ("room".to_owned(), json!({ "config": 5 })),
+    ];
+    asked.extend(many);
+    for (sub_topic, payload) in asked {
+        let mut page = Page::open(&server.gateway, browser(1));
+        let at = Instant::now();
+        let topic = format!("realtime:{sub_topic}");
+        page.send(json!(["1", "1", topic, "phx_join", payload])).await;
+        if sub_topic.starts_with("many-0") {
+            // It has joined: what is refused then is the second channel.
+            page.expect_ok("1", &sub_topic).await;
+            page.ask("2", "one-too-many").await;
+        }
+        let answer = page.message_until(at + DEADLINE).await.expect("an answer");
+        if answer[4]["status"] == "error" {
+            assert_eq!(at.elapsed(), delay, "{answer}");
+            let reason = answer[4]["response"]["reason"].as_str().unwrap();
+            reasons.insert(reason.split(':').next().unwrap().to_owned());
+        }
+    }
+    assert!(reasons.len() >= 7, "{reasons:?}");
     server.stop().await;
 }

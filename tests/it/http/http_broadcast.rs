@@ -474,43 +474,77 @@ async fn topic_and_event_of_a_single_message_are_percent_decoded() {
     server.stop().await;
 }
 
-/// Only the database and `service_role` write to the topics of the rules.
+/// Only the database and `service_role` write to the topics of the rules. An invalidation that is
+/// denied must not be merged, either: it would leave with the next one.
 #[tokio::test]
 async fn a_rules_topic_is_written_by_whom_the_rule_names() {
-    let server = TestServer::start();
+    let server = TestServer::start_with(config_of_long_windows());
     let mut client = Client::connect(&server, Serializer::V1).await;
     client.join(CACHE).await;
     client.join("room").await;
-    let message =
-        |topic: &str, n: u64| json!({ "topic": topic, "event": "e", "payload": { "n": n } });
+    let (path_of, json) =
+        (|topic: &str, rest: &str| format!("/api/broadcast/{topic}/{rest}"), "{}");
+    let forged = json!({ "type": "forged", "endpoints": ["/forged"] });
+    let forgery = |topic: &str, event: &str, private: Value| json!({ "topic": topic, "event": event, "payload": forged, "private": private });
     let denied = "tidegate_dropped_total{reason=\"write_denied\"}";
+    let mut attempts = 0.0;
     for role in ["anon", "authenticated"] {
         // Of a batch the rest is delivered, and the answer is the same.
-        let body = json!({ "messages": [message(CACHE, 1), message("room", 2)] }).to_string();
+        let mut messages = Vec::new();
+        for topic in [CACHE, "cache_invalidate:AB3028"] {
+            for event in ["e", "cache_invalidation"] {
+                for private in [json!(null), json!(true)] {
+                    messages.push(forgery(topic, event, private));
+                    attempts += 1.0;
+                }
+                for (query, kind) in [("", "json"), ("?private=true", "json"), ("", "octet-stream")]
+                {
+                    let path = path_of(topic, &format!("events/{event}{query}"));
+                    let kind = format!("content-type: application/{kind}");
+                    let request = post(&path, &[&apikey(role), &kind], forged.to_string());
+                    let answer = ask(&server, request).await;
+                    assert_eq!(answer.status, 403, "{path}");
+                    assert_eq!(answer.json(), json!({ "message": "Unauthorized" }));
+                    attempts += 1.0;
+                }
+            }
+        }
+        messages.push(json!({ "topic": "room", "event": "e", "payload": { "n": 2 } }));
+        let body = json!({ "messages": messages }).to_string();
         let answer = ask(&server, post(BATCH, &[&apikey(role)], body)).await;
         assert!(is_accepted(&answer), "{answer:?}");
         client.hears("room", json!({ "n": 2 })).await;
-        let path = format!("/api/broadcast/{CACHE}/events/e");
-        let answer = ask(&server, post(&path, &[&apikey(role)], "{}")).await;
-        assert_eq!(answer.status, 403);
-        assert_eq!(answer.json(), json!({ "message": "Unauthorized" }));
     }
-    assert_eq!(server.metric(denied).await, 4.0);
-    let path = format!("/api/broadcast/{CACHE}/events/e");
+    assert_eq!(server.metric(denied).await, attempts);
+    let path = path_of(CACHE, "events/e");
     let answer = ask(&server, post(&path, &[&apikey("service_role")], r#"{"n":3}"#)).await;
     assert!(is_accepted(&answer), "{answer:?}");
     client.hears(CACHE, json!({ "n": 3 })).await;
     server.publish(CACHE, &json!({ "n": 4 })).await;
     client.hears(CACHE, json!({ "n": 4 })).await;
+    // The first invalidation that may be written leaves as it came.
+    let path = path_of(CACHE, "events/cache_invalidation");
+    let payload = json!({ "type": "t", "endpoints": ["/true"] });
+    let request = post(&path, &[&apikey("service_role")], payload.to_string());
+    assert!(is_accepted(&ask(&server, request).await));
+    assert_eq!(client.broadcast().await.1["payload"], payload);
+    client.repeated(CACHE, payload).await;
     // Nobody writes what looks like a rule's topic, and what the rules close to all.
     for topic in
         ["cache_invalidate_", "cache_invalidate_AB.3028", "sms-+14165550100", "active-campaigns"]
     {
-        let path = format!("/api/broadcast/{topic}/events/e");
-        let answer = ask(&server, post(&path, &[&apikey("service_role")], "{}")).await;
+        let path = path_of(topic, "events/e");
+        let answer = ask(&server, post(&path, &[&apikey("service_role")], json)).await;
         assert_eq!(answer.status, 403, "{topic}");
+        attempts += 1.0;
     }
-    assert_eq!(server.metric(denied).await, 8.0);
+    assert_eq!(server.metric(denied).await, attempts);
+    let mut late = Client::connect(&server, Serializer::V2).await;
+    late.join_only(CACHE, json!({})).await;
+    let endpoints = late.caught_up(CACHE).await;
+    assert!(endpoints.contains(&"/true".to_owned()), "{endpoints:?}");
+    assert!(!endpoints.contains(&"/forged".to_owned()), "{endpoints:?}");
+    late.ends().await;
     client.ends().await;
     server.stop().await;
 }

@@ -365,6 +365,33 @@ fn only_auth_names_the_jwt_library() {
     }
 }
 
+/// A secret has no `==` of its own, and its text is compared with nobody's but by `Secret::is`.
+#[test]
+fn secrets_are_compared_in_one_place() {
+    let mut used = BTreeSet::new();
+    for file in code() {
+        if file.text().contains(".is(") {
+            used.insert(file.path.clone());
+        }
+        if file.path == "src/secret.rs" {
+            let names = ["PartialEq", "PartialOrd", "Hash", " == ", " != "];
+            expect_none("no other comparison", &Source::naming(file.code(), &file.path, &names));
+            continue;
+        }
+        let compares = |(_, line): &(usize, &str)| {
+            let words = [" == ", " != ", ".eq(", ".ne(", ".cmp(", "matches!"];
+            // A literal is no secret.
+            words.iter().any(|word| line.contains(word)) && !line.contains("expose() == \"")
+        };
+        let lines = file.code().filter(compares);
+        let found = Source::naming(lines, &file.path, &["expose()", "_token == ", "_key == "]);
+        expect_none("secrets are compared by Secret::is", &found);
+    }
+    for place in ["src/admin/mod.rs", "src/auth/authenticator.rs"] {
+        assert!(used.contains(place), "{place} compares a secret");
+    }
+}
+
 #[test]
 fn only_main_reads_the_environment() {
     for file in code() {

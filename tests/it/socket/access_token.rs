@@ -6,8 +6,8 @@ use serde_json::{Value, json};
 use tidegate::{clock::unix_now, protocol::serializer::Serializer};
 
 use crate::support::{
-    client::Client,
-    server::{TestServer, config},
+    client::{Client, invalidations},
+    server::{TestServer, config, config_of_long_windows},
     token,
 };
 
@@ -246,7 +246,7 @@ async fn a_join_with_an_expired_admin_token_is_withheld() {
 /// the user's token it may not, and may again not once that has expired into the anon key.
 #[tokio::test]
 async fn the_right_to_write_follows_the_channels_token() {
-    let server = TestServer::start();
+    let server = TestServer::start_with(config_of_long_windows());
     let mut client =
         Client::with_token(&server, Serializer::V2, &token::of_role("service_role")).await;
     let joined = client.join_with(CACHE, json!({ "broadcast": { "self": true } })).await;
@@ -254,9 +254,20 @@ async fn the_right_to_write_follows_the_channels_token() {
     client.hears(CACHE, json!({ "n": 1 })).await;
     refresh(&mut client, &joined, CACHE, &token::of_role("authenticated")).await;
     client.publish(CACHE, json!({ "n": 2 })).await;
+    let topic = format!("realtime:{CACHE}");
+    for frame in invalidations(Serializer::V2, &joined, &topic, "/forged") {
+        client.send_frame(frame).await;
+    }
     client.expect_nothing().await;
-    assert_eq!(server.metric("tidegate_dropped_total{reason=\"write_denied\"}").await, 1.0);
+    assert_eq!(server.metric("tidegate_dropped_total{reason=\"write_denied\"}").await, 3.0);
     hears_next(&server, &mut client, CACHE, json!({ "n": 3 })).await;
+    // Nor was it merged: with the right that comes back, the first invalidation leaves as it is.
+    refresh(&mut client, &joined, CACHE, &token::of_role("service_role")).await;
+    for frame in invalidations(Serializer::V2, &joined, &topic, "/true").into_iter().take(1) {
+        client.send_frame(frame).await;
+    }
+    let payload = json!({ "type": "forged", "endpoints": ["/true"] });
+    assert_eq!(client.broadcast().await.1["payload"], payload);
     client.close().await;
     server.stop().await;
 }

@@ -5,12 +5,11 @@ use std::time::Duration;
 
 use futures_util::future::join_all;
 use serde_json::{Value, json};
-use sqlx::{Connection as _, PgConnection};
 use tidegate::{clock::unix_now, protocol::serializer::Serializer};
 
 use crate::support::{
     client::Client,
-    private::{MEMBER, Private, READER, STRANGER, Table},
+    private::{Gate, MEMBER, Private, READER, STRANGER, Table},
     server::TestServer,
     token,
 };
@@ -73,45 +72,6 @@ fn questions(action: &str, result: &str) -> String {
 
 const WRITE_DENIED: &str = "tidegate_dropped_total{reason=\"write_denied\"}";
 const UNANSWERED: &str = "tidegate_dropped_total{reason=\"write_unanswered\"}";
-
-/// A policy that lets everybody read and write `gate:*`, once a lock can be had that the test holds.
-struct Gate(PgConnection);
-
-impl Gate {
-    async fn close(database: &Private) -> Self {
-        database
-            .run(
-                "create function pass_gate() returns boolean language plpgsql security definer
-                    as 'begin perform pg_advisory_xact_lock_shared(1); return true; end';
-                create policy gate on realtime.messages to authenticated
-                    using (topic like 'gate:%' and pass_gate())
-                    with check (topic like 'gate:%' and pass_gate())",
-            )
-            .await;
-        let mut gate = Self(PgConnection::connect(&database.url("postgres")).await.unwrap());
-        gate.run("select pg_advisory_lock(1)").await;
-        gate
-    }
-
-    async fn open(&mut self) {
-        self.run("select pg_advisory_unlock(1)").await;
-    }
-
-    async fn close_again(&mut self) {
-        self.run("select pg_advisory_lock(1)").await;
-    }
-
-    /// Waits until a question waits before the gate.
-    async fn has_visitor(&mut self) {
-        let waiting =
-            "select exists (select from pg_locks where locktype = 'advisory' and not granted)";
-        while !sqlx::query_scalar::<_, bool>(waiting).fetch_one(&mut self.0).await.unwrap() {}
-    }
-
-    async fn run(&mut self, sql: &'static str) {
-        sqlx::query(sql).execute(&mut self.0).await.unwrap();
-    }
-}
 
 #[tokio::test]
 async fn who_may_read_joins_who_may_write_is_heard_and_everybody_else_is_refused() {

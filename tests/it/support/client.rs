@@ -253,6 +253,29 @@ pub(crate) fn resync(eid: &str) -> [String; 3] {
     ["", "/media", "/artists"].map(|rest| format!("/live/event/{eid}{rest}"))
 }
 
+/// What a client may send to have this endpoint told to an event's viewers, in each form that the
+/// version knows.
+pub(crate) fn invalidations(
+    serializer: Serializer,
+    join_ref: &str,
+    topic: &str,
+    endpoint: &str,
+) -> Vec<Frame> {
+    let event = "cache_invalidation";
+    let payload = json!({ "type": "forged", "endpoints": [endpoint] });
+    let envelope = json!({ "type": "broadcast", "event": event, "payload": payload });
+    let message = json!([join_ref, "w", topic, "broadcast", envelope]);
+    let text = Frame::text(encode(serializer, &message));
+    if serializer == Serializer::V1 {
+        return vec![text];
+    }
+    // Kind 3, as which the newest clients send a broadcast.
+    let fields = [join_ref, "w", topic, event, ""];
+    let lengths = fields.map(|text| u8::try_from(text.len()).unwrap());
+    let binary = [&[3], &lengths[..], &[1], fields.concat().as_bytes()].concat();
+    vec![text, Frame::binary([binary, payload.to_string().into_bytes()].concat())]
+}
+
 /// The client behind a socket without a connection.
 pub(crate) fn client_key() -> ClientKey {
     ClientKey::new(IpAddr::from(Ipv4Addr::LOCALHOST).into(), "")

@@ -3,6 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use serde_json::Value;
+use sqlx::{Connection as _, PgConnection};
 use tidegate::{
     clock::unix_now,
     db,
@@ -104,6 +105,49 @@ impl Private {
             "select count(*) from pg_stat_activity where usename = 'tidegate' and {condition}"
         );
         self.run(&sql).await.parse().unwrap()
+    }
+}
+
+/// A policy that lets everybody read and write `gate:*`, once a lock can be had that the test holds.
+pub(crate) struct Gate(PgConnection);
+
+impl Gate {
+    pub(crate) async fn close(database: &Private) -> Self {
+        database
+            .run(
+                "create function pass_gate() returns boolean language plpgsql security definer
+                    as 'begin perform pg_advisory_xact_lock_shared(1); return true; end';
+                create policy gate on realtime.messages to authenticated
+                    using (topic like 'gate:%' and pass_gate())
+                    with check (topic like 'gate:%' and pass_gate())",
+            )
+            .await;
+        let mut gate = Self(PgConnection::connect(&database.url("postgres")).await.unwrap());
+        gate.run("select pg_advisory_lock(1)").await;
+        gate
+    }
+
+    pub(crate) async fn open(&mut self) {
+        self.run("select pg_advisory_unlock(1)").await;
+    }
+
+    pub(crate) async fn close_again(&mut self) {
+        self.run("select pg_advisory_lock(1)").await;
+    }
+
+    /// Waits until a question waits before the gate.
+    pub(crate) async fn has_visitor(&mut self) {
+        self.has_visitors(1).await;
+    }
+
+    /// Waits until so many questions wait before the gate.
+    pub(crate) async fn has_visitors(&mut self, count: i64) {
+        let waiting = "select count(*) from pg_locks where locktype = 'advisory' and not granted";
+        while sqlx::query_scalar::<_, i64>(waiting).fetch_one(&mut self.0).await.unwrap() < count {}
+    }
+
+    async fn run(&mut self, sql: &'static str) {
+        sqlx::query(sql).execute(&mut self.0).await.unwrap();
     }
 }
 
