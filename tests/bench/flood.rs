@@ -4,7 +4,6 @@
 //! Each attacker begins anew as soon as it is thrown out, ten times a second at most.
 
 use std::{
-    fs,
     net::{Ipv4Addr, SocketAddr},
     sync::{
         Arc,
@@ -15,12 +14,15 @@ use std::{
 
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
-    net::{TcpSocket, TcpStream},
+    net::TcpStream,
     task::JoinSet,
     time::interval,
 };
 
-use crate::{Gateway, number, row, token};
+use crate::{
+    number, row,
+    support::{Gateway, frame, resident_kib, socket, token, upgrade},
+};
 
 /// Where the attackers come from.
 const ATTACKERS: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 2);
@@ -50,8 +52,7 @@ pub(crate) async fn measure(gateway: &Gateway, short: bool) {
     };
     let arguments =
         format!("--sockets {viewers} --rate 10 --seconds {seconds} --topic auction_winner_{{n}}");
-    let address: SocketAddr = gateway.url.split('/').nth(2).unwrap().parse().unwrap();
-    let pid = gateway.process.id().unwrap();
+    let (address, pid) = (gateway.addresses[0], gateway.pid());
     viewers_notice(gateway, "before a flood", &arguments, pid).await;
     let mut attackers = JoinSet::new();
     let open = Arc::new(AtomicU64::new(0));
@@ -61,7 +62,7 @@ pub(crate) async fn measure(gateway: &Gateway, short: bool) {
             let mut attempts = interval(PAUSE);
             loop {
                 attempts.tick().await;
-                let Some(stream) = connect(address).await else { continue };
+                let Ok(stream) = connect(address).await else { continue };
                 open.fetch_add(1, Ordering::Relaxed);
                 // However it ends: the next attempt follows.
                 let _ = if number < flood.half_open {
@@ -128,18 +129,8 @@ async fn viewers_notice(gateway: &Gateway, when: &str, arguments: &str, pid: u32
     );
 }
 
-/// The memory of a process, in KiB.
-fn resident_kib(pid: u32) -> u64 {
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
-    line.and_then(|rest| rest.split_whitespace().next()?.parse().ok()).unwrap_or(0)
-}
-
-async fn connect(address: SocketAddr) -> Option<TcpStream> {
-    let socket = TcpSocket::new_v4().ok()?;
-    socket.bind((ATTACKERS, 0).into()).ok()?;
-    socket.set_recv_buffer_size(RECEIVE_BUFFER).ok()?;
-    socket.connect(address).await.ok()
+async fn connect(address: SocketAddr) -> std::io::Result<TcpStream> {
+    socket(ATTACKERS, Some(RECEIVE_BUFFER))?.connect(address).await
 }
 
 /// Begins a request and does not end it.
@@ -153,7 +144,7 @@ async fn garbage(mut stream: TcpStream, number: usize) -> std::io::Result<()> {
     let mut bytes = vec![0; 1024];
     fastrand::Rng::with_seed(number as u64).fill(&mut bytes);
     if !number.is_multiple_of(3) {
-        upgrade(&mut stream).await?;
+        upgrade(&mut stream, &token("anon"), "").await?;
     }
     if number % 3 == 2 {
         bytes = frame(0x81, b"{").repeat(100);
@@ -165,7 +156,7 @@ async fn garbage(mut stream: TcpStream, number: usize) -> std::io::Result<()> {
 
 /// Joins a topic with large messages, and does not read them.
 async fn slow_reader(mut stream: TcpStream) -> std::io::Result<()> {
-    upgrade(&mut stream).await?;
+    upgrade(&mut stream, &token("anon"), "").await?;
     let join = br#"{"topic":"realtime:slow","event":"phx_join","payload":{},"ref":"1"}"#;
     stream.write_all(&frame(0x81, join)).await?;
     let mut beats = interval(Duration::from_secs(5));
@@ -174,17 +165,6 @@ async fn slow_reader(mut stream: TcpStream) -> std::io::Result<()> {
         let beat = br#"{"topic":"phoenix","event":"heartbeat","payload":{},"ref":"2"}"#;
         stream.write_all(&frame(0x81, beat)).await?;
     }
-}
-
-async fn upgrade(stream: &mut TcpStream) -> std::io::Result<()> {
-    let request = format!(
-        "GET /realtime/v1/websocket?vsn=1.0.0&apikey={} HTTP/1.1\r\nhost: x\r\n\
-         connection: Upgrade\r\nupgrade: websocket\r\nsec-websocket-version: 13\r\n\
-         sec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n",
-        token("anon")
-    );
-    stream.write_all(request.as_bytes()).await?;
-    stream.read_exact(&mut [0; 12]).await.map(drop)
 }
 
 async fn publish_large(address: SocketAddr) -> std::io::Result<()> {
@@ -200,10 +180,4 @@ async fn publish_large(address: SocketAddr) -> std::io::Result<()> {
     );
     stream.write_all(request.as_bytes()).await?;
     stream.read_to_end(&mut Vec::new()).await.map(drop)
-}
-
-/// A client's frame with up to 125 bytes of payload, the mask all zeros.
-fn frame(first_byte: u8, payload: &[u8]) -> Vec<u8> {
-    let length = u8::try_from(payload.len()).unwrap();
-    [&[first_byte, 0x80 | length, 0, 0, 0, 0], payload].concat()
 }

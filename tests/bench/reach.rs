@@ -7,19 +7,16 @@
 #![expect(clippy::unwrap_used, reason = "a benchmark that cannot measure ends")]
 
 mod flood;
+mod support;
 mod writes;
 
 use std::process::Stdio;
 
 use serde_json::Value;
-use tidegate::{auth::sign::sign, clock::unix_now, demo::cluster::Cluster, secret::Secret};
-use tokio::{
-    io::{AsyncBufReadExt, BufReader},
-    process::{Child, Command},
-};
+use tidegate::demo::cluster::Cluster;
+use tokio::process::Command;
 
-const TIDEGATE: &str = env!("CARGO_BIN_EXE_tidegate");
-const SECRET: &str = "the-secret-of-the-benchmark";
+use self::support::{Gateway, TIDEGATE, token};
 
 /// All viewers of a measurement have one address, come at once, and join topics without a rule.
 const UNLIMITED: [(&str, &str); 4] = [
@@ -29,32 +26,7 @@ const UNLIMITED: [(&str, &str); 4] = [
     ("TIDEGATE_LIMITS__BROADCASTS_PER_SECOND_MAX", "0"),
 ];
 
-/// A gateway of its own for each measurement: memory says little on a warm one.
-struct Gateway {
-    process: Child,
-    url: String,
-}
-
 impl Gateway {
-    async fn start(database_url: &str, settings: &[(&str, &str)]) -> Self {
-        let mut process = Command::new(TIDEGATE)
-            .arg("serve")
-            .env("TIDEGATE_LISTEN", "127.0.0.1:0")
-            .env("TIDEGATE_ADMIN_LISTEN", "127.0.0.1:0")
-            .env("TIDEGATE_JWT_SECRET", SECRET)
-            .env("TIDEGATE_DATABASE_URL", database_url)
-            .env("TIDEGATE_LOG", "error")
-            .envs(settings.iter().copied())
-            .stdout(Stdio::piped())
-            .kill_on_drop(true)
-            .spawn()
-            .unwrap();
-        let mut line = String::new();
-        BufReader::new(process.stdout.take().unwrap()).read_line(&mut line).await.unwrap();
-        let address = line.split(['=', ' ']).nth(2).unwrap();
-        Self { url: format!("ws://{address}/realtime/v1"), process }
-    }
-
     /// One run of `tidegate bench` against it.
     async fn measure(&self, arguments: &str) -> Value {
         let (report, is_complete) = self.try_measure(arguments).await;
@@ -64,10 +36,11 @@ impl Gateway {
 
     /// One run of `tidegate bench` against it, and whether nothing was lost.
     async fn try_measure(&self, arguments: &str) -> (Value, bool) {
+        let url = format!("ws://{}/realtime/v1", self.addresses[0]);
         let output = Command::new(TIDEGATE)
-            .args(["bench", "--json", "--url", &self.url, "--apikey", &token("anon")])
+            .args(["bench", "--json", "--url", &url, "--apikey", &token("anon")])
             .args(["--publisher-apikey", &token("service_role")])
-            .args(["--pid", &self.process.id().unwrap().to_string()])
+            .args(["--pid", &self.pid().to_string()])
             .args(arguments.split_whitespace())
             .stderr(Stdio::inherit())
             .output()
@@ -77,13 +50,8 @@ impl Gateway {
     }
 }
 
-fn token(role: &str) -> String {
-    let claims = serde_json::json!({ "role": role, "exp": unix_now() + 86_400 });
-    sign(&Secret::from(SECRET), &claims).unwrap()
-}
-
 fn row(what: &str, measured: &str, aim: &str) {
-    println!("| {what} | {measured} | {aim} |");
+    support::row(&[what, measured, aim]);
 }
 
 fn number(report: &Value, path: &str) -> f64 {
