@@ -5,13 +5,14 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 export CARGO_INCREMENTAL ?= 1
 
-.PHONY: help demo test check bench boards chaos fmt lint deny docs rust doctests client bench-short system node neighbours chromium
+.PHONY: help demo test check bench siege boards chaos fmt lint deny docs rust doctests client bench-short system node neighbours chromium
 
 help:
 	@echo 'make demo    everything on one screen: database, gateway, simulated event, page'
 	@echo 'make test    everything that is tested'
 	@echo 'make check   fmt, clippy, unit tests: no database'
 	@echo 'make bench   the numbers of docs/contribute/performance.md, measured on this machine'
+	@echo 'make siege   attackers of eleven kinds, and what the others notice of them: ONLY= (3,4)'
 	@echo 'make boards  the dashboards as pictures in target/boards, after a minute of an event night'
 	@echo 'make chaos   faults drawn at random, and nothing missed: SEED= SECONDS= (random, 300)'
 
@@ -27,6 +28,9 @@ check: fmt lint
 
 bench: system
 	cargo bench --locked --bench reach
+
+siege: system
+	cargo bench --locked --bench siege -- $(if $(ONLY),--only $(ONLY))
 
 boards: system node chromium
 	cargo build --locked
