@@ -8,7 +8,7 @@ use std::sync::Arc;
 use crate::{
     access::{Captures, Rule},
     hub::{
-        BroadcastSource, FanOut, FannedOut, Hub, Subscription, To,
+        BroadcastSource, FanOut, FannedOut, Hub, Subscription, To, TooSlow,
         outbox::{Committed, Departure},
     },
     invalidation::{Feed, Feeds, Notified},
@@ -27,6 +27,8 @@ pub(crate) struct Target {
     spellings: Arc<[TopicKey]>,
     /// The feed of a rule that merges.
     pub(crate) feed: Option<Arc<Feed>>,
+    /// What becomes of subscribers that are too slow for what is fanned out here.
+    too_slow: TooSlow,
 }
 
 impl Target {
@@ -87,7 +89,9 @@ impl Publisher {
         // A rule's topic is what the rule says, however it is named.
         let privacy = if rule.is_some() { Privacy::Public } else { privacy };
         let topic = TopicKey { sub_topic: sub_topic.into(), privacy };
-        let mut target = Target { topic, spellings: Arc::default(), feed: None };
+        let too_slow =
+            if rule.is_some() { TooSlow::LosesConnection } else { TooSlow::LosesChannel };
+        let mut target = Target { topic, spellings: Arc::default(), feed: None, too_slow };
         if let Some((rule, captures)) = rule {
             target.feed = self.feeds.of(rule, captures);
             target.spell(rule, captures);
@@ -132,6 +136,7 @@ impl Publisher {
             broadcasts: &broadcasts,
             committed: committed.map(|at| Committed { at, departure: Departure::AtOnce }),
             to,
+            too_slow: target.too_slow,
         };
         let fanned_out = self.hub.fan_out(fan_out).await;
         Published { offered, sent, fanned_out }

@@ -2,7 +2,7 @@
 //!
 //! Invariant: every way out of a connection is a [`CloseReason`], with its close code and its labels.
 
-use std::time::Duration;
+use std::{future::poll_fn, time::Duration};
 
 use futures_util::StreamExt;
 use tokio::{io::AsyncReadExt, net::TcpStream, time::timeout};
@@ -15,6 +15,7 @@ use tokio_tungstenite::{
     },
 };
 
+use super::writing::Writing;
 use crate::{
     hub::outbox::Ended,
     limits::{Metered, is_unfinished},
@@ -153,9 +154,14 @@ impl From<&WsError> for CloseReason {
     }
 }
 
-/// Says goodbye and waits, for a while, until the peer has: what is sent to a closed socket would
-/// reset the connection before the peer has read the close frame.
-pub(super) async fn close(mut websocket: WebSocketStream<Metered<TcpStream>>, reason: CloseReason) {
+/// Says goodbye, once the frame that is on its way has left, and waits, for a while, until the peer
+/// has: what is sent to a closed socket would reset the connection before the peer has read the
+/// close frame.
+pub(super) async fn close(
+    mut websocket: WebSocketStream<Metered<TcpStream>>,
+    mut writing: Writing,
+    reason: CloseReason,
+) {
     let goodbye = async {
         match reason {
             // The library has queued the answer to the peer's close frame.
@@ -173,7 +179,8 @@ pub(super) async fn close(mut websocket: WebSocketStream<Metered<TcpStream>>, re
             | CloseReason::Draining => {
                 let code = CloseCode::from(reason.code().unwrap_or(1011));
                 let frame = CloseFrame { code, reason: "".into() };
-                if websocket.close(Some(frame)).await.is_ok() {
+                let written = poll_fn(|context| writing.poll(&mut websocket, context)).await;
+                if written.is_ok() && websocket.close(Some(frame)).await.is_ok() {
                     let (stream, mut rest) = (websocket.get_mut().unmetered(), [0; 512]);
                     while stream.read(&mut rest).await.is_ok_and(|length| length > 0) {}
                 }

@@ -1,17 +1,15 @@
 //! One WebSocket: read, decode, hand over, drain, write; and its deadlines.
 //!
-//! Invariants: this task alone touches the WebSocket; a batch is fed frame by frame and flushed
-//! once, under the write deadline; every way out is a [`CloseReason`].
+//! Invariants: this task alone touches the WebSocket; a batch is written frame by frame and flushed
+//! once; deadlines and the outbox's notices wait neither for frames that wait nor for a client that
+//! does not read; every way out is a [`CloseReason`].
 
-use std::{
-    pin::{Pin, pin},
-    sync::Arc,
-};
+use std::{collections::VecDeque, future::poll_fn, pin::Pin, sync::Arc};
 
-use futures_util::{FutureExt, SinkExt, StreamExt};
+use futures_util::{FutureExt, StreamExt};
 use tokio::{
     net::TcpStream,
-    time::{Instant, sleep_until},
+    time::{Instant, Sleep, sleep_until},
 };
 use tokio_tungstenite::{
     WebSocketStream,
@@ -24,10 +22,11 @@ use tokio_tungstenite::{
 use super::{
     close::{CloseReason, close},
     shared::Shared,
+    writing::{COPIED_MAX, Writing},
 };
 use crate::{
-    hub::outbox::{Committed, Drained, Ended, Outbox, Queued},
-    limits::{Metered, Settings},
+    hub::outbox::{Committed, Drained, Ended, Interruption, Notice, Outbox},
+    limits::Metered,
     protocol::message::Message,
     socket::{Due, Socket},
     telemetry::{audit::Audit, metrics::GaugeGuard},
@@ -36,15 +35,16 @@ use crate::{
 /// Kept per socket, so small: measured at 3.9 KiB of memory per idle socket, 6.9 with 4 KiB.
 const READ_BUFFER_BYTES: usize = 1024;
 /// A batch leaves in pieces of about this size; what a burst has filled stays allocated.
-const WRITE_BUFFER_BYTES: usize = 4096;
-/// Most writes between two reads.
-const WRITES_PER_READ: usize = 16;
+const WRITE_BUFFER_BYTES: usize = COPIED_MAX;
+/// What the write buffer holds at most: what has not left yet, a frame behind it with its head, and
+/// the library's own answers to pings and closes.
+const WRITE_BUFFER_BYTES_MAX: usize = 2 * WRITE_BUFFER_BYTES + 1024;
+/// Most writes after which everything else has its turn.
+const WRITES_PER_TURN: usize = 16;
 /// Most frames that are handled together, so that a flood does not keep its own replies waiting.
 const RECEIVED_MAX: usize = 64;
 /// Payload bytes after which no further frame is read into the batch.
 const RECEIVED_BYTES_MAX: usize = 64 * 1024;
-/// Longest list of a batch that is kept for the next one, in frames.
-const BATCH_KEPT: usize = 64;
 
 /// What the WebSocket yields; `None` at its end.
 type Received = Option<Result<Frame, WsError>>;
@@ -61,6 +61,7 @@ enum Event {
 pub(crate) struct Connection {
     shared: Arc<Shared>,
     websocket: WebSocketStream<Metered<TcpStream>>,
+    writing: Writing,
     outbox: Arc<Outbox>,
     socket: Socket,
     last_data: Instant,
@@ -80,14 +81,7 @@ impl Connection {
         let config = WebSocketConfig::default()
             .read_buffer_size(READ_BUFFER_BYTES)
             .write_buffer_size(WRITE_BUFFER_BYTES)
-            // A batch is at most an outbox and one frame of any size, which is a message of ours
-            // or a client's and its envelope.
-            .max_write_buffer_size(
-                WRITE_BUFFER_BYTES
-                    + 2 * (limits.outbox_bytes_max
-                        + limits.message_bytes_max
-                        + limits.payload_bytes_max),
-            )
+            .max_write_buffer_size(WRITE_BUFFER_BYTES_MAX)
             .max_message_size(Some(limits.message_bytes_max))
             .max_frame_size(Some(limits.message_bytes_max));
         let counted = GaugeGuard::new(&shared.metrics.connections);
@@ -95,7 +89,8 @@ impl Connection {
         let stream = Metered::new(Arc::clone(shared.limits.metering()), stream, &read);
         let websocket =
             WebSocketStream::from_partially_read(stream, read, Role::Server, Some(config)).await;
-        Self { shared, websocket, outbox, socket, last_data: Instant::now(), counted }
+        let (writing, last_data) = (Writing::default(), Instant::now());
+        Self { shared, websocket, writing, outbox, socket, last_data, counted }
     }
 
     /// Runs the connection to its end.
@@ -115,60 +110,59 @@ impl Connection {
         tracing::debug!(reason = reason.label(), "connection closed");
         Audit::Close { reason: reason.label(), code: reason.code_label() }
             .note(self.socket.caller(), None);
-        let Self { websocket, socket, counted, .. } = self;
+        let Self { websocket, mut writing, socket, counted, .. } = self;
         // Its channels leave before the peer is waited for; it counts until the peer has gone.
         drop(socket);
+        writing.batch = VecDeque::new();
         Box::pin(async move {
-            close(websocket, reason).await;
+            close(websocket, writing, reason).await;
             drop(counted);
         })
     }
 
     async fn serve(&mut self) -> CloseReason {
-        let (mut batch, mut writes) = (Vec::new(), 0_usize);
+        let mut writes = 0_usize;
         let tick = sleep_until(self.next_tick());
         tokio::pin!(tick);
         loop {
             let event = tokio::select! {
-                // Frames to write are the common case, so they are polled first.
+                // What must not wait comes first; then frames to write, the common case.
                 biased;
-                drained = self.outbox.drain(&mut batch) => Event::Drained(drained),
+                () = &mut tick => Event::Tick,
+                drained = self.outbox.drain(&mut self.writing.batch) => Event::Drained(drained),
                 received = self.websocket.next() => Event::Received(received),
                 due = self.socket.due() => Event::Due(due),
-                () = &mut tick => Event::Tick,
             };
-            let step = match event {
-                Event::Drained(Ok(Drained::Nudged)) => {
-                    self.socket.review();
-                    Ok(())
-                }
+            let (mut step, mut received) = (Ok(()), None);
+            match event {
+                Event::Tick => step = self.tick(),
+                Event::Drained(Ok(Drained::Notice(notice))) => self.notice(notice),
                 Event::Drained(Ok(Drained::Behind(replaceable))) => {
                     self.socket.conflate(replaceable);
-                    Ok(())
                 }
                 Event::Drained(Ok(Drained::Frames(committed))) => {
-                    if let Err(reason) = self.write(&mut batch, committed).await {
-                        return reason;
-                    }
+                    let is_stalled = match self.write(committed, tick.as_mut()).await {
+                        Ok(is_stalled) => is_stalled,
+                        Err(reason) => return reason,
+                    };
                     writes = writes.wrapping_add(1);
-                    // No deadline has come nearer. A client that is written to without a pause is
-                    // still read now and then.
-                    if !writes.is_multiple_of(WRITES_PER_READ) {
+                    // No deadline has come nearer.
+                    if !is_stalled && !writes.is_multiple_of(WRITES_PER_TURN) {
                         continue;
                     }
-                    match self.websocket.next().now_or_never() {
-                        Some(received) => self.receive(received).await,
-                        None => continue,
+                    // A client that is written to without a pause is still heard and answered.
+                    if let Some(due) = self.socket.due().now_or_never() {
+                        Box::pin(self.socket.answer(due)).await;
                     }
+                    received = self.websocket.next().now_or_never();
                 }
-                Event::Drained(Err(ended)) => Err(ended.into()),
-                Event::Received(received) => self.receive(received).await,
-                Event::Due(due) => {
-                    Box::pin(self.socket.answer(due)).await;
-                    Ok(())
-                }
-                Event::Tick => self.tick(),
-            };
+                Event::Drained(Err(ended)) => step = Err(ended.into()),
+                Event::Received(first) => received = Some(first),
+                Event::Due(due) => Box::pin(self.socket.answer(due)).await,
+            }
+            if let Some(received) = received {
+                step = self.receive(received).await;
+            }
             if let Err(reason) = step {
                 return reason;
             }
@@ -178,6 +172,13 @@ impl Connection {
             if next < tick.deadline() || tick.is_elapsed() {
                 tick.as_mut().reset(next);
             }
+        }
+    }
+
+    fn notice(&mut self, notice: Notice) {
+        match notice {
+            Notice::Nudged => self.socket.review(),
+            Notice::Overflowed(topic) => self.socket.overflowed(topic),
         }
     }
 
@@ -233,65 +234,107 @@ impl Connection {
         Ok(())
     }
 
-    /// Writes a batch; `committed` is when the oldest of it was committed.
+    /// Writes a batch; `committed` is when the oldest of it was committed. Returns whether the client
+    /// had to be waited for.
     async fn write(
         &mut self,
-        batch: &mut Vec<Queued>,
         committed: Option<Committed>,
-    ) -> Result<(), CloseReason> {
-        let metrics = &self.shared.metrics;
+        tick: Pin<&mut Sleep>,
+    ) -> Result<bool, CloseReason> {
+        let (metrics, batch) = (&self.shared.metrics, &self.writing.batch);
         metrics.frames_out.inc_by(batch.len() as u64);
-        metrics
-            .bytes_out
-            .inc_by(batch.iter().map(|queued| queued.frame.len()).sum::<usize>() as u64);
-        let is_replaceable = batch.iter().all(|queued| queued.replaceable.is_some());
-        let (websocket, mut is_stalled) = (&mut self.websocket, false);
-        let written = {
-            let mut write = pin!(async {
-                for Queued { frame, .. } in batch.drain(..) {
-                    websocket.feed(frame).await?;
-                }
-                websocket.flush().await
-            });
-            // Nearly every write fits into the system's buffer: only one that does not needs a
-            // timer, and room for it.
-            match write.as_mut().now_or_never() {
-                Some(written) => Some(written),
-                None => {
-                    is_stalled = true;
-                    let limits = self.shared.limits.settings();
-                    Box::pin(in_time(write, &self.outbox, limits, is_replaceable)).await
-                }
-            }
-        };
-        if is_stalled {
-            // Nothing was read meanwhile.
-            self.websocket.get_mut().forgive();
-        }
-        if batch.capacity() > BATCH_KEPT {
-            *batch = Vec::new();
-        }
+        let bytes = batch.iter().map(|queued| queued.frame.len()).sum::<usize>();
+        metrics.bytes_out.inc_by(bytes as u64);
+        let is_replaceable = batch.iter().all(|queued| queued.kind.replaceable().is_some());
+        let Self { writing, websocket, .. } = self;
+        let written = poll_fn(|context| writing.poll(websocket, context)).now_or_never();
+        // Nearly every write fits into the system's buffer: only one that does not needs a timer,
+        // and room for it.
+        let is_stalled = written.is_none();
         let result = match written {
-            Some(Ok(())) => {
-                if let Some(committed) = committed {
-                    self.shared.metrics.count_write(committed);
+            Some(written) => written.map_err(|error| CloseReason::from(&error)),
+            None => {
+                let result = Box::pin(self.wait_for_client(is_replaceable, tick)).await;
+                // Nothing was read meanwhile.
+                self.websocket.get_mut().forgive();
+                if result.is_err() {
+                    // What it has not read may have changed long before it was last heard of.
+                    self.outbox.end(Ended::SlowConsumer);
                 }
-                Ok(())
+                result
             }
-            Some(Err(error)) => Err(CloseReason::from(&error)),
-            None => Err(self.outbox.ended().map_or(CloseReason::WriteTimeout, CloseReason::from)),
         };
-        if is_stalled && result.is_err() {
-            // What it has not read may have changed long before it was last heard of.
-            self.outbox.end(Ended::SlowConsumer);
+        if result.is_ok()
+            && let Some(committed) = committed
+        {
+            self.shared.metrics.count_write(committed);
         }
-        result
+        result.map(|()| is_stalled)
+    }
+
+    /// Waits for a write that does not fit into the system's buffer, and gives the client up that
+    /// takes nothing for too long. A client has longer as long as everything that waits for it is
+    /// replaceable: then the wait costs nobody a message, and a close would make old clients deaf.
+    /// Deadlines and the outbox's notices do not wait.
+    async fn wait_for_client(
+        &mut self,
+        is_replaceable: bool,
+        mut tick: Pin<&mut Sleep>,
+    ) -> Result<(), CloseReason> {
+        let shared = Arc::clone(&self.shared);
+        let limits = shared.limits.settings();
+        let (mut has_longer, mut is_ending) = (is_replaceable, false);
+        let mut longest =
+            if has_longer { limits.merged_write_timeout } else { limits.write_timeout };
+        let (mut progress, mut deadline) = (self.writing.progress(), Instant::now() + longest);
+        loop {
+            let Self { writing, websocket, outbox, socket, .. } = self;
+            tokio::select! {
+                biased;
+                () = &mut tick => {
+                    self.tick()?;
+                    tick.as_mut().reset(self.next_tick());
+                }
+                interruption = outbox.interrupted(has_longer, is_ending) => match interruption {
+                    Interruption::Notice(notice) => self.notice(notice),
+                    Interruption::HeldUp => {
+                        (has_longer, longest) = (false, limits.write_timeout);
+                        deadline = deadline.min(Instant::now() + longest);
+                    }
+                    Interruption::Ended(Ended::SlowConsumer) => {
+                        return Err(CloseReason::SlowConsumer);
+                    }
+                    Interruption::Ended(Ended::Draining) => {
+                        (has_longer, is_ending) = (false, true);
+                        deadline = deadline.min(Instant::now() + limits.write_timeout);
+                    }
+                },
+                due = socket.due() => Box::pin(socket.answer(due)).await,
+                written = poll_fn(|context| writing.poll(websocket, context)) => {
+                    return written.map_err(|error| CloseReason::from(&error));
+                }
+                () = sleep_until(deadline) => {
+                    let now = self.writing.progress();
+                    if is_ending {
+                        return Err(CloseReason::Draining);
+                    } else if now == progress {
+                        return Err(CloseReason::WriteTimeout);
+                    }
+                    // It reads, if slowly.
+                    (progress, deadline) = (now, Instant::now() + longest);
+                }
+            }
+        }
     }
 
     fn tick(&mut self) -> Result<(), CloseReason> {
         let limits = self.shared.limits.settings();
         if self.last_data.elapsed() >= limits.silence_timeout {
-            return Err(CloseReason::Silent);
+            if !self.has_unread() {
+                return Err(CloseReason::Silent);
+            }
+            // What it has sent is read once it has taken what is being written.
+            self.last_data = Instant::now();
         }
         if self
             .socket
@@ -304,38 +347,19 @@ impl Connection {
         Ok(())
     }
 
+    /// Whether the client has sent something that is not read, because it is being written to.
+    fn has_unread(&self) -> bool {
+        let is_waited_for = !self.writing.is_done();
+        let mut byte = [0];
+        let peeked = self.websocket.get_ref().stream().peek(&mut byte).now_or_never();
+        is_waited_for && peeked.is_some_and(|peeked| peeked.is_ok_and(|length| length > 0))
+    }
+
     fn next_tick(&self) -> Instant {
         let limits = self.shared.limits.settings();
         let silence = self.last_data + limits.silence_timeout;
         let empty = self.socket.empty_since().map(|since| since + limits.no_channel_timeout);
         let tick = Instant::now() + self.socket.next_tick(limits.silence_timeout);
         tick.min(silence).min(empty.unwrap_or(silence))
-    }
-}
-
-/// Waits for a write that does not fit into the system's buffer; returns `None` if it takes too long.
-/// A client has longer as long as everything that waits for it is replaceable: then the wait costs
-/// nobody a message, and a close would make old clients deaf.
-///
-/// The write is dropped before its end only if the connection is given up.
-async fn in_time<W: Future>(
-    mut write: Pin<&mut W>,
-    outbox: &Outbox,
-    limits: &Settings,
-    is_replaceable: bool,
-) -> Option<W::Output> {
-    let mut has_longer = is_replaceable;
-    let longest = if has_longer { limits.merged_write_timeout } else { limits.write_timeout };
-    let mut deadline = Instant::now() + longest;
-    loop {
-        tokio::select! {
-            biased;
-            written = write.as_mut() => return Some(written),
-            () = outbox.holds_up(), if has_longer => {
-                has_longer = false;
-                deadline = deadline.min(Instant::now() + limits.write_timeout);
-            }
-            () = sleep_until(deadline) => return None,
-        }
     }
 }

@@ -12,6 +12,7 @@ mod shared;
 mod token;
 mod upgrade;
 mod visits;
+mod writing;
 
 use std::{error::Error, net::SocketAddr, pin::Pin, sync::Arc, time::Duration};
 

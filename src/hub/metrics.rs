@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::outbox::OutboxBounds;
+use super::held::OutboxBounds;
 use crate::telemetry::metrics::{Counter, CounterBy, Gauge, Histogram, Registry, count};
 
 /// Receivers of one fan-out.
@@ -81,14 +81,20 @@ impl Metrics {
 #[derive(Debug)]
 pub(super) struct OutboxMetrics {
     high_water: Gauge,
+    held: Gauge,
 }
 
 impl OutboxMetrics {
     /// Registers the metrics, and shows the bounds that were set.
-    pub(super) fn new(registry: &Registry, connections_max: usize, bytes_max: usize) -> Self {
+    pub(super) fn new(registry: &Registry, connections_max: usize, bounds: &OutboxBounds) -> Self {
         let bound = registry
             .gauge("outbox_max_bytes", "The largest backlog of a socket: limits.outbox_bytes_max.");
-        bound.set(count(bytes_max));
+        bound.set(count(bounds.bytes_max()));
+        let bound = registry.gauge(
+            "outboxes_max_bytes",
+            "What all outboxes may hold together: limits.outboxes_bytes_max.",
+        );
+        bound.set(count(bounds.all_bytes_max()));
         let bound = registry
             .gauge("connections_max", "Sockets that may be open at once: limits.connections_max.");
         bound.set(count(connections_max));
@@ -97,11 +103,16 @@ impl OutboxMetrics {
                 "outbox_high_water_bytes",
                 "The largest backlog of one socket within the last minute or two.",
             ),
+            held: registry.gauge(
+                "outboxes_bytes",
+                "What all outboxes hold; a message that many sockets wait for counts once.",
+            ),
         }
     }
 
-    /// Sets the gauge of the high-water mark.
+    /// Sets the gauges.
     pub(super) fn show(&self, bounds: &OutboxBounds) {
+        self.held.set(count(bounds.held()));
         self.high_water.set(count(bounds.highest()));
     }
 }

@@ -4,6 +4,7 @@
 //! pushed; no two locks are held at once; a broadcast is encoded at most once per serializer. What
 //! is absent on purpose: a fan-out that has begun may still reach who has unsubscribed meanwhile.
 
+mod held;
 mod metrics;
 pub mod outbox;
 mod sockets;
@@ -20,11 +21,11 @@ use slab::Slab;
 use tokio::time::Instant;
 use tokio_tungstenite::tungstenite::Message as Frame;
 
-pub(crate) use self::sockets::{NoPermit, Permit};
-pub use self::{metrics::BroadcastSource, sockets::Sockets};
+pub(crate) use self::sockets::{NoPermit, Permit, Reliever};
+pub use self::{held::OutboxBounds, metrics::BroadcastSource, sockets::Sockets};
 use self::{
     metrics::Metrics,
-    outbox::{Committed, Outbox, Replaceable, Since, TopicId},
+    outbox::{Committed, Kind, Outbox, Replaceable, Since, TopicId},
 };
 use crate::{
     protocol::{
@@ -66,15 +67,6 @@ impl std::ops::AddAssign for FannedOut {
     }
 }
 
-/// Whom a fan-out is for, and how.
-#[derive(Debug, Clone, Copy)]
-enum Mode {
-    ToAll,
-    ToAllBut(usize),
-    /// To all, as far as they can keep up.
-    Replaceably(Replaceable),
-}
-
 /// A place among a topic's subscribers; dropping it unsubscribes.
 #[derive(Debug)]
 pub struct Subscription {
@@ -97,8 +89,10 @@ pub struct FanOut<'a> {
     pub broadcasts: &'a [Broadcast],
     /// When the database committed the first of them, if that is known.
     pub committed: Option<Committed>,
-    /// Who is left out, or may be told something else.
+    /// Whom they are for.
     pub to: To<'a>,
+    /// What becomes of subscribers that are too slow for them.
+    pub too_slow: TooSlow,
 }
 
 /// Whom a fan-out is for.
@@ -108,9 +102,27 @@ pub enum To<'a> {
     All,
     /// Every subscriber but this one.
     Others(&'a Subscription),
-    /// Every subscriber that keeps up: one that is too slow is told instead, by an invalidation,
-    /// of all that has changed since then.
-    WhoKeepsUp(Since),
+}
+
+/// What becomes of a subscriber that is too slow for a broadcast.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TooSlow {
+    /// It is told instead, by an invalidation, of all that has changed since then.
+    IsCaughtUp(Since),
+    /// Its channel ends: the topic is an ordinary one.
+    LosesChannel,
+    /// Its connection ends: the topic has a rule.
+    LosesConnection,
+}
+
+impl TooSlow {
+    fn kind(self, topic: TopicId) -> Kind {
+        match self {
+            Self::IsCaughtUp(since) => Kind::Replaceable(Replaceable { topic, since }),
+            Self::LosesChannel => Kind::Ordinary(topic),
+            Self::LosesConnection => Kind::Ruled(topic),
+        }
+    }
 }
 
 impl Hub {
@@ -132,14 +144,11 @@ impl Hub {
         let (started, mut result) = (Instant::now(), FannedOut::default());
         let others = fan_out.spellings.iter().filter(|spelling| Some(*spelling) != fan_out.first);
         for topic in fan_out.first.into_iter().chain(others) {
-            let push = match fan_out.to {
-                To::Others(from) if from.key == *topic => Mode::ToAllBut(from.slot),
-                To::All | To::Others(_) => Mode::ToAll,
-                To::WhoKeepsUp(since) => {
-                    Mode::Replaceably(Replaceable { topic: self.topic_id(topic), since })
-                }
+            let except = match fan_out.to {
+                To::Others(from) if from.key == *topic => Some(from.slot),
+                To::All | To::Others(_) => None,
             };
-            result += self.push_all(topic, fan_out.broadcasts, fan_out.committed, push).await;
+            result += self.push_all(topic, &fan_out, except).await;
         }
         let FannedOut { subscribers, deliveries } = result;
         let count = fan_out.broadcasts.len();
@@ -183,21 +192,17 @@ impl Hub {
     async fn push_all(
         &self,
         key: &TopicKey,
-        broadcasts: &[Broadcast],
-        committed: Option<Committed>,
-        push: Mode,
+        fan_out: &FanOut<'_>,
+        except: Option<usize>,
     ) -> FannedOut {
         let Some(subscribers) = self.shard(key).lock().get(key).map(Arc::clone) else {
             return FannedOut::default();
         };
         let topic = format!("{TOPIC_PREFIX}{}", key.sub_topic);
+        let FanOut { broadcasts, committed, too_slow, .. } = *fan_out;
         let frames =
             Encoded { topic: &topic, broadcasts, v1: OnceLock::new(), v2: OnceLock::new() };
-        let (except, replaceable) = match push {
-            Mode::ToAll => (None, None),
-            Mode::ToAllBut(slot) => (Some(slot), None),
-            Mode::Replaceably(replaceable) => (None, Some(replaceable)),
-        };
+        let kind = too_slow.kind(self.topic_id(key));
         let (mut result, mut pushed) = (FannedOut::default(), 0);
         for (slot, outbox) in subscribers.iter() {
             if pushed >= PUSHES_PER_YIELD {
@@ -208,10 +213,10 @@ impl Hub {
                 continue;
             }
             result.subscribers += 1;
-            let frames = frames.get(outbox.serializer());
+            let frames = frames.get(outbox);
             pushed += frames.len();
             // A full outbox closes its own connection; the others must not notice.
-            let queued = outbox.push_all(frames.iter().cloned(), committed, replaceable);
+            let queued = outbox.push_all(frames.iter().cloned(), committed, kind);
             result.deliveries += queued.unwrap_or(0);
         }
         result
@@ -258,23 +263,27 @@ struct Encoded<'a> {
 }
 
 impl Encoded<'_> {
-    fn get(&self, serializer: Serializer) -> &[Frame] {
+    fn get(&self, outbox: &Outbox) -> &[Frame] {
+        let serializer = outbox.serializer();
         let frames = match serializer {
             Serializer::V1 => &self.v1,
             Serializer::V2 => &self.v2,
         };
         frames.get_or_init(|| {
             let encode = |broadcast| serializer.encode_broadcast(self.topic, broadcast);
-            self.broadcasts.iter().filter_map(encode).collect()
+            let frames = self.broadcasts.iter().filter_map(encode);
+            frames.map(|frame| outbox.bounds().hold(frame)).collect()
         })
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::collections::VecDeque;
+
     use super::*;
     use crate::{
-        hub::outbox::{OutboxBounds, Queued},
+        hub::outbox::Queued,
         protocol::{message::Json, topic::Privacy},
     };
 
@@ -283,7 +292,7 @@ mod tests {
     }
 
     fn outbox() -> Arc<Outbox> {
-        Arc::new(Outbox::new(Serializer::V1, &OutboxBounds::new(1 << 20)))
+        Arc::new(Outbox::new(Serializer::V1, &OutboxBounds::new(1 << 20, usize::MAX)))
     }
 
     async fn publish(
@@ -293,7 +302,9 @@ mod tests {
         to: To<'_>,
     ) -> FannedOut {
         let (source, first) = (BroadcastSource::Socket, Some(topic));
-        hub.fan_out(FanOut { source, first, spellings: &[], broadcasts, committed: None, to }).await
+        let (committed, too_slow) = (None, TooSlow::LosesChannel);
+        let fan_out = FanOut { source, first, spellings: &[], broadcasts, committed, to, too_slow };
+        hub.fan_out(fan_out).await
     }
 
     #[tokio::test]
@@ -307,10 +318,11 @@ mod tests {
         assert_eq!(fanned_out, FannedOut { subscribers: 1, deliveries: 1 });
         let other = publish(&hub, &key("other"), &broadcast, To::All).await;
         assert_eq!(other, FannedOut::default());
-        let mut batch = Vec::new();
+        let mut batch = VecDeque::new();
         b.drain(&mut batch).await.unwrap();
         let text = r#"{"ref":null,"event":"broadcast","payload":{},"topic":"realtime:room"}"#;
-        assert_eq!(batch, [Queued { frame: Frame::text(text), replaceable: None }]);
+        let kind = Kind::Ordinary(hub.topic_id(&key("room")));
+        assert_eq!(batch, [Queued { frame: Frame::text(text), kind }]);
     }
 
     #[tokio::test]

@@ -3,7 +3,7 @@
 //! Invariants: no lock is held while frames are pushed; a message has been pushed to all
 //! subscribers before it is repeated to the clients that were just caught up.
 
-use std::{collections::BinaryHeap, iter, slice, sync::Arc, time::Duration};
+use std::{collections::BinaryHeap, slice, sync::Arc, time::Duration};
 
 use parking_lot::Mutex;
 use tokio::{
@@ -21,7 +21,7 @@ use super::{
 };
 use crate::{
     hub::{
-        BroadcastSource, FanOut, FannedOut, Hub, To,
+        BroadcastSource, FanOut, FannedOut, Hub, To, TooSlow,
         outbox::{Outbox, Replaceable, Since},
     },
     protocol::{
@@ -134,7 +134,8 @@ impl Sender {
                 spellings: feed.topics(),
                 broadcasts: slice::from_ref(&outgoing.broadcast),
                 committed: outgoing.committed,
-                to: outgoing.since.map_or(To::All, To::WhoKeepsUp),
+                to: To::All,
+                too_slow: outgoing.since.map_or(TooSlow::LosesConnection, TooSlow::IsCaughtUp),
             })
             .await
     }
@@ -154,8 +155,14 @@ impl Sender {
         };
         // The topic of a rule is public, however it is joined.
         let key = TopicKey { sub_topic: Arc::clone(sub_topic), privacy: Privacy::Public };
-        let replaceable = since.map(|since| Replaceable { topic: self.hub.topic_id(&key), since });
-        outbox.push_all(iter::once(frame), None, replaceable).unwrap_or(0)
+        let is_queued = match since {
+            Some(since) => {
+                let replaceable = Replaceable { topic: self.hub.topic_id(&key), since };
+                outbox.push_replaceable(frame, replaceable)
+            }
+            None => outbox.push(frame).is_ok(),
+        };
+        usize::from(is_queued)
     }
 }
 

@@ -18,10 +18,7 @@ use super::{
 };
 use crate::{
     access::{EID, Merge},
-    hub::{
-        Hub, Subscription,
-        outbox::{Outbox, OutboxBounds},
-    },
+    hub::{Hub, OutboxBounds, Subscription, outbox::Outbox},
     protocol::{
         message::{Json, UserBroadcast, UserPayload},
         serializer::{Broadcast, Serializer},
@@ -108,7 +105,7 @@ pub(super) struct Viewer {
 
 impl Viewer {
     pub(super) fn new(feed: &Feed) -> Self {
-        let outbox = Arc::new(Outbox::new(Serializer::V2, &OutboxBounds::new(1 << 20)));
+        let outbox = Arc::new(Outbox::new(Serializer::V2, &OutboxBounds::new(1 << 20, usize::MAX)));
         let hub = Arc::new(Hub::new(&Registry::new()));
         let subscription = hub.subscribe(feed.topics()[0].clone(), Arc::clone(&outbox));
         Self { outbox, subscription }

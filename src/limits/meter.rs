@@ -102,6 +102,11 @@ impl<S> Metered<S> {
         }
     }
 
+    /// The stream, which is not to be read.
+    pub(crate) fn stream(&self) -> &S {
+        &self.stream
+    }
+
     /// The stream itself, for what nobody counts any more.
     pub(crate) fn unmetered(&mut self) -> &mut S {
         &mut self.stream
@@ -199,6 +204,18 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Metered<S> {
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
         Pin::new(&mut self.stream).poll_write(context, bytes)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        parts: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write_vectored(context, parts)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {

@@ -7,6 +7,7 @@
 mod address;
 mod addresses;
 mod frames;
+mod memory;
 mod meter;
 mod metrics;
 mod origins;

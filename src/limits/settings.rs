@@ -6,8 +6,11 @@ use std::{net::IpAddr, time::Duration};
 use ipnet::IpNet;
 use serde::{Deserialize, Deserializer, de};
 
-use super::origins::Origin;
+use super::{memory, origins::Origin};
 use crate::clock::duration;
+
+/// The memory of a machine that does not tell.
+const MEMORY_BYTES_ASSUMED: usize = 2 << 30;
 
 /// Who is in front.
 #[derive(Debug, Clone, Deserialize)]
@@ -60,6 +63,9 @@ pub struct Settings {
     pub payload_bytes_max: usize,
     /// Most bytes that may wait for one client; beyond, it is closed as a slow consumer.
     pub outbox_bytes_max: usize,
+    /// Most bytes that may wait for all clients together; beyond, those for whom most waits are
+    /// conflated, lose ordinary channels, and at last are closed. 0: a quarter of the memory.
+    pub outboxes_bytes_max: usize,
     /// Longest token; a longer one is not a JWT.
     pub token_bytes_max: usize,
     /// From accept to the end of the request's head.
@@ -78,7 +84,7 @@ pub struct Settings {
     /// A socket whose channels have all gone is closed after so long.
     #[serde(deserialize_with = "duration")]
     pub no_channel_timeout: Duration,
-    /// A write that takes longer ends the connection.
+    /// A client that takes nothing of what is written to it for so long is given up.
     #[serde(deserialize_with = "duration")]
     pub write_timeout: Duration,
     /// The same where nothing waits but what one invalidation can take the place of.
@@ -87,6 +93,14 @@ pub struct Settings {
 }
 
 impl Settings {
+    /// Most bytes that may wait for all clients together.
+    pub(crate) fn outboxes_bytes(&self) -> usize {
+        match self.outboxes_bytes_max {
+            0 => memory::bytes().unwrap_or(MEMORY_BYTES_ASSUMED) / 4,
+            bytes => bytes,
+        }
+    }
+
     /// Returns what is wrong with the section, one text for each mistake.
     pub(crate) fn validate(&self) -> Vec<String> {
         let counts = [

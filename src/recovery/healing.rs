@@ -32,7 +32,7 @@ use super::{
 use crate::{
     access::{Access, AccessRequest, Action, EID, Found, Rules},
     auth::Token,
-    hub::outbox::Outbox,
+    hub::outbox::{Kind, Outbox},
     invalidation::Feeds,
     protocol::{
         serializer::Push,
@@ -316,7 +316,7 @@ impl Healing {
             })
         });
         // A full outbox closes its own connection.
-        let _ = outbox.push_all(frames, None, None);
+        let _ = outbox.push_all(frames, None, Kind::Own);
     }
 }
 

@@ -20,7 +20,7 @@ use crate::{
     auth::{self, Authenticator, KeyFollower, jwks::JwksError},
     db::{self, Pool},
     http::{self, BODIES_MAX, Visits},
-    hub::{Hub, Sockets},
+    hub::{Hub, OutboxBounds, Reliever, Sockets},
     invalidation::{Feeds, Sender},
     limits::Limits,
     policies::Policies,
@@ -79,6 +79,7 @@ pub(super) struct Tasks {
     pub(super) keys: KeyFollower,
     pub(super) sender: Sender,
     pub(super) healer: Healer,
+    pub(super) reliever: Reliever,
 }
 
 impl Gateway {
@@ -116,7 +117,7 @@ impl Gateway {
         let hub = Arc::new(Hub::new(&registry));
         let sockets = Arc::new(Sockets::new(
             config.limits.connections_max,
-            config.limits.outbox_bytes_max,
+            OutboxBounds::new(config.limits.outbox_bytes_max, config.limits.outboxes_bytes()),
             draining.clone(),
             &registry,
         ));
@@ -253,6 +254,7 @@ impl Gateway {
             keys: KeyFollower::new(Arc::clone(&auth)),
             sender: feeds.sender(),
             healer: recovery.healer(),
+            reliever: Reliever(Arc::clone(&sockets)),
         };
         let gateway = Self {
             id,

@@ -179,6 +179,7 @@ fn spawn(gateway: &Gateway, tasks: Tasks) {
     tracker.spawn(tasks.keys.run(stop()));
     tracker.spawn(tasks.sender.run(stop()));
     tracker.spawn(tasks.healer.run(stop()));
+    tracker.spawn(tasks.reliever.run(stop()));
     tracker.spawn(Arc::clone(&gateway.reload).watch(stop()));
     tracker.spawn(Arc::clone(&gateway.reload).follow_keys(stop()));
     let (limits, sockets) = (Arc::clone(&gateway.limits), Arc::clone(&gateway.sockets));

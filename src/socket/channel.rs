@@ -66,8 +66,8 @@ pub(super) struct Channel {
 #[must_use]
 pub(super) enum Next {
     Open,
-    /// The channel is over, as the client is told; after [`EndReason::Unanswered`] the client is
-    /// told to join again.
+    /// The channel is over, as the client is told; after [`EndReason::Unanswered`] and
+    /// [`EndReason::TooSlow`] the client is told to join again.
     Ended(EndReason),
     /// The policies must be asked what the channel may read.
     AskReads,
@@ -181,8 +181,18 @@ impl Channel {
         if let Some(open) = &mut self.open {
             open.ends_for = reason;
         }
-        // No other token of the client would change that the policies do not answer.
-        let is_for_good = reason != EndReason::Unanswered;
+        let is_for_good = match reason {
+            // Another token of the client would change nothing, and the next join may.
+            EndReason::Unanswered | EndReason::TooSlow => false,
+            EndReason::Left
+            | EndReason::Replaced
+            | EndReason::Token
+            | EndReason::TooFast
+            | EndReason::Connection => true,
+        };
+        if matches!(reason, EndReason::Token | EndReason::TooSlow) {
+            self.stop_reading(context);
+        }
         let join_ref = self.join_ref.as_ref();
         context.push(&Push {
             join_ref,
@@ -256,15 +266,17 @@ impl Channel {
         }
     }
 
-    /// Ends delivery without a word.
-    pub(super) fn unsubscribe(&mut self) {
-        self.subscription = None;
+    /// Ends delivery without a word, also of what is queued.
+    pub(super) fn stop_reading(&mut self, context: Context<'_>) {
+        if self.subscription.take().is_some() {
+            context.outbox.forget(self.topic_id(context));
+        }
     }
 
     /// Subscribes or unsubscribes, as was decided.
     pub(super) fn follow(&mut self, context: Context<'_>) {
         if !self.may_read {
-            self.subscription = None;
+            self.stop_reading(context);
             self.listening = None;
         } else if self.subscription.is_none() {
             let (key, outbox) = (self.target.topic.clone(), Arc::clone(context.outbox));

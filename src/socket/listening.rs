@@ -73,7 +73,8 @@ impl Channel {
         }
     }
 
-    fn topic_id(&self, context: Context<'_>) -> TopicId {
+    /// The topic as the outbox knows it.
+    pub(super) fn topic_id(&self, context: Context<'_>) -> TopicId {
         context.shared.hub.topic_id(&self.target.topic)
     }
 }

@@ -45,6 +45,8 @@ pub(super) enum EndReason {
     Token,
     /// Its client broadcasts too fast.
     TooFast,
+    /// Its client reads too slowly for what is broadcast.
+    TooSlow,
     /// The database's policies could not be asked.
     Unanswered,
     /// Its connection has ended.

@@ -32,7 +32,7 @@ use crate::{
     access::{Found, Rules},
     auth::Token,
     clock::unix_now,
-    hub::outbox::{Outbox, Replaceable},
+    hub::outbox::{Outbox, Replaceable, TopicId},
     invalidation::ClientHistory,
     limits::Limited,
     protocol::{
@@ -50,6 +50,9 @@ use crate::{
 /// Clients beat every 25 or 30 s. A heartbeat after a longer silence than this comes from a hidden
 /// tab, which sends one a minute, or from a page that was frozen.
 const HEARTBEAT_LATE: Duration = Duration::from_secs(40);
+
+/// What a client is told whose channel ends because it reads too slowly.
+const TOO_SLOW: &str = "Too many messages for a client that reads this slowly";
 
 /// The state of one client's channels.
 #[derive(Debug)]
@@ -214,17 +217,25 @@ impl Socket {
     /// because the client was too slow.
     pub fn conflate(&self, behind: Replaceable) {
         for slot in self.channels.values() {
-            let channel = match slot {
-                Slot::Joined(channel) => Some(channel),
-                Slot::Waiting(waiting) => match &waiting.what {
-                    // The channel that a join replaces still hears its topic.
-                    Awaiting::Join(joining) => joining.replaced.as_ref(),
-                    Awaiting::Channel(channel) => Some(channel),
-                },
-            };
-            if let Some(channel) = channel {
+            if let Some(channel) = slot.hearing() {
                 channel.conflate(self.context(), behind);
             }
+        }
+    }
+
+    /// Ends the channel of an ordinary topic for which the client is too slow.
+    pub fn overflowed(&mut self, topic: TopicId) {
+        let context = self.context();
+        let is_it =
+            |slot: &Slot| slot.hearing().is_some_and(|channel| channel.topic_id(context) == topic);
+        let found = self.channels.iter().find(|(_, slot)| is_it(slot));
+        let Some(name) = found.map(|(name, _)| name.clone()) else {
+            return;
+        };
+        // A topic that waits stays: what it waits for may be the start of a healthy channel.
+        if let Some(Slot::Joined(channel)) = self.channels.get(&name) {
+            channel.complain(context, TOO_SLOW);
+            self.settle(&name, Next::Ended(EndReason::TooSlow));
         }
     }
 
@@ -311,7 +322,7 @@ impl Socket {
             },
             Err(refusal) => {
                 if let Some(replaced) = &mut replaced {
-                    replaced.unsubscribe();
+                    replaced.stop_reading(self.context());
                 }
                 if self.pending.refusals >= self.shared.limits.settings().channels_per_socket_max {
                     // No place to wait in: the delay is a courtesy, the bound is not.
@@ -486,6 +497,10 @@ impl Socket {
 
     /// Hands broadcasts to their channel.
     async fn broadcast(&mut self, topic: &str, pushes: Vec<Message>) {
+        if self.expires_at <= unix_now() {
+            // The tick may come a moment later; who may write is decided here.
+            self.tick();
+        }
         if let Some(Slot::Joined(channel)) = self.channels.get(topic)
             && channel.asks_before_writing()
         {
@@ -528,7 +543,15 @@ impl Socket {
         let context = Context { shared, outbox, apikey, caller: *caller };
         let mut nexts: Vec<(Box<str>, Next)> = Vec::new();
         for (topic, slot) in channels {
-            let Slot::Joined(channel) = slot else { continue };
+            let channel = match slot {
+                Slot::Joined(channel) => channel,
+                Slot::Waiting(waiting) => {
+                    if let Some(channel) = waiting.hearing_mut() {
+                        channel.review_waiting(context);
+                    }
+                    continue;
+                }
+            };
             match act(channel, context) {
                 Next::Open => {}
                 next @ (Next::Ended(_) | Next::AskReads) => nexts.push((topic.clone(), next)),

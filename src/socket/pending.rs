@@ -28,6 +28,30 @@ pub(super) enum Slot {
     Waiting(Box<Waiting>),
 }
 
+impl Slot {
+    /// The channel that hears the topic.
+    pub(super) fn hearing(&self) -> Option<&Channel> {
+        match self {
+            Self::Joined(channel) => Some(channel),
+            Self::Waiting(waiting) => match &waiting.what {
+                // The channel that a join replaces still hears its topic.
+                Awaiting::Join(joining) => joining.replaced.as_deref(),
+                Awaiting::Channel(channel) => Some(channel),
+            },
+        }
+    }
+}
+
+impl Waiting {
+    /// The channel that hears the topic.
+    pub(super) fn hearing_mut(&mut self) -> Option<&mut Channel> {
+        match &mut self.what {
+            Awaiting::Join(joining) => joining.replaced.as_deref_mut(),
+            Awaiting::Channel(channel) => Some(channel),
+        }
+    }
+}
+
 /// A topic that waits, with the messages that have come for it since.
 #[derive(Debug)]
 pub(super) struct Waiting {

@@ -91,6 +91,24 @@ impl Channel {
         }
     }
 
+    /// Ends delivery to a channel that waits for an answer, if what it was decided by does not hold
+    /// any more. What becomes of the channel is decided after the wait.
+    pub(super) fn review_waiting(&mut self, context: Context<'_>) {
+        let auth = &context.shared.auth;
+        let verified = auth.recheck(&self.token, unix_now(), auth.grace());
+        let rules = context.shared.access.rules();
+        let found = self.find(&rules);
+        let (decision, token) =
+            authorize(context, (&rules, &found), self.sub_topic(), self.privacy(), verified);
+        let may_read = match decision.verdict {
+            Verdict::Allowed | Verdict::Policies => token.is_some(),
+            Verdict::Withheld | Verdict::Refused => false,
+        };
+        if !may_read {
+            self.stop_reading(context);
+        }
+    }
+
     /// Goes on without its token, if it may.
     fn lose_token(&mut self, context: Context<'_>, error: TokenError) -> Next {
         if matches!(error, TokenError::Expired { .. }) {
@@ -129,6 +147,7 @@ impl Channel {
                 self.policies.forget_writes();
                 return Next::AskReads;
             }
+            self.follow(context);
             return Next::Open;
         }
         self.token = token;

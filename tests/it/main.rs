@@ -52,6 +52,7 @@ mod socket {
     mod access_token;
     mod broadcast;
     mod broadcast_private;
+    mod held_up;
     mod join;
     mod leave;
     mod slow_consumer;

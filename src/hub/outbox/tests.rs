@@ -1,6 +1,10 @@
 //! What an outbox takes, replaces and refuses.
 
-use std::{collections::HashMap, iter};
+use std::{
+    collections::HashMap,
+    iter,
+    sync::atomic::{AtomicUsize, Ordering},
+};
 
 use futures_util::FutureExt;
 use tokio::task::JoinSet;
@@ -8,7 +12,7 @@ use tokio::task::JoinSet;
 use super::*;
 
 fn outbox(bytes_max: usize) -> Outbox {
-    Outbox::new(Serializer::V1, &OutboxBounds::new(bytes_max))
+    Outbox::new(Serializer::V1, &OutboxBounds::new(bytes_max, usize::MAX))
 }
 
 /// Of a topic that has this letter.
@@ -18,13 +22,12 @@ fn replaceable(topic: char, since: u32) -> Replaceable {
 
 /// Pushes a message of a topic. Returns whether it is queued.
 fn offer(outbox: &Outbox, text: &'static str, topic: char, since: u32) -> bool {
-    let frames = iter::once(Frame::text(text));
-    outbox.push_all(frames, None, Some(replaceable(topic, since))).unwrap() == 1
+    outbox.push_replaceable(Frame::text(text), replaceable(topic, since))
 }
 
 /// What there is for the connection at once: the frames' texts, and what else.
 fn drained(outbox: &Outbox) -> Option<(Vec<String>, Drained)> {
-    let mut batch = Vec::new();
+    let mut batch = VecDeque::new();
     let drained = outbox.drain(&mut batch).now_or_never()?.unwrap();
     let texts =
         batch.into_iter().map(|queued| queued.frame.to_text().unwrap().to_owned()).collect();
@@ -57,15 +60,15 @@ fn committed(departure: Departure, ago: u64) -> Option<Committed> {
 #[tokio::test(start_paused = true)]
 async fn a_batch_has_the_moment_of_the_oldest_of_it_that_has_one() {
     let outbox = outbox(16);
-    let (mut batch, a) = (Vec::new(), || iter::once(Frame::text("a")));
-    outbox.push_all(a(), committed(Departure::AtOnce, 1), None).unwrap();
-    outbox.push_all(a(), committed(Departure::Merged, 3), None).unwrap();
-    outbox.push_all(a(), committed(Departure::AtOnce, 2), None).unwrap();
+    let (mut batch, a) = (VecDeque::new(), || iter::once(Frame::text("a")));
+    outbox.push_all(a(), committed(Departure::AtOnce, 1), Kind::Own).unwrap();
+    outbox.push_all(a(), committed(Departure::Merged, 3), Kind::Own).unwrap();
+    outbox.push_all(a(), committed(Departure::AtOnce, 2), Kind::Own).unwrap();
     outbox.push(Frame::text("a")).unwrap();
     let oldest = Drained::Frames(committed(Departure::Merged, 3));
     assert_eq!((outbox.drain(&mut batch).await, batch.len()), (Ok(oldest), 4));
     // It has left with them; and what sends nothing has none.
-    outbox.push_all(iter::empty(), committed(Departure::AtOnce, 1), None).unwrap();
+    outbox.push_all(iter::empty(), committed(Departure::AtOnce, 1), Kind::Own).unwrap();
     outbox.push(Frame::text("a")).unwrap();
     batch.clear();
     assert_eq!(outbox.drain(&mut batch).await, Ok(Drained::Frames(None)));
@@ -147,7 +150,7 @@ async fn who_is_written_to_learns_when_something_is_held_up() {
         assert!(offer(&outbox, "a", 't', 1));
         let mut tasks = JoinSet::new();
         let waiting = Arc::clone(&outbox);
-        tasks.spawn(async move { waiting.holds_up().await });
+        tasks.spawn(async move { waiting.interrupted(true, false).await });
         tokio::task::yield_now().await;
         assert!(tasks.try_join_next().is_none(), "it can be replaced");
         if is_end {
@@ -155,7 +158,9 @@ async fn who_is_written_to_learns_when_something_is_held_up() {
         } else {
             outbox.push(Frame::text("fact")).unwrap();
         }
-        tasks.join_all().await;
+        let expected =
+            if is_end { Interruption::Ended(Ended::Draining) } else { Interruption::HeldUp };
+        assert_eq!(tasks.join_all().await, [expected]);
         drained(&outbox);
     }
 }
@@ -176,8 +181,7 @@ fn a_moment_is_never_later_than_what_it_was_made_of() {
 
 #[test]
 fn what_waits_is_small() {
-    let frame = size_of::<Frame>();
-    assert_eq!((size_of::<Queued>(), size_of::<Option<Replaceable>>()), (frame + 8, 8));
+    assert_eq!(size_of::<Queued>(), size_of::<Frame>() + 24);
 }
 
 /// Changes are noted before they are pushed, as an event does, and who falls behind is told what
@@ -195,7 +199,7 @@ async fn pushes_and_drains_race_and_nothing_is_missed_or_left() {
             for change in 1..=CHANGES {
                 noted[&topic].store(change as usize, Ordering::SeqCst);
                 let frame = iter::once(Frame::text(format!("{topic}{change}")));
-                let of = Some(replaceable(topic, change));
+                let of = Kind::Replaceable(replaceable(topic, change));
                 assert!(outbox.push_all(frame, None, of).unwrap() <= 1);
                 if change % 64 == 0 {
                     tokio::task::yield_now().await;
@@ -205,7 +209,7 @@ async fn pushes_and_drains_race_and_nothing_is_missed_or_left() {
     }
     let mut told: HashMap<char, Vec<bool>> =
         ['t', 'u'].map(|topic| (topic, vec![false; CHANGES as usize + 1])).into();
-    let (mut batch, mut conflations) = (Vec::new(), 0);
+    let (mut batch, mut conflations) = (VecDeque::new(), 0);
     loop {
         let is_over = publishing.is_empty();
         while let Some(joined) = publishing.try_join_next() {
@@ -253,13 +257,13 @@ fn what_is_queued_when_an_outbox_is_ended_is_still_written() {
     outbox.end(Ended::Draining);
     assert_eq!(outbox.push(Frame::text("b")), Err(Ended::Draining));
     assert_eq!(drained(&outbox), frames(&["a"]));
-    let ended = outbox.drain(&mut Vec::new()).now_or_never().unwrap();
+    let ended = outbox.drain(&mut VecDeque::new()).now_or_never().unwrap();
     assert_eq!(ended, Err(Ended::Draining));
 }
 
 #[test]
 fn the_highest_backlog_of_all_is_remembered_for_two_turns() {
-    let bounds = OutboxBounds::new(8);
+    let bounds = OutboxBounds::new(8, usize::MAX);
     let [low, high] = [(); 2].map(|()| Outbox::new(Serializer::V1, &bounds));
     high.push(Frame::text("abc")).unwrap();
     high.push(Frame::text("de")).unwrap();
@@ -281,5 +285,103 @@ async fn overflow_empties_the_queue_and_is_final() {
     outbox.push(Frame::text("abc")).unwrap();
     assert_eq!(outbox.push(Frame::text("d")), Err(Ended::SlowConsumer));
     assert_eq!(outbox.push(Frame::text("")), Err(Ended::SlowConsumer));
-    assert_eq!(outbox.drain(&mut Vec::new()).await, Err(Ended::SlowConsumer));
+    assert_eq!(outbox.drain(&mut VecDeque::new()).await, Err(Ended::SlowConsumer));
+}
+
+#[test]
+fn what_a_connection_is_to_look_at_goes_before_every_frame() {
+    let outbox = outbox(16);
+    outbox.push(Frame::text("a")).unwrap();
+    outbox.nudge();
+    outbox.end(Ended::Draining);
+    assert_eq!(drained(&outbox), Some((Vec::new(), Drained::Notice(Notice::Nudged))));
+    assert_eq!(drained(&outbox), frames(&["a"]));
+    outbox.nudge();
+    let interrupted = |is_ending| outbox.interrupted(true, is_ending).now_or_never();
+    assert_eq!(interrupted(false), Some(Interruption::Notice(Notice::Nudged)));
+    assert_eq!(interrupted(false), Some(Interruption::Ended(Ended::Draining)));
+    assert_eq!(interrupted(true), None);
+}
+
+#[test]
+fn who_is_behind_is_told_once_the_frames_before_have_left_whatever_has_come_since() {
+    let outbox = outbox(2 * BATCH_BYTES);
+    let long: &'static str = "x".repeat(BATCH_BYTES).leak();
+    for _ in 0..2 {
+        outbox.push(Frame::text(long)).unwrap();
+    }
+    assert!(!offer(&outbox, "a", 't', 1));
+    for _ in 0..2 {
+        // Whenever one has left, another comes: it is never empty.
+        assert_eq!(drained(&outbox), frames(&[long]));
+        outbox.push(Frame::text(long)).unwrap();
+    }
+    assert_eq!(drained(&outbox), behind('t', 1));
+    assert_eq!(drained(&outbox), frames(&[long]));
+}
+
+#[test]
+fn a_long_queue_leaves_in_short_batches() {
+    let outbox = outbox(8 * BATCH_BYTES);
+    let half: &'static str = "x".repeat(BATCH_BYTES / 2).leak();
+    let longer: &'static str = "y".repeat(BATCH_BYTES + 1).leak();
+    for text in [half, half, half, longer, half] {
+        outbox.push(Frame::text(text)).unwrap();
+    }
+    for expected in [&[half, half] as &[_], &[half], &[longer], &[half]] {
+        assert_eq!(drained(&outbox), frames(expected));
+    }
+    assert!(outbox.is_empty_and_told());
+}
+
+/// Pushes a broadcast of an ordinary topic that has this letter.
+fn say(outbox: &Outbox, text: &'static str, topic: char) -> bool {
+    let kind = Kind::Ordinary(replaceable(topic, 0).topic);
+    outbox.push_all(iter::once(Frame::text(text)), None, kind).unwrap() == 1
+}
+
+fn overflowed(topic: char) -> Option<(Vec<String>, Drained)> {
+    Some((Vec::new(), Drained::Notice(Notice::Overflowed(replaceable(topic, 0).topic))))
+}
+
+#[test]
+fn an_ordinary_topic_that_does_not_fit_ends_alone_and_the_largest_first() {
+    let outbox = outbox(8);
+    assert!(say(&outbox, "aaaa", 'a'));
+    assert!(say(&outbox, "bb", 'b'));
+    // The topic that takes most of the room makes room, though another asks for it.
+    assert!(say(&outbox, "ccc", 'c'));
+    assert!(!say(&outbox, "a", 'a'));
+    // It asks for most itself.
+    assert!(!say(&outbox, "dddd", 'd'));
+    assert_eq!(drained(&outbox), overflowed('d'));
+    assert_eq!(drained(&outbox), overflowed('a'));
+    assert_eq!(drained(&outbox), frames(&["bb", "ccc"]));
+}
+
+#[test]
+fn what_a_rule_says_takes_the_room_of_ordinary_topics() {
+    let outbox = outbox(8);
+    assert!(say(&outbox, "aaaa", 'a'));
+    assert!(say(&outbox, "bbb", 'b'));
+    outbox.push(Frame::text("own")).unwrap();
+    let ruled = Kind::Ruled(replaceable('r', 0).topic);
+    assert_eq!(outbox.push_all(iter::once(Frame::text("rule")), None, ruled), Ok(1));
+    assert_eq!(drained(&outbox), overflowed('b'));
+    assert_eq!(drained(&outbox), overflowed('a'));
+    assert_eq!(drained(&outbox), frames(&["own", "rule"]));
+}
+
+#[test]
+fn nothing_is_left_of_a_topic_that_is_forgotten() {
+    let outbox = outbox(8);
+    assert!(say(&outbox, "aaa", 'a'));
+    assert!(offer(&outbox, "tttt", 't', 1));
+    assert!(!offer(&outbox, "tt", 't', 2));
+    outbox.push(Frame::text("own")).unwrap();
+    for topic in ['a', 't'] {
+        outbox.forget(replaceable(topic, 0).topic);
+    }
+    assert_eq!(drained(&outbox), frames(&["own"]));
+    assert!(outbox.is_empty_and_told());
 }

@@ -19,7 +19,7 @@ use tokio_tungstenite::tungstenite::Message as Frame;
 use crate::support::{
     client::{Client, encode},
     raw::frame,
-    server::{DEADLINE, TestServer, config},
+    server::{DEADLINE, TestServer, config, plain_rule},
     token,
 };
 
@@ -487,10 +487,7 @@ async fn flood(beside: &mut Beside, done: impl Fn(&TestServer) -> bool) {
     timeout(DEADLINE, flooding).await.expect("the slow one is found out");
 }
 
-/// How many frames the last fan-out has put into outboxes is told by the counter's step.
-fn deliveries(server: &TestServer) -> u64 {
-    server.count("tidegate_deliveries_total")
-}
+const TOO_SLOW: &str = "tidegate_channels_ended_total{reason=\"too_slow\"}";
 
 #[tokio::test]
 async fn who_does_not_read_is_closed_at_the_writes_deadline_and_the_others_hear_everything() {
@@ -508,37 +505,79 @@ async fn who_does_not_read_is_closed_at_the_writes_deadline_and_the_others_hear_
     beside.stop().await;
 }
 
-#[tokio::test]
-async fn who_reads_too_late_is_closed_as_a_slow_consumer_and_the_others_hear_everything() {
+/// A topic that has a rule.
+const RULED: &str = "plain_AB3028";
+
+/// A client has joined a room and a rule's topic and reads nothing, and more was published to one of
+/// the two than may wait for it.
+async fn overflowed(sub_topic: &str) -> (Beside, Client) {
     let mut config = config();
+    config.topic.push(plain_rule());
     config.limits.outbox_bytes_max = 64 * 1024;
     config.limits.write_timeout = DEADLINE;
     let mut beside = Beside::start_with(config).await;
     let mut slow = narrow(&beside.server).await;
     slow.join("room").await;
-    let before = std::cell::Cell::new(deliveries(&beside.server));
-    // Its outbox has overflowed when a broadcast is put into the other's only.
-    flood(&mut beside, |server| {
-        let now = deliveries(server);
-        now - before.replace(now) == 1
-    })
-    .await;
-    // What was on its way it gets, without a gap, and then the reason.
-    for number in 0.. {
-        match slow.frame().await {
-            Frame::Text(text) => {
-                let message: Value = serde_json::from_str(&text).unwrap();
-                assert_eq!(message[4]["payload"]["n"], number);
-            }
-            Frame::Close(close) => {
-                assert_eq!(close.map(|close| close.code.into()), Some(1008_u16));
+    slow.join(RULED).await;
+    beside.other.join(RULED).await;
+    let overflowing = async {
+        for number in 0.. {
+            let before = beside.server.count("tidegate_deliveries_total");
+            beside.server.publish(sub_topic, &large(number)).await;
+            beside.other.hears(sub_topic, large(number)).await;
+            // It has overflowed when a message is put into the other's outbox only.
+            if beside.server.count("tidegate_deliveries_total") - before == 1 {
                 break;
             }
-            frame => panic!("{frame:?}"),
         }
+    };
+    timeout(DEADLINE, overflowing).await.expect("the slow one is found out");
+    (beside, slow)
+}
+
+/// What was on its way it gets, without a gap. Returns what comes then.
+async fn after_what_was_on_its_way(slow: &mut Client) -> Frame {
+    for number in 0.. {
+        let frame = slow.frame().await;
+        let Frame::Text(text) = &frame else { return frame };
+        let message: Value = serde_json::from_str(text).unwrap();
+        if message[3] != "broadcast" {
+            return frame;
+        }
+        assert_eq!(message[4]["payload"]["n"], number);
     }
+    unreachable!()
+}
+
+#[tokio::test]
+async fn who_reads_a_rules_topic_too_late_is_closed_as_a_slow_consumer() {
+    let (beside, mut slow) = overflowed(RULED).await;
+    let Frame::Close(close) = after_what_was_on_its_way(&mut slow).await else { panic!() };
+    assert_eq!(close.map(|close| close.code.into()), Some(1008_u16));
     drop(slow);
     beside.server.metric_falls_to("tidegate_connections", 1.0).await;
     assert_eq!(beside.closed("slow_consumer", "1008").await, 1.0);
+    beside.stop().await;
+}
+
+/// One message to a public room, which anybody may send, closes nobody's socket.
+#[tokio::test]
+async fn who_reads_an_ordinary_topic_too_late_loses_its_channel_and_keeps_the_socket() {
+    let (mut beside, mut slow) = overflowed("room").await;
+    beside.server.publish(RULED, &json!({ "sold": true })).await;
+    beside.other.hears(RULED, json!({ "sold": true })).await;
+    let Frame::Text(text) = after_what_was_on_its_way(&mut slow).await else { panic!() };
+    let message: Value = serde_json::from_str(&text).unwrap();
+    let text = "Too many messages for a client that reads this slowly";
+    assert_eq!((&message[3], &message[4]["message"]), (&json!("system"), &json!(text)));
+    // It is asked to come back, and may.
+    assert_eq!(slow.message().await[3], "phx_error");
+    slow.hears(RULED, json!({ "sold": true })).await;
+    assert_eq!(beside.server.metric(TOO_SLOW).await, 1.0);
+    slow.join("room").await;
+    beside.server.publish("room", &large(0)).await;
+    slow.hears("room", large(0)).await;
+    beside.other.hears("room", large(0)).await;
+    slow.close().await;
     beside.stop().await;
 }

@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use strum::VariantArray;
 use tidegate::{
     clock::unix_now,
-    hub::outbox::{Outbox, OutboxBounds},
+    hub::{OutboxBounds, outbox::Outbox},
     protocol::{
         error_code::ErrorCode,
         message::{Json, Malformed, Payload, Ref, UserBroadcast, UserPayload},
@@ -338,7 +338,8 @@ impl Wires<'_> {
     async fn open(&self, serializer: Serializer, apikey: &str) -> Peer {
         let wire = match self {
             Self::Memory(gateway) => {
-                let outbox = Arc::new(Outbox::new(serializer, &OutboxBounds::new(1 << 20)));
+                let outbox =
+                    Arc::new(Outbox::new(serializer, &OutboxBounds::new(1 << 20, usize::MAX)));
                 let token = gateway.auth.verify_at(apikey, unix_now()).unwrap();
                 let socket = Socket::new(
                     Arc::clone(&gateway.socket),
@@ -376,7 +377,7 @@ impl Peer {
                 if let Some(frame) = received.pop_front() {
                     return frame;
                 }
-                let mut batch = Vec::new();
+                let mut batch = VecDeque::new();
                 let next = async {
                     tokio::select! {
                         biased;

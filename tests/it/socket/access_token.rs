@@ -3,10 +3,11 @@
 use std::time::Duration;
 
 use serde_json::{Value, json};
-use tidegate::{clock::unix_now, protocol::serializer::Serializer};
+use tidegate::{clock::unix_now, protocol::serializer::Serializer, server::Gateway};
 
 use crate::support::{
     client::{Client, invalidations},
+    page::{Page, browser},
     server::{TestServer, config, config_of_long_windows},
     token,
 };
@@ -270,6 +271,26 @@ async fn the_right_to_write_follows_the_channels_token() {
     assert_eq!(client.broadcast().await.1["payload"], payload);
     client.close().await;
     server.stop().await;
+}
+
+/// The timer that ends a channel may be late; who writes is asked for the end of the token.
+#[tokio::test]
+async fn a_channel_whose_token_has_ended_writes_nothing_before_the_tick() {
+    let gateway = Gateway::new(config()).unwrap();
+    let exp = unix_now() + 1;
+    let token = token::with_claims(json!({ "role": "authenticated", "exp": exp }));
+    let mut writer = Page::with_token(&gateway, browser(1), &token);
+    let mut reader = Page::open(&gateway, browser(2));
+    writer.join("1", "room").await;
+    reader.join("1", "room").await;
+    while unix_now() < exp {
+        tokio::task::yield_now().await;
+    }
+    let push = json!({ "type": "broadcast", "event": "e", "payload": {} });
+    writer.send(json!(["1", "2", "realtime:room", "broadcast", push])).await;
+    reader.expect_nothing().await;
+    assert_eq!(writer.message().await[3], "system");
+    assert_eq!(writer.message().await[3], "phx_close");
 }
 
 #[tokio::test]

@@ -1,6 +1,7 @@
 //! Joins: their place in the order of things, their bounds, and whom the rules let read.
 
 use std::{
+    collections::VecDeque,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -12,8 +13,8 @@ use serde_json::{Value, json};
 use tidegate::{
     clock::unix_now,
     hub::{
-        BroadcastSource, FanOut, To,
-        outbox::{Outbox, OutboxBounds, Queued},
+        BroadcastSource, FanOut, OutboxBounds, To, TooSlow,
+        outbox::{Outbox, Queued},
     },
     protocol::{
         message::Json,
@@ -97,8 +98,15 @@ async fn the_reply_precedes_every_broadcast_however_many_are_sent() {
         let key = TopicKey { sub_topic: "room".into(), privacy: Privacy::Public };
         let broadcasts = [Broadcast::Envelope(Json::EMPTY)];
         let (source, first, to) = (BroadcastSource::Socket, Some(&key), To::All);
-        let fan_out =
-            FanOut { source, first, spellings: &[], broadcasts: &broadcasts, committed: None, to };
+        let fan_out = FanOut {
+            source,
+            first,
+            spellings: &[],
+            broadcasts: &broadcasts,
+            committed: None,
+            to,
+            too_slow: TooSlow::LosesChannel,
+        };
         let mut deliveries = 0;
         while !over.load(Ordering::Relaxed) {
             deliveries += hub.fan_out(fan_out).await.deliveries;
@@ -108,7 +116,7 @@ async fn the_reply_precedes_every_broadcast_however_many_are_sent() {
     let token = gateway.auth.verify_at(&token::of_role("anon"), unix_now()).unwrap();
     let mut early = None;
     for _ in 0..20_000 {
-        let outbox = Arc::new(Outbox::new(Serializer::V2, &OutboxBounds::new(1 << 20)));
+        let outbox = Arc::new(Outbox::new(Serializer::V2, &OutboxBounds::new(1 << 20, usize::MAX)));
         let mut socket = Socket::new(
             Arc::clone(&gateway.socket),
             Arc::clone(&outbox),
@@ -118,7 +126,7 @@ async fn the_reply_precedes_every_broadcast_however_many_are_sent() {
         );
         let frame = Frame::text(join("1", "realtime:room").to_string());
         socket.handle([Serializer::V2.decode(frame).unwrap()]).await;
-        let mut batch = Vec::new();
+        let mut batch = VecDeque::new();
         outbox.drain(&mut batch).await.unwrap();
         let first = batch.into_iter().next().map(|queued| queued.frame);
         early = first.filter(|frame| !frame.to_text().unwrap().contains("phx_reply"));
@@ -488,7 +496,7 @@ async fn a_refused_re_join_ends_the_channel_at_once() {
 async fn who_joins_during_a_drain_is_told_that_the_server_restarts() {
     let gateway = Gateway::new(config()).unwrap();
     gateway.draining.cancel();
-    let outbox = Arc::new(Outbox::new(Serializer::V2, &OutboxBounds::new(1 << 20)));
+    let outbox = Arc::new(Outbox::new(Serializer::V2, &OutboxBounds::new(1 << 20, usize::MAX)));
     let token = gateway.auth.verify_at(&token::of_role("anon"), unix_now()).unwrap();
     let mut socket = Socket::new(
         Arc::clone(&gateway.socket),
@@ -501,8 +509,9 @@ async fn who_joins_during_a_drain_is_told_that_the_server_restarts() {
     socket.handle([Serializer::V2.decode(frame).unwrap()]).await;
     let due = socket.due().await;
     socket.answer(due).await;
-    let mut batch = Vec::new();
+    let mut batch = VecDeque::new();
     outbox.drain(&mut batch).await.unwrap();
+    let batch = Vec::from(batch);
     let [Queued { frame: Frame::Text(text), .. }] = batch.as_slice() else { panic!("{batch:?}") };
     let reason = "RealtimeRestarting: Realtime is restarting, please standby";
     let expected = refused("1", "realtime:room", reason);

@@ -7,7 +7,10 @@ use serde_json::{Value, json};
 use tidegate::{
     clock::unix_now,
     db,
-    hub::outbox::{Drained, Outbox, OutboxBounds},
+    hub::{
+        OutboxBounds,
+        outbox::{Drained, Notice, Outbox},
+    },
     protocol::serializer::Serializer::V1,
     recovery::ClientKey,
     secret::Secret,
@@ -70,7 +73,7 @@ impl Page {
 
     fn reading(gateway: &Arc<Gateway>, client: ClientKey, token: &str, bytes_max: usize) -> Self {
         let token = gateway.auth.verify_at(token, unix_now()).unwrap();
-        let outbox = Arc::new(Outbox::new(V1, &OutboxBounds::new(bytes_max)));
+        let outbox = Arc::new(Outbox::new(V1, &OutboxBounds::new(bytes_max, usize::MAX)));
         let socket = Socket::new(
             Arc::clone(&gateway.socket),
             Arc::clone(&outbox),
@@ -139,7 +142,7 @@ impl Page {
             if let Some(frame) = self.arrived.pop_front() {
                 return Some(client::decode(V1, frame.to_text().unwrap()));
             }
-            let mut batch = Vec::new();
+            let mut batch = VecDeque::new();
             let tick = Instant::now() + self.socket.next_tick(TICK_MAX);
             tokio::select! {
                 biased;
@@ -148,7 +151,8 @@ impl Page {
                         self.arrived.extend(batch.into_iter().map(|queued| queued.frame));
                     }
                     Drained::Behind(replaceable) => self.socket.conflate(replaceable),
-                    Drained::Nudged => self.socket.review(),
+                    Drained::Notice(Notice::Nudged) => self.socket.review(),
+                    Drained::Notice(Notice::Overflowed(topic)) => self.socket.overflowed(topic),
                 },
                 due = self.socket.due() => self.socket.answer(due).await,
                 () = sleep_until(tick) => self.socket.tick(),
