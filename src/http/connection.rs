@@ -166,12 +166,16 @@ impl Connection {
             if let Err(reason) = step {
                 return reason;
             }
-            // Deadlines that move away are found out when the timer fires; only a nearer one
-            // needs it set.
-            let next = self.next_tick();
-            if next < tick.deadline() || tick.is_elapsed() {
-                tick.as_mut().reset(next);
-            }
+            self.set(tick.as_mut());
+        }
+    }
+
+    /// Sets the timer to the next deadline. One that has moved away is found out when the timer
+    /// fires; only a nearer one needs it set.
+    fn set(&self, tick: Pin<&mut Sleep>) {
+        let next = self.next_tick();
+        if next < tick.deadline() || tick.is_elapsed() {
+            tick.reset(next);
         }
     }
 
@@ -291,10 +295,7 @@ impl Connection {
             let Self { writing, websocket, outbox, socket, .. } = self;
             tokio::select! {
                 biased;
-                () = &mut tick => {
-                    self.tick()?;
-                    tick.as_mut().reset(self.next_tick());
-                }
+                () = &mut tick => self.tick()?,
                 interruption = outbox.interrupted(has_longer, is_ending) => match interruption {
                     Interruption::Notice(notice) => self.notice(notice),
                     Interruption::HeldUp => {
@@ -324,6 +325,7 @@ impl Connection {
                     (progress, deadline) = (now, Instant::now() + longest);
                 }
             }
+            self.set(tick.as_mut());
         }
     }
 
