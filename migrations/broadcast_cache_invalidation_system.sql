@@ -737,6 +737,23 @@ exception
 end
 $$;
 
+-- The ids of at most so many events, by which a gateway tells them from those that a client invents.
+create or replace function tidegate.known_events(p_max integer)
+returns setof text
+language plpgsql
+stable
+security definer
+set search_path = ''
+as $$
+begin
+    return query select e.eid::text from public.events e where e.eid is not null limit p_max;
+exception
+    when undefined_table or undefined_column then
+        -- A database without events: those of the history are known.
+        return;
+end
+$$;
+
 -- Invalidates one endpoint of an event, or the event and its media, and gives the payload sent.
 create or replace function public.manual_cache_invalidation(
     p_event_eid text,
@@ -989,7 +1006,8 @@ begin
         grant usage on schema tidegate to tidegate;
         grant select, delete on tidegate.trigger_failures, tidegate.broadcast_history to tidegate;
         grant execute on function
-            tidegate.event_endpoints(text), tidegate.forget_history(interval, integer) to tidegate;
+            tidegate.event_endpoints(text), tidegate.known_events(integer),
+            tidegate.forget_history(interval, integer) to tidegate;
         -- As in migrations/schema/, which may run before or after.
         for v_table in
             select c.oid::regclass

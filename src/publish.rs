@@ -19,14 +19,17 @@ use crate::{
 };
 
 /// Where a broadcast goes: the spellings of one topic, and the feed that merges it, if one does.
+///
+/// The feed is looked up for each broadcast and not kept, so that it can be forgotten while nothing
+/// is known of its event, and an event that found no room for a feed gets one as soon as there is.
 #[derive(Debug, Clone)]
 pub(crate) struct Target {
     /// The topic as it was named.
     pub(crate) topic: TopicKey,
     /// Every spelling of a rule with a NOTIFY channel; shared with the feed where it has the same.
     spellings: Arc<[TopicKey]>,
-    /// The feed of a rule that merges.
-    pub(crate) feed: Option<Arc<Feed>>,
+    /// The rule that merges, and what it has captured: the feed's key.
+    merged: Option<(Arc<Rule>, Arc<Captures>)>,
     /// What becomes of subscribers that are too slow for what is fanned out here.
     too_slow: TooSlow,
 }
@@ -34,13 +37,25 @@ pub(crate) struct Target {
 impl Target {
     /// Takes the spellings of the rule that the topic has now. The feed stays.
     pub(crate) fn spell(&mut self, rule: &Rule, captures: &Captures) {
-        if rule.listen.is_none() {
-            return;
+        if rule.listen.is_some() && !rule.spellings(captures).eq(self.spellings.iter().cloned()) {
+            self.spellings = rule.spellings(captures).collect();
         }
-        self.spellings = match &self.feed {
-            Some(feed) if feed.is_spelled_by(rule) => Arc::clone(feed.topics()),
-            Some(_) | None => rule.spellings(captures).collect(),
-        };
+    }
+
+    /// Returns whether a feed merges what is published to the topic, as long as there is room.
+    pub(crate) fn is_merged(&self) -> bool {
+        self.merged.is_some()
+    }
+
+    /// Returns whether somebody has published to the topic, as far as its feed remembers.
+    pub(crate) fn has_content(&self, feeds: &Feeds) -> bool {
+        self.merged.as_ref().is_some_and(|(rule, captures)| feeds.has_content(rule, captures))
+    }
+
+    /// Returns the feed that merges, and creates it if needed.
+    pub(crate) fn feed(&self, feeds: &Feeds) -> Option<Arc<Feed>> {
+        let (rule, captures) = self.merged.as_ref()?;
+        feeds.of(rule, captures)
     }
 }
 
@@ -91,16 +106,26 @@ impl Publisher {
         let topic = TopicKey { sub_topic: sub_topic.into(), privacy };
         let too_slow =
             if rule.is_some() { TooSlow::LosesConnection } else { TooSlow::LosesChannel };
-        let mut target = Target { topic, spellings: Arc::default(), feed: None, too_slow };
+        let mut target = Target { topic, spellings: Arc::default(), merged: None, too_slow };
         if let Some((rule, captures)) = rule {
-            target.feed = self.feeds.of(rule, captures);
-            target.spell(rule, captures);
+            target.merged = rule.merge.is_some().then(|| (Arc::clone(rule), Arc::clone(captures)));
+            match target.feed(&self.feeds) {
+                Some(feed) if feed.is_spelled_by(rule) => {
+                    target.spellings = Arc::clone(feed.topics());
+                }
+                Some(_) | None => target.spell(rule, captures),
+            }
             if let Some(own) = target.spellings.iter().find(|spelling| **spelling == target.topic) {
                 // One text for all sockets of a feed, rather than one for each.
                 target.topic = own.clone();
             }
         }
         target
+    }
+
+    /// Returns the feed that merges what is published to the target, if one does.
+    pub(crate) fn feed(&self, target: &Target) -> Option<Arc<Feed>> {
+        target.feed(&self.feeds)
     }
 
     /// Offers invalidations to the feed and fans the rest out to every spelling.
@@ -121,8 +146,8 @@ impl Publisher {
             Source::Database(notified) => (BroadcastSource::Database, To::All, Some(notified)),
         };
         let count = broadcasts.len();
-        if let Some(feed) = &target.feed {
-            broadcasts = self.feeds.offer(feed, broadcasts, notified);
+        if let Some(feed) = self.feed(target) {
+            broadcasts = self.feeds.offer(&feed, broadcasts, notified);
         }
         let (offered, sent) = (count - broadcasts.len(), broadcasts.len());
         if broadcasts.is_empty() {
@@ -140,5 +165,88 @@ impl Publisher {
         };
         let fanned_out = self.hub.fan_out(fan_out).await;
         Published { offered, sent, fanned_out }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        access::{Found, Rules},
+        protocol::message::{Json, UserBroadcast, UserPayload},
+        server::settings::Config,
+        telemetry::metrics::Registry,
+    };
+    use std::time::Duration;
+    use tokio::time::Instant;
+
+    const FEEDS_MAX: usize = 32;
+
+    /// A publisher with room for [`FEEDS_MAX`] feeds, and the built-in rules.
+    struct Stage {
+        publisher: Publisher,
+        feeds: Arc<Feeds>,
+        rules: Rules,
+    }
+
+    impl Stage {
+        fn new() -> Self {
+            let (registry, config) = (Registry::new(), Config::defaults());
+            let hub = Arc::new(Hub::new(&registry));
+            let feeds = Arc::new(Feeds::new(FEEDS_MAX, Arc::clone(&hub), &registry));
+            let publisher = Publisher::new(hub, Arc::clone(&feeds));
+            Self { publisher, feeds, rules: Rules::new(config.topic, config.topics) }
+        }
+
+        /// The target of an event, as a join makes it.
+        fn join(&self, eid: &str) -> Target {
+            let topic = format!("cache_invalidate_{eid}");
+            let Found::Rule(rule, captures) = self.rules.find(&topic) else { panic!("{topic}") };
+            self.publisher.target(&topic, Privacy::Public, Some(&(rule, captures)))
+        }
+
+        /// Publishes a change of the event, and returns whether its feed merges it.
+        async fn publish(&self, target: &Target) -> bool {
+            let payload = Json::parse(r#"{"endpoints":["/a"]}"#.to_owned().into()).unwrap();
+            let payload = UserPayload::Json(payload);
+            let message = UserBroadcast { user_event: "cache_invalidation".into(), payload };
+            let broadcast = Broadcast::User { message, metadata: None };
+            let source = Source::Database(Notified { pid: 1, committed: None });
+            self.publisher.publish(target, source, vec![broadcast]).await.offered == 1
+        }
+    }
+
+    /// Whoever came first used to keep the feeds for as long as they stayed.
+    #[tokio::test(start_paused = true)]
+    async fn events_that_nobody_knows_make_room_for_the_feeds_of_all_others() {
+        let stage = Stage::new();
+        let known = stage.join("AB3028");
+        assert!(stage.publish(&known).await);
+        stage.feeds.flush().await;
+        let feed = stage.publisher.feed(&known).unwrap();
+        let before = Arc::as_ptr(&feed);
+        drop(feed);
+        // A flood that stays, and does not leave a single place.
+        let flood: Vec<_> = (0..10 * FEEDS_MAX).map(|n| stage.join(&format!("X{n}"))).collect();
+        assert!(stage.feeds.all().len() <= FEEDS_MAX);
+        assert_eq!(Arc::as_ptr(&stage.publisher.feed(&known).unwrap()), before, "it is the same");
+        // An event that is joined in between is merged as soon as somebody publishes to it.
+        let late = stage.join("AB3029");
+        assert!(flood.len() > FEEDS_MAX && stage.publish(&late).await);
+    }
+
+    /// An operator has muted as many events as there is room for.
+    #[tokio::test(start_paused = true)]
+    async fn an_event_without_a_feed_at_the_join_is_merged_as_soon_as_there_is_room() {
+        let stage = Stage::new();
+        let until = Instant::now() + Duration::from_secs(60);
+        let muted: Vec<_> = (0..FEEDS_MAX).map(|n| stage.join(&format!("M{n}"))).collect();
+        for target in &muted {
+            stage.feeds.mute(&stage.publisher.feed(target).unwrap(), Some(until));
+        }
+        let viewer = stage.join("AB3028");
+        assert!(!stage.publish(&viewer).await, "there is no room");
+        stage.feeds.mute(&stage.publisher.feed(&muted[0]).unwrap(), None);
+        assert!(stage.publish(&viewer).await, "there is");
     }
 }

@@ -214,6 +214,29 @@ pub(crate) async fn endpoints(
         .collect()
 }
 
+/// Returns at most `max` events that the database knows: those with a row of `events`, which those
+/// with artworks have, and those of the history.
+pub(crate) async fn known_events(pool: &PgPool, max: i32) -> Result<Vec<String>, sqlx::Error> {
+    // The index is searched once for each event of the history, however many rows that has.
+    sqlx::query_scalar(
+        "WITH RECURSIVE told AS (
+            (SELECT eid FROM tidegate.broadcast_history ORDER BY eid LIMIT 1)
+            UNION ALL
+            SELECT (SELECT h.eid FROM tidegate.broadcast_history h
+                WHERE h.eid > told.eid ORDER BY h.eid LIMIT 1)
+            FROM told WHERE told.eid IS NOT NULL
+        )
+        SELECT eid FROM (
+            SELECT eid FROM tidegate.known_events($1) AS eid
+            UNION
+            (SELECT eid FROM told WHERE eid IS NOT NULL LIMIT $1)
+        ) AS known LIMIT $1",
+    )
+    .bind(max)
+    .fetch_all(pool)
+    .await
+}
+
 /// Invalidates one endpoint of an event, or the event and its media, for the viewers of every
 /// gateway. Returns the payload that was notified.
 pub(crate) async fn invalidate(

@@ -1,9 +1,9 @@
-//! Statements of the listening session, except LISTEN itself.
+//! Statements of the listening session.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use sqlx::{
-    ConnectOptions, Connection, Executor, Row,
+    AssertSqlSafe, ConnectOptions, Connection, Executor, Row,
     postgres::{PgConnectOptions, PgListener},
 };
 
@@ -19,6 +19,34 @@ pub(crate) async fn is_in_recovery(options: &PgConnectOptions) -> Result<bool, s
 pub(crate) async fn heartbeat(listener: &mut PgListener) -> Result<f64, sqlx::Error> {
     // An unprepared statement takes one exchange; preparing one would add another the first time.
     listener.fetch_one("SELECT extract(epoch FROM clock_timestamp())::float8").await?.try_get(0)
+}
+
+/// Listens to these channels, in one exchange. The library's own function would remember each, for a
+/// connection that it is never asked to make.
+pub(crate) async fn listen(
+    listener: &mut PgListener,
+    channels: &[Arc<str>],
+) -> Result<(), sqlx::Error> {
+    each(listener, "LISTEN", channels).await
+}
+
+/// Ends the LISTENs on these channels, in one exchange.
+pub(crate) async fn unlisten(
+    listener: &mut PgListener,
+    channels: &[Arc<str>],
+) -> Result<(), sqlx::Error> {
+    each(listener, "UNLISTEN", channels).await
+}
+
+async fn each(
+    listener: &mut PgListener,
+    statement: &str,
+    channels: &[Arc<str>],
+) -> Result<(), sqlx::Error> {
+    // Channels cannot be bound, so they are quoted as identifiers.
+    let quoted = channels.iter().map(|channel| channel.replace('"', "\"\""));
+    let statements: String = quoted.map(|channel| format!("{statement} \"{channel}\";")).collect();
+    listener.execute(AssertSqlSafe(statements)).await.map(drop)
 }
 
 /// Limits the time that each statement of the session may run or wait for a lock, so that a locked

@@ -5,7 +5,13 @@
 //! whatever is offered leaves with exactly one message to the whole feed; nothing here awaits or
 //! pushes.
 
-use std::{mem, sync::Arc};
+use std::{
+    mem,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
 
 use parking_lot::Mutex;
 use tokio::time::Instant;
@@ -38,6 +44,11 @@ pub(crate) struct Feed {
     resync: Endpoints,
     /// When the server started.
     started: Instant,
+    /// The feed vouches for nothing before: a feed of the event may have been forgotten then.
+    vouches_since: Instant,
+    /// The event has been published to, or the database knows it: forgetting the feed loses
+    /// something.
+    has_content: AtomicBool,
     state: Mutex<State>,
 }
 
@@ -74,7 +85,7 @@ impl Feed {
         rule: &Arc<Rule>,
         merge: &Merge,
         captures: &Captures,
-        started: Instant,
+        (started, vouches_since): (Instant, Instant),
     ) -> Self {
         Self {
             template: Template {
@@ -90,6 +101,8 @@ impl Feed {
             topics: rule.spellings(captures).collect(),
             resync: rule.resync.iter().map(|pattern| pattern.expand(captures).into()).collect(),
             started,
+            vouches_since,
+            has_content: AtomicBool::new(false),
             state: Mutex::new(State {
                 known: KnownEndpoints::default(),
                 window: Window::new(merge.window),
@@ -130,6 +143,12 @@ impl Feed {
         self.template.rule.pattern == rule.pattern
     }
 
+    /// Returns whether the event has been published to, or the database knows it. Any other feed can
+    /// be forgotten, and created again, without a difference to anybody.
+    pub(crate) fn has_content(&self) -> bool {
+        self.has_content.load(Ordering::Relaxed)
+    }
+
     /// Offers every broadcast that is an invalidation; `notified` is given for what came from the
     /// database.
     pub(super) fn offer_all(
@@ -158,6 +177,7 @@ impl Feed {
     #[must_use]
     fn offer(&self, invalidation: Invalidation, notified: Option<Notified>) -> bool {
         let now = Instant::now();
+        self.has_content.store(true, Ordering::Relaxed);
         let mut state = self.state.lock();
         let State { known, window, journal, .. } = &mut *state;
         known.note(&invalidation.endpoints, Some(now));
@@ -177,6 +197,11 @@ impl Feed {
         earliest: Instant,
     ) {
         let now = Instant::now();
+        // The complete list after a lost link says nothing of the event, and that the event was not
+        // heard is remembered with its LISTEN.
+        if missed.is_some() || cause == CatchUpCause::Operator {
+            self.has_content.store(true, Ordering::Relaxed);
+        }
         let mut state = self.state.lock();
         match missed {
             Some(endpoints) => state.known.note(endpoints, Some(now)),
@@ -205,7 +230,10 @@ impl Feed {
         let mut state = self.state.lock();
         state.known.note(endpoints, None);
         // The database returns those of `resync` for any event.
-        state.is_known |= endpoints.iter().any(|endpoint| !self.resync.contains(endpoint));
+        if endpoints.iter().any(|endpoint| !self.resync.contains(endpoint)) {
+            state.is_known = true;
+            self.has_content.store(true, Ordering::Relaxed);
+        }
     }
 
     /// Records that a client has joined that does not hear the database yet.
@@ -287,7 +315,8 @@ impl Feed {
         let mut state = self.state.lock();
         let State { known, recent, journal, stamps, messages, .. } = &mut *state;
         let since = since.filter(|since| {
-            covered_since.is_some_and(|covered| covered <= *since) && known.reaches_back_to(*since)
+            covered_since.is_some_and(|covered| covered.max(self.vouches_since) <= *since)
+                && known.reaches_back_to(*since)
         });
         let (mut endpoints, coverage) = match since {
             Some(since) => (known.changed_since(since), Coverage::Exact),

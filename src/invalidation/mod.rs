@@ -3,7 +3,8 @@
 //!
 //! Invariants: every source of a rule that merges goes through [`Feeds::offer`], so that the window
 //! covers all of them; one task sends, in the order in which windows open; at most `max` feeds are
-//! held; no lock is held while frames are pushed, and no two at once.
+//! held, and those of events that nobody knows make room for all others; a feed vouches for nothing
+//! that was forgotten; no lock is held while frames are pushed, and no two at once.
 
 mod catch_up;
 mod feed;
@@ -16,7 +17,11 @@ mod reason;
 mod sender;
 mod window;
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+    time::Duration,
+};
 
 use parking_lot::Mutex;
 use tokio::time::Instant;
@@ -42,17 +47,26 @@ use crate::{
     telemetry::metrics::Registry,
 };
 
-/// How long a feed is remembered that nobody holds.
+/// How long a feed is remembered that has no viewer.
 const KEPT: Duration = Duration::from_secs(24 * 3600);
+/// Of all feeds, so large a part is forgotten at once for want of room.
+const BATCH_PART: usize = 16;
 
 /// The feeds of all rules that merge.
 #[derive(Debug)]
 pub(crate) struct Feeds {
-    /// By the first spelling of the topic.
-    held: Mutex<HashMap<Box<str>, Held>>,
+    held: Mutex<Remembered>,
     max: usize,
     started: Instant,
     sender: Sender,
+}
+
+#[derive(Debug, Default)]
+struct Remembered {
+    /// By the first spelling of the topic.
+    feeds: HashMap<Box<str>, Held>,
+    /// When a feed with content was last forgotten, or found no room.
+    forgot_at: Option<Instant>,
 }
 
 #[derive(Debug)]
@@ -61,6 +75,29 @@ struct Held {
     used: Instant,
     /// The feed is not forgotten before.
     muted_until: Option<Instant>,
+}
+
+impl Remembered {
+    /// Forgets feeds that nobody works with and no operator has muted, the least recently used
+    /// first: only such without content, if there are any.
+    fn make_room(&mut self, batch: usize) {
+        let now = Instant::now();
+        let is_idle = |held: &Held| {
+            Arc::strong_count(&held.feed) == 1 && held.muted_until.is_none_or(|until| until <= now)
+        };
+        let idle = self.feeds.iter().filter(|(_, held)| is_idle(held));
+        let mut idle: Vec<_> =
+            idle.map(|(key, held)| (held.feed.has_content(), held.used, key.clone())).collect();
+        idle.sort_unstable();
+        let has_content = idle.first().is_some_and(|(has_content, ..)| *has_content);
+        if has_content {
+            self.forgot_at = Some(now);
+        }
+        let alike = idle.into_iter().take_while(|(other, ..)| *other == has_content);
+        for (_, _, key) in alike.take(batch) {
+            self.feeds.remove(&key);
+        }
+    }
 }
 
 impl Feeds {
@@ -82,34 +119,42 @@ impl Feeds {
         let merge = rule.merge.as_ref()?;
         let key: Box<str> = rule.pattern.first()?.expand(captures).into();
         let now = Instant::now();
-        let mut feeds = self.held.lock();
-        if let Some(held) = feeds.get_mut(&key) {
+        let mut held = self.held.lock();
+        if let Some(held) = held.feeds.get_mut(&key) {
             held.used = now;
             return Some(Arc::clone(&held.feed));
         }
-        if feeds.len() >= self.max {
-            feeds.retain(|_, held| {
-                Arc::strong_count(&held.feed) > 1
-                    || held.muted_until.is_some_and(|until| until > now)
-            });
-            if feeds.len() >= self.max {
+        if held.feeds.len() >= self.max {
+            held.make_room((self.max / BATCH_PART).max(1));
+            if held.feeds.len() >= self.max {
+                // What is published meanwhile is not recorded.
+                held.forgot_at = Some(now);
                 return None;
             }
         }
-        let feed = Arc::new(Feed::new(rule, merge, captures, self.started));
-        feeds.insert(key, Held { feed: Arc::clone(&feed), used: now, muted_until: None });
+        let since = (self.started, held.forgot_at.unwrap_or(self.started));
+        let feed = Arc::new(Feed::new(rule, merge, captures, since));
+        held.feeds.insert(key, Held { feed: Arc::clone(&feed), used: now, muted_until: None });
         Some(feed)
+    }
+
+    /// Returns whether a topic has a feed of which something is known.
+    pub(crate) fn has_content(&self, rule: &Rule, captures: &Captures) -> bool {
+        let Some(key) = rule.pattern.first().map(|pattern| pattern.expand(captures)) else {
+            return false;
+        };
+        self.held.lock().feeds.get(&*key).is_some_and(|held| held.feed.has_content())
     }
 
     /// Returns every feed that is remembered.
     pub(crate) fn all(&self) -> Vec<Arc<Feed>> {
-        self.held.lock().values().map(|held| Arc::clone(&held.feed)).collect()
+        self.held.lock().feeds.values().map(|held| Arc::clone(&held.feed)).collect()
     }
 
     /// Returns the feeds of an event, one for each rule that has it.
     pub(crate) fn named(&self, eid: &str) -> Vec<Arc<Feed>> {
-        let feeds = self.held.lock();
-        let feeds = feeds.values().map(|held| &held.feed);
+        let held = self.held.lock();
+        let feeds = held.feeds.values().map(|held| &held.feed);
         feeds.filter(|feed| feed.eid() == eid).map(Arc::clone).collect()
     }
 
@@ -184,7 +229,7 @@ impl Feeds {
     /// Holds back what the feed is sent until `until`; `None` ends that.
     pub(crate) fn mute(&self, feed: &Arc<Feed>, until: Option<Instant>) {
         if let Some(topic) = feed.topics().first()
-            && let Some(held) = self.held.lock().get_mut(&*topic.sub_topic)
+            && let Some(held) = self.held.lock().feeds.get_mut(&*topic.sub_topic)
         {
             held.muted_until = until;
         }
@@ -204,11 +249,18 @@ impl Feeds {
         }
     }
 
-    /// Forgets the feeds that nobody has held for long.
+    /// Returns whether somebody has joined the event, under any spelling.
+    pub(crate) fn has_viewers(&self, feed: &Feed) -> bool {
+        feed.topics().iter().any(|topic| self.sender.hub.subscriber_count(topic) > 0)
+    }
+
+    /// Forgets the feeds that have had no viewer for long.
     pub(crate) fn sweep(&self) {
-        let now = Instant::now();
-        self.held.lock().retain(|_, held| {
-            if Arc::strong_count(&held.feed) > 1 {
+        let (now, mut viewed) = (Instant::now(), self.all());
+        viewed.retain(|feed| self.has_viewers(feed));
+        let viewed: HashSet<_> = viewed.iter().map(Arc::as_ptr).collect();
+        self.held.lock().feeds.retain(|_, held| {
+            if viewed.contains(&Arc::as_ptr(&held.feed)) {
                 held.used = now;
             }
             now.duration_since(held.used) < KEPT

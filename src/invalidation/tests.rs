@@ -43,7 +43,8 @@ pub(super) fn feed_with(change: impl FnOnce(&mut Merge)) -> Feed {
     let mut merge = rule.merge.clone().unwrap();
     assert_eq!((merge.window, merge.carry), (WINDOW, CARRY));
     change(&mut merge);
-    Feed::new(&rule, &merge, &[(EID.into(), "AB3028".into())].into(), Instant::now())
+    let now = Instant::now();
+    Feed::new(&rule, &merge, &[(EID.into(), "AB3028".into())].into(), (now, now))
 }
 
 pub(super) fn user(payload: &str) -> Broadcast {

@@ -11,8 +11,9 @@ use tokio::time::Instant;
 
 use super::{
     canary::{Good, Probe},
-    listens::{Listens, Relayed},
+    listens::Listens,
     metrics::Metrics,
+    places::Relayed,
 };
 use crate::{
     db::history::{self, Changed, Snapshot},
@@ -55,7 +56,7 @@ impl Gaps {
         good: Option<&Good>,
         now: &Good,
     ) -> Result<(), sqlx::Error> {
-        let covered = with_feeds(covered);
+        let covered = self.with_feeds(covered);
         // On one server transactions are only ever counted up.
         let is_same = |good: &&Good| {
             good.identity == now.identity && good.snapshot.xmax() <= now.snapshot.xmax()
@@ -96,7 +97,7 @@ impl Gaps {
         }
         // What has come to exist meanwhile belongs to the complete list, too.
         self.learn(listener, self.listens.covered()).await?;
-        let covered = with_feeds(self.listens.covered());
+        let covered = self.with_feeds(self.listens.covered());
         if !lost.is_empty() {
             let is_unknown = lost.iter().any(|failure| failure.eid.is_none());
             let is_lost = |feed: &Feed| {
@@ -123,7 +124,8 @@ impl Gaps {
         listener: &mut PgListener,
         relayed: Vec<Arc<Relayed>>,
     ) -> Result<(), sqlx::Error> {
-        let feeds: HashMap<_, _> = with_feeds(relayed)
+        let feeds: HashMap<_, _> = self
+            .with_feeds(relayed)
             .into_iter()
             .map(|(_, feed)| (feed.eid().to_owned(), feed))
             .collect();
@@ -226,13 +228,13 @@ impl Gaps {
             }
         }
     }
-}
 
-/// Returns the channels that have a feed, with it.
-fn with_feeds(relayed: Vec<Arc<Relayed>>) -> Vec<(Arc<Relayed>, Arc<Feed>)> {
-    let with_feed = |relayed: Arc<Relayed>| {
-        let feed = Arc::clone(relayed.target.feed.as_ref()?);
-        Some((relayed, feed))
-    };
-    relayed.into_iter().filter_map(with_feed).collect()
+    /// Returns the channels that have a feed, with it.
+    fn with_feeds(&self, relayed: Vec<Arc<Relayed>>) -> Vec<(Arc<Relayed>, Arc<Feed>)> {
+        let with_feed = |relayed: Arc<Relayed>| {
+            let feed = relayed.target.feed(&self.feeds)?;
+            Some((relayed, feed))
+        };
+        relayed.into_iter().filter_map(with_feed).collect()
+    }
 }

@@ -123,7 +123,7 @@ impl Ingest {
 
     /// Publishes the notifications of an event.
     async fn relay(&self, channel: &str, payloads: Vec<(String, Instant)>, pid: u32) {
-        let Some(relayed) = self.listens.relayed(channel) else {
+        let Some(relayed) = self.listens.notified(channel) else {
             return self.count(ChannelKind::Other, Outcome::UnknownChannel, payloads.len());
         };
         let (mut broadcasts, mut oldest) = (Vec::with_capacity(payloads.len()), None);
@@ -142,7 +142,7 @@ impl Ingest {
         let source = Source::Database(Notified { pid, committed: oldest });
         let published = self.publisher.publish(&relayed.target, source, broadcasts).await;
         self.count(ChannelKind::Event, Outcome::Offered, published.offered);
-        if let Some(feed) = &relayed.target.feed {
+        if let Some(feed) = self.publisher.feed(&relayed.target) {
             // After the feed has recorded the change, so that who rejoins is told of it.
             self.recovery.healing.name_event(feed.eid());
         }

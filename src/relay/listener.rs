@@ -6,6 +6,7 @@
 //! listens to everything, and then finds out what was missed.
 
 use std::{
+    collections::HashSet,
     convert::Infallible,
     error::Error,
     pin::{Pin, pin},
@@ -28,6 +29,7 @@ use super::{
     link::LinkError,
     listens::{Changes, Listens},
     metrics::Metrics,
+    places::Relayed,
     settings::Settings,
     status::LinkStatus,
 };
@@ -42,9 +44,6 @@ use crate::{
 
 /// The first wait after a session has ended.
 const BACKOFF_MIN: Duration = Duration::from_millis(100);
-
-/// LISTENs, and events whose endpoints are asked for, at a time.
-const LISTENS_PER_STATEMENT: usize = 256;
 
 /// How often idle LISTENs are looked for; oftener only if they linger for less.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(5);
@@ -90,7 +89,7 @@ impl Listener {
             self.metrics.reconnects.of(&ended).inc();
             self.listens.deactivate_all();
             // What nobody holds any more is forgotten without a session, too.
-            drop(self.listens.changes(self.settings.linger));
+            self.listens.forget_idle(self.settings.linger);
             if was_up {
                 backoff.reset();
             }
@@ -248,8 +247,8 @@ impl ListenSession<'_> {
                     }
                 }
                 () = &mut overdue, if canary.is_awaited() => return Err(LinkError::CanaryLost),
-                () = listens.changed() => self.sync().await?,
-                _ = sweep.tick() => self.sync().await?,
+                () = listens.changed() => drop(self.sync(CatchUpCause::LateListen).await?),
+                _ = sweep.tick() => drop(self.sync(CatchUpCause::LateListen).await?),
                 _ = heartbeat.tick() => {
                     let asked = Instant::now();
                     let theirs = self.run(|listener| Box::pin(session::heartbeat(listener))).await?;
@@ -287,7 +286,7 @@ impl ListenSession<'_> {
         auth.revocations.mark_stale();
         let identity = self.run(|listener| Box::pin(session::identity(listener))).await?;
         let (cause, covered) = (history.cause, listens.covered());
-        self.sync_for(cause.into()).await?;
+        while self.sync(cause.into()).await? == Synced::Some {}
         let snapshot = self.run(|listener| Box::pin(history::snapshot(listener))).await?;
         let good = history.good.clone();
         let now = Good { looked: snapshot.xacts.clone(), snapshot, identity };
@@ -331,40 +330,49 @@ impl ListenSession<'_> {
         }
     }
 
-    /// Listens to what is wanted and unlistens what is not.
-    async fn sync(&mut self) -> Result<(), LinkError> {
-        self.sync_for(CatchUpCause::LateListen).await
-    }
-
-    /// As [`Self::sync`]; viewers who have joined an event before it was ever listened to are caught
-    /// up for this cause.
-    async fn sync_for(&mut self, cause: CatchUpCause) -> Result<(), LinkError> {
+    /// Unlistens what is not wanted and listens to what is, as much as fits into one exchange each.
+    /// Viewers who had joined an event before it was listened to are caught up for this cause.
+    async fn sync(&mut self, cause: CatchUpCause) -> Result<Synced, LinkError> {
         let Listener { settings, gaps, listens, feeds, metrics, .. } = self.parent;
         let changes = listens.changes(settings.linger);
-        for channels in changes.listen.chunks(LISTENS_PER_STATEMENT) {
-            self.run(|listener| {
-                Box::pin(async move {
-                    listener.listen_all(channels.iter().map(|channel| &**channel)).await
-                })
-            })
-            .await?;
-            let relayed = channels.iter().filter_map(|channel| listens.relayed(channel)).collect();
-            self.run(|listener| Box::pin(gaps.learn(listener, relayed))).await?;
-            for relayed in listens.activate(channels) {
-                if let Some(feed) = relayed.target.feed.as_ref().filter(|feed| feed.take_owed()) {
-                    feeds.offer_gap(feed, cause, None, Instant::now());
-                }
+        if changes.is_empty() {
+            return Ok(Synced::Nothing);
+        }
+        let Changes { unlisten, listen } = &changes;
+        // First, so that the session never listens to more than it may.
+        if !unlisten.is_empty() {
+            self.run(|listener| Box::pin(session::unlisten(listener, unlisten))).await?;
+        }
+        let relayed: Vec<_> =
+            listen.iter().filter_map(|channel| listens.relayed(channel)).collect();
+        if !listen.is_empty() {
+            self.run(|listener| Box::pin(session::listen(listener, listen))).await?;
+            self.run(|listener| Box::pin(gaps.learn(listener, relayed.clone()))).await?;
+        }
+        // Whoever has joined by now has not heard the database until here: it was away, or there was
+        // no place. Those who join from here on say so themselves, or find the channel active.
+        let is_viewed = |relayed: &&Arc<Relayed>| {
+            relayed.target.feed(feeds).is_some_and(|feed| feeds.has_viewers(&feed))
+        };
+        let viewed = relayed.iter().filter(is_viewed).map(|relayed| Arc::clone(&relayed.channel));
+        let viewed: HashSet<_> = viewed.collect();
+        for relayed in listens.activate(listen) {
+            let Some(feed) = relayed.target.feed(feeds) else { continue };
+            if feed.take_owed() || viewed.contains(&relayed.channel) {
+                feeds.offer_gap(&feed, cause, None, Instant::now());
             }
         }
-        for channel in &changes.unlisten {
-            self.run(|listener| Box::pin(listener.unlisten(channel))).await?;
-        }
-        if changes != Changes::default() {
-            let (listened, unlistened) = (changes.listen.len(), changes.unlisten.len());
-            tracing::debug!(listened, unlistened, "listens changed");
-            metrics.listens.add(count(listened));
-            metrics.listens.sub(count(unlistened));
-        }
-        Ok(())
+        tracing::debug!(listened = listen.len(), unlistened = unlisten.len(), "listens changed");
+        metrics.listens.set(count(listens.listening()));
+        Ok(Synced::Some)
     }
+}
+
+/// What there was to do for the session.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Synced {
+    /// Nothing.
+    Nothing,
+    /// Something, and perhaps there is more.
+    Some,
 }

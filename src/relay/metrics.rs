@@ -2,11 +2,11 @@
 
 use strum::VariantArray;
 
-use super::{link::LinkError, listens::ListenError};
+use super::{link::LinkError, places::NoPlace};
 use crate::{
     invalidation::GapCause,
     telemetry::metrics::{
-        Counter, CounterBy, Gauge, Histogram, Label, Named, NumberGauge, Registry,
+        Counter, CounterBy, Gauge, GaugeBy, Histogram, Label, Named, NumberGauge, Registry,
     },
 };
 
@@ -117,8 +117,12 @@ pub(crate) struct Metrics {
     pub(super) last_heartbeat: NumberGauge,
     /// LISTENs that are active.
     pub(super) listens: Gauge,
-    /// Joined events that cannot be listened to.
-    pub(crate) listens_refused: CounterBy<ListenError>,
+    /// Times at which a joined event found no LISTEN, or lost its own.
+    pub(crate) listens_refused: CounterBy<NoPlace>,
+    /// Channels of viewers whose event is not listened to.
+    pub(crate) waiting: GaugeBy<NoPlace>,
+    /// Events that the database knows.
+    pub(super) known_events: Gauge,
     /// Mirrors of the link's status.
     pub(super) link_up: Gauge,
     pub(super) canary_last: NumberGauge,
@@ -181,8 +185,15 @@ impl Metrics {
             listens_refused: registry.counter_by(
                 "relay_listens_refused_total",
                 ["reason"],
-                "Joined events that cannot be listened to, by reason.",
+                "Times at which a joined event found no LISTEN, or lost its own, by reason.",
             ),
+            waiting: registry.gauge_by(
+                "relay_viewers_unheard",
+                ["reason"],
+                "Channels of viewers whose event is not listened to, by reason.",
+            ),
+            known_events: registry
+                .gauge("relay_known_events", "Events that the database is known to have."),
             link_up: registry.gauge("relay_link_up", "1 while the listening session is up."),
             canary_last: registry
                 .number("canary_last_arrival_timestamp_seconds", "When a canary last arrived."),

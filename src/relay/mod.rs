@@ -7,10 +7,12 @@ mod canary;
 mod clock_offset;
 mod gaps;
 mod ingest;
+mod known_events;
 mod link;
 mod listener;
 mod listens;
 mod metrics;
+mod places;
 mod settings;
 mod status;
 
@@ -19,12 +21,15 @@ use std::sync::Arc;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
-use self::{canary::Canaries, gaps::Gaps, ingest::Ingest, listener::Listener};
+use self::{
+    canary::Canaries, gaps::Gaps, ingest::Ingest, known_events::KnownEvents, listener::Listener,
+};
 pub(crate) use self::{
     canary::channel as canary_channel,
     ingest::STATS_CHANNEL,
-    listens::{ListenGuard, Listens},
+    listens::{ListenGuard, Listening, Listens},
     metrics::Metrics,
+    places::{Places, Wish},
     status::LinkStatus,
 };
 pub use self::{link::LinkError, metrics::Outcome, settings::Settings};
@@ -65,6 +70,8 @@ pub(crate) struct Relay {
     listener: Listener,
     ingest: Ingest,
     notifications: mpsc::Receiver<ingest::Notification>,
+    /// `None` if the pool's URL cannot be read.
+    known_events: Option<KnownEvents>,
 }
 
 impl Relay {
@@ -79,6 +86,13 @@ impl Relay {
             history_keep: parts.history_keep,
             resync_spread: settings.resync_spread,
         };
+        let known_events = parts.pool.clone().map(|pool| KnownEvents {
+            pool,
+            listens: Arc::clone(&listens),
+            metrics: Arc::clone(&metrics),
+            interval: settings.canary_interval,
+            timeout: settings.connect_timeout,
+        });
         let canaries = Canaries {
             pool: parts.pool,
             channel: canary::channel(parts.gateway),
@@ -108,15 +122,21 @@ impl Relay {
             link,
             metrics,
         };
-        Self { listener, ingest, notifications }
+        Self { listener, ingest, notifications, known_events }
     }
 
-    /// Returns the two tasks of the link, each to be spawned: the session that listens until the
-    /// server stops, and the handling of what it has received, which ends after it.
+    /// Returns the tasks of the link, each to be spawned: the session that listens until the server
+    /// stops, the handling of what it has received, which ends after it, and what finds out which
+    /// events the database knows.
     pub(crate) fn run(
         self,
         stop: CancellationToken,
-    ) -> (impl Future<Output = ()> + Send, impl Future<Output = ()> + Send) {
-        (self.listener.run(stop), self.ingest.run(self.notifications))
+    ) -> (
+        impl Future<Output = ()> + Send,
+        impl Future<Output = ()> + Send,
+        Option<impl Future<Output = ()> + Send>,
+    ) {
+        let known_events = self.known_events.map(|known_events| known_events.run(stop.clone()));
+        (self.listener.run(stop), self.ingest.run(self.notifications), known_events)
     }
 }

@@ -16,8 +16,11 @@ pub struct Settings {
     /// How long a LISTEN is kept after its last viewer has gone.
     #[serde(deserialize_with = "duration")]
     pub linger: Duration,
-    /// Most LISTENs; beyond, further events are joined but not relayed, and counted.
+    /// Most LISTENs; beyond, further events are joined, counted, and relayed as soon as there is
+    /// room.
     pub listens_max: usize,
+    /// Most LISTENs of one address on events that nobody knows.
+    pub listens_per_address_max: usize,
     /// Between two heartbeats on the listening session.
     #[serde(deserialize_with = "duration")]
     pub heartbeat_interval: Duration,
@@ -52,6 +55,9 @@ impl Settings {
         }
         if self.listens_max == 0 {
             mistakes.push("relay.listens_max: must be at least 1".to_owned());
+        }
+        if self.listens_per_address_max == 0 {
+            mistakes.push("relay.listens_per_address_max: must be at least 1".to_owned());
         }
         let durations = [
             ("heartbeat_interval", self.heartbeat_interval),

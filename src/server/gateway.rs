@@ -26,7 +26,7 @@ use crate::{
     policies::Policies,
     publish::Publisher,
     recovery::{Healer, Recovery},
-    relay::{self, LinkStatus, Listens, Relay},
+    relay::{self, LinkStatus, Listens, Places, Relay},
     socket,
     telemetry::metrics::Registry,
     upkeep::{self, RevocationReader, Sharing, Survey},
@@ -138,8 +138,13 @@ impl Gateway {
         let link_metrics = Arc::new(relay::Metrics::new(&registry));
         let link = Arc::new(LinkStatus::new(Arc::clone(&link_metrics)));
         let listens = (!config.notify_url().is_empty()).then(|| {
-            let (max, wait) = (config.relay.listens_max, config.relay.listen_wait);
-            Arc::new(Listens::new(max, wait, link_metrics.listens_refused.clone()))
+            let places = Places {
+                max: config.relay.listens_max,
+                per_address_max: config.relay.listens_per_address_max,
+            };
+            let (refused, waiting) =
+                (link_metrics.listens_refused.clone(), link_metrics.waiting.clone());
+            Arc::new(Listens::new(places, config.relay.listen_wait, refused, waiting))
         });
         let relay = listens.as_ref().map(|listens| {
             Relay::new(relay::Parts {

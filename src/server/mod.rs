@@ -169,9 +169,10 @@ impl Server {
 fn spawn(gateway: &Gateway, tasks: Tasks) {
     let (tracker, stop) = (&gateway.tasks, || gateway.stopped.clone());
     if let Some(relay) = tasks.relay {
-        let (listening, ingesting) = relay.run(stop());
+        let (listening, ingesting, known_events) = relay.run(stop());
         tracker.spawn(listening);
         tracker.spawn(ingesting);
+        known_events.map(|known_events| tracker.spawn(known_events));
     }
     tasks.sharing.map(|sharing| tracker.spawn(sharing.run(stop())));
     tasks.survey.map(|survey| tracker.spawn(survey.run(stop())));

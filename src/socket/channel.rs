@@ -28,7 +28,7 @@ use crate::{
         topic::{Privacy, TOPIC_PREFIX},
     },
     publish::Target,
-    relay::ListenGuard,
+    relay::Listening,
     telemetry::audit::{Audit, Caller, Decided},
 };
 
@@ -55,7 +55,8 @@ pub(super) struct Channel {
     pub(super) policies: Answers,
     /// `None` while the claims do not allow reading.
     pub(super) subscription: Option<Subscription>,
-    pub(super) listening: Option<ListenGuard>,
+    /// `None` while there is nothing to be heard from the database.
+    pub(super) listening: Option<Listening>,
     asked_at: Instant,
     /// Counts the channel once it is open.
     open: Option<OpenChannel>,

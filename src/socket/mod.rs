@@ -71,6 +71,8 @@ pub struct Socket {
     headers: Arc<str>,
     /// Not later than the first token of a channel ends, in seconds since 1970.
     expires_at: i64,
+    /// When a channel has to look for its LISTEN, if one may have to.
+    looks_at: Option<Instant>,
     /// Since when a socket that has had channels has none.
     empty_since: Option<Instant>,
 }
@@ -95,6 +97,7 @@ impl Socket {
             channels: HashMap::new(),
             pending: Pending::default(),
             expires_at: i64::MAX,
+            looks_at: None,
             empty_since: None,
         }
     }
@@ -189,7 +192,8 @@ impl Socket {
         } else {
             at_most
         };
-        expiry.min(suspicion).min(at_most)
+        let look = self.looks_at.map(|at| at.saturating_duration_since(Instant::now()));
+        expiry.min(suspicion).min(look.unwrap_or(at_most)).min(at_most)
     }
 
     /// Ends or changes the channels whose tokens have expired, and tries again to listen for those
@@ -200,6 +204,7 @@ impl Socket {
             history.suspect(&shared.recovery.healing, outbox, apikey);
         }
         let (now, grace) = (unix_now(), self.shared.auth.grace());
+        self.looks_at = None;
         self.each_channel(|channel, context| {
             let is_over = channel.expires_at(grace) <= now;
             let next = if is_over { channel.check_expiry(context) } else { Next::Open };
@@ -471,6 +476,7 @@ impl Socket {
             self.shared.recovery.healing.note_joined(channel.sub_topic());
         }
         self.expires_at = self.expires_at.min(channel.expires_at(self.shared.auth.grace()));
+        self.note_look(channel.looks_again());
         self.channels.insert(channel.topic().into(), Slot::Joined(Box::new(channel)));
         self.empty_since = None;
     }
@@ -534,6 +540,8 @@ impl Socket {
         };
         let next = receive(channel, context, message);
         self.expires_at = self.expires_at.min(channel.expires_at(shared.auth.grace()));
+        let look = channel.looks_again();
+        self.note_look(look);
         self.settle(&message.topic, next);
     }
 
@@ -563,6 +571,8 @@ impl Socket {
         let grace = self.shared.auth.grace();
         let ends = self.joined().map(|channel| channel.expires_at(grace));
         self.expires_at = ends.min().unwrap_or(i64::MAX);
+        let look = self.joined().filter_map(Channel::looks_again).min();
+        self.note_look(look);
     }
 
     /// Ends a channel, or asks its policies, as its last event requires.
@@ -596,6 +606,12 @@ impl Socket {
             let generation = Generation::of(self.outbox.serializer(), payload);
             self.shared.metrics.client_versions.of(generation).inc();
         }
+    }
+
+    /// Notes that a channel has to look for its LISTEN after so long, if one may have to.
+    fn note_look(&mut self, after: Option<Duration>) {
+        let after = after.map(|after| Instant::now() + after);
+        self.looks_at = [self.looks_at, after].into_iter().flatten().min();
     }
 
     fn note_emptiness(&mut self) {

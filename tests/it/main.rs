@@ -44,6 +44,7 @@ mod relay {
     mod database_notify;
     mod gaps;
     mod hostile_notify;
+    mod places;
 }
 mod upkeep {
     mod survey;

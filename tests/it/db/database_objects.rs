@@ -694,6 +694,8 @@ async fn the_gateway_and_server_code_may_what_they_need_and_no_more() {
         run(role, "drop trigger cache_invalidate_art_trigger on art").await.unwrap_err();
     }
     run("tidegate", "select * from tidegate.event_endpoints('AB3028')").await.unwrap();
+    run("tidegate", "select * from tidegate.known_events(10)").await.unwrap();
+    run("service_role", "select * from tidegate.known_events(10)").await.unwrap_err();
     run("tidegate", "select * from tidegate.trigger_failures").await.unwrap();
     for role in ["tidegate", "service_role"] {
         run(role, "select * from get_cache_invalidation_stats('AB3028', 60)").await.unwrap();
@@ -836,6 +838,8 @@ async fn a_missing_table_is_skipped_with_a_notice() {
         cluster.psql("empty", "select * from tidegate.event_endpoints('AB3028')").await.unwrap(),
         "/live/event/AB3028\n/live/event/AB3028/media\n/live/event/AB3028/artists"
     );
+    let known = "select count(*) from tidegate.known_events(9)";
+    assert_eq!(cluster.psql("empty", known).await.unwrap(), "0");
 }
 
 #[tokio::test]
@@ -1125,6 +1129,9 @@ async fn an_event_lists_all_its_endpoints() {
             let sql = format!("select * from tidegate.event_endpoints({wrong})");
             assert_eq!(database.run(&sql).await, "");
         }
+        let known = "select string_agg(eid, ' ' order by eid) from tidegate.known_events(9) as eid";
+        assert_eq!(database.run(known).await, "AB3028 AB3029");
+        assert_eq!(database.run("select count(*) from tidegate.known_events(1)").await, "1");
     }
 }
 

@@ -660,38 +660,6 @@ async fn a_channel_of_63_bytes_is_relayed_and_one_of_64_is_joined_and_counted() 
     server.stop().await;
 }
 
-#[tokio::test]
-async fn beyond_listens_max_an_event_is_joined_and_counted_until_a_place_is_free() {
-    let mut database = Database::create().await;
-    let mut settings = settings(&database);
-    settings.relay.listens_max = 2;
-    settings.relay.linger = Duration::ZERO;
-    let server = start(settings).await;
-    let full = "tidegate_relay_listens_refused_total{reason=\"full\"}";
-    let mut viewer = Client::connect(&server, V2).await;
-    viewer.join("plain_AB1").await;
-    let second = viewer.join("plain_AB2").await;
-    // The other spelling takes no place of its own.
-    viewer.join("plain:AB1").await;
-    assert_eq!(server.metric(full).await, 0.0);
-    let third = viewer.join("plain_AB3").await;
-    assert_eq!(server.metric(full).await, 1.0);
-    database.notify("plain_AB3", "{}").await;
-    database.notify("plain_AB2", "{}").await;
-    assert_eq!(next(&mut viewer).await, news("plain_AB2", "{}"));
-
-    leave(&mut viewer, "plain_AB3", &third).await;
-    leave(&mut viewer, "plain_AB2", &second).await;
-    listens_become(&server, 1.0).await;
-    viewer.join("plain_AB3").await;
-    assert_eq!(server.metric(full).await, 1.0);
-    database.notify("plain_AB3", r#"{"place":1}"#).await;
-    let place = news("plain_AB3", r#"{"place":1}"#);
-    assert_eq!(next(&mut viewer).await, place);
-    viewer.close().await;
-    server.stop().await;
-}
-
 /// An invalidation that is denied must not be merged, either: it would leave with the next one.
 #[tokio::test]
 async fn only_service_role_writes_to_what_the_database_writes_to() {
