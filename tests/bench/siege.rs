@@ -119,7 +119,8 @@ async fn run(scale: &Scale, kinds: &[u8]) -> Report {
     let over = CancellationToken::new();
     let (mut returning, mut revoking) = (JoinSet::new(), JoinSet::new());
     returning.spawn(witnesses::returning(public, testimony(), over.clone()));
-    calm.viewing.spawn(witnesses::open_late(calm.seat.clone(), testimony(), calm.stop.clone()));
+    let (seat, stop) = (calm.seat.clone(), calm.stop.clone());
+    calm.viewing.spawn(witnesses::open_late(seat, testimony(), over.clone(), stop));
     let is_stubborn = kinds.contains(&1);
     revoking.spawn(operator::revoke(public, admin, calm.begun, is_stubborn, testimony()));
     let attackers = Attackers::start(&stage.gateway, &stage.stranger, kinds);

@@ -91,11 +91,19 @@ pub(crate) async fn neighbour(at: SocketAddr, testimony: Arc<Testimony>) {
     }
 }
 
-/// Opens events that nobody had open; their viewers must be told of every change after their join.
-pub(crate) async fn open_late(seat: Seat, testimony: Arc<Testimony>, stop: CancellationToken) {
+/// Opens events that nobody had open, until the siege is over; their viewers, until they are stopped,
+/// must be told of every change after their join.
+pub(crate) async fn open_late(
+    seat: Seat,
+    testimony: Arc<Testimony>,
+    over: CancellationToken,
+    stop: CancellationToken,
+) {
     let (mut ticks, mut tasks) = (steady(OPENING), JoinSet::new());
     for number in 0..LATE.len() {
-        ticks.tick().await;
+        if over.run_until_cancelled(ticks.tick()).await.is_none() {
+            break;
+        }
         let events = std::iter::repeat_n(EVENTS.len() + number, LATE_VIEWERS);
         let viewers = viewers::open(&seat, events, &mut tasks, &stop).await;
         testimony.late.lock().extend(viewers);
