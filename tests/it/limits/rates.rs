@@ -215,6 +215,18 @@ async fn one_bad_neighbour_does_not_lock_out_who_has_a_key_that_is_known() {
     server.stop().await;
 }
 
+/// A venue's people who have signed in have a token each, which nobody has seen before.
+#[tokio::test]
+async fn good_tokens_of_one_address_are_never_counted_as_guesses() {
+    let server = server(|config| config.limits.failures_per_address_max = 1);
+    for n in 0..40 {
+        let of = |door: &str| token::with_claims(json!({ "role": "anon", "n": n, "door": door }));
+        assert_eq!(knock_with(&server, &of("socket"), &[]).await.0.status, 101, "{n}");
+        assert_eq!(broadcast(&server, &of("rest"), &["t"]).await.status, 202, "{n}");
+    }
+    server.stop().await;
+}
+
 #[tokio::test]
 async fn wrong_tokens_of_rest_are_counted_with_those_of_upgrades() {
     let server = server(|config| config.limits.failures_per_address_max = 1);

@@ -412,6 +412,11 @@ async fn no_topic_that_a_client_can_join_opens_a_channel_outside_the_rules() {
     let token = token::of_role("service_role");
     let mut viewer = Client::with_token(&server, V1, &token).await;
     viewer.join("cache_invalidate_AB3028").await;
+    // The other spelling is a topic, and no channel of the database's.
+    let other = viewer.join("cache_invalidate:AB3028").await;
+    assert_eq!(server.metric("tidegate_relay_listens").await, 1.0);
+    database.notify("cache_invalidate:AB3028", r#"{"forged":1}"#).await;
+    assert!(leave(&mut viewer, "cache_invalidate:AB3028", &other).await.is_empty());
     // Ordinary topics: joined, and nothing of the database's.
     let outside = ["sms_secret", "global_cache_stats", "*", "cache_invalidat", "pg_notify"];
     for topic in outside {
