@@ -247,6 +247,13 @@ impl Authenticator {
         text.len() <= trust.token_bytes_max && trust.known(text).is_some()
     }
 
+    /// Whether a text has the form of a JWT under an algorithm of ours, which nobody guesses: it may
+    /// be anybody's.
+    #[must_use]
+    pub fn is_jwt(&self, text: &str) -> bool {
+        text.len() <= self.trust.read().token_bytes_max && TokenParts::of(text).is_ok()
+    }
+
     /// Replaces keys and demands by those of these settings, and reads the key set's file again.
     /// The keys of `jwks.url` are dropped if it is another URL.
     ///

@@ -35,7 +35,7 @@ pub enum RefusedUpgrade {
     Token,
     /// The address upgrades too often.
     Handshakes,
-    /// The address has brought too many wrong tokens, and this one is not known to be right.
+    /// The address has brought too many wrong tokens, and this one is neither known nor a JWT.
     Failures,
     /// All places of sockets are taken.
     Full,

@@ -2,12 +2,14 @@
 //!
 //! Invariant: one `match` decides the route, and each response is counted by route and status.
 
+mod bodies;
 mod close;
 mod connection;
 mod exchange;
 mod metrics;
 mod policy_headers;
 mod rest;
+mod sender;
 mod shared;
 mod token;
 mod upgrade;
@@ -20,16 +22,17 @@ use hyper::{Method, StatusCode};
 use parking_lot::Mutex;
 use tokio::{net::TcpStream, time::Instant};
 
+pub(crate) use self::{
+    bodies::Bodies,
+    exchange::{Refused, Serving, body, content, empty, fields, message, not_found, object, text},
+    metrics::Metrics,
+    shared::Shared,
+    visits::{Visits, user_agent},
+};
 pub use self::{
     close::CloseReason,
     exchange::{Request, Response},
     metrics::RefusedUpgrade,
-};
-pub(crate) use self::{
-    exchange::{Refused, Serving, body, content, empty, fields, message, not_found, object, text},
-    metrics::Metrics,
-    shared::{BODIES_MAX, Shared},
-    visits::{Visits, user_agent},
 };
 use self::{
     metrics::{Answered, Handshake, Route},

@@ -2,10 +2,10 @@
 
 use std::sync::Arc;
 
-use tokio::sync::Semaphore;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
+    bodies::Bodies,
     metrics::{Metrics, RefusedUpgrade},
     visits::Visits,
 };
@@ -20,9 +20,6 @@ use crate::{
     telemetry::audit::{Audit, Caller},
 };
 
-/// Most large bodies of requests that are read at a time, 8 MB each at most.
-pub(crate) const BODIES_MAX: usize = 16;
-
 /// What all connections of the public port share.
 #[derive(Debug)]
 pub(crate) struct Shared {
@@ -35,8 +32,8 @@ pub(crate) struct Shared {
     pub(crate) publisher: Arc<Publisher>,
     /// What the sockets share.
     pub(crate) socket: Arc<socket::Shared>,
-    /// Permits for bodies of more than a few bytes.
-    pub(crate) bodies: Semaphore,
+    /// Places for large bodies.
+    pub(crate) bodies: Bodies,
     /// Where doctors have come from.
     pub(crate) visits: Arc<Visits>,
     /// Runs the sockets' tasks.

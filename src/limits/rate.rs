@@ -8,7 +8,7 @@ use crate::clock::{Limiter, TokioClock};
 
 /// Burst of an address or a socket, in seconds of its rate.
 pub(super) const BURST_SECONDS: u32 = 10;
-/// Burst of the whole project, in seconds of its rate; the reference server averages over the same
+/// Burst of the project's joins and broadcasts, in seconds of its rate; the reference server averages over the same
 /// time.
 pub(super) const PROJECT_BURST_SECONDS: u32 = 60;
 /// Between two sweeps. By then every burst has come back, so that a sweep forgets nothing that

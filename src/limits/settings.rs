@@ -35,7 +35,7 @@ pub struct Settings {
     /// Most upgrades of one address per second, ten times as many at once; beyond, 429. 0: any.
     pub handshakes_per_address_max: u32,
     /// Most tokens of one address per second that turn out wrong, ten times as many at once;
-    /// beyond, a token that is not known to be right is refused with 429 unread. 0: any.
+    /// beyond, one that is neither known to be right nor a JWT is refused with 429 unread. 0: any.
     pub failures_per_address_max: u32,
     /// Most addresses without a socket that are remembered; beyond, those that were seen longest
     /// ago are forgotten.
@@ -43,9 +43,26 @@ pub struct Settings {
     /// Most joins per second of topics without a rule, 60 s' worth at once; beyond, an error
     /// reply. 0: any.
     pub joins_per_second_max: u32,
-    /// Most broadcasts of clients per second, 60 s' worth at once; beyond, 429, or the end of the
-    /// sender's channel if its topic has no rule. 0: any.
+    /// Most broadcasts of clients per second, 60 s' worth at once; beyond, REST gets 429 and what
+    /// sockets send is dropped. 0: any.
     pub broadcasts_per_second_max: u32,
+    /// Most bytes of their payloads per second, 10 s' worth at once, `payload_bytes_max` at least;
+    /// beyond, the same. 0: any.
+    pub broadcast_bytes_per_second_max: u32,
+    /// Most broadcasts per second by which servers (`service_role`) may write to the topics of
+    /// rules, beside all other broadcasts, 60 s' worth at once; beyond, the same. 0: any.
+    pub server_broadcasts_per_second_max: u32,
+    /// How much of each of the three rates above that all clients share one client may take, in
+    /// percent; a channel that takes more alone ends if its topic has no rule. A client is the
+    /// person of a token, else an address.
+    pub client_share_percent: u32,
+    /// Most clients whose shares are remembered; beyond, newcomers have one share together.
+    pub shares_max: usize,
+    /// Most requests of one address to broadcast by REST per second, ten times as many at once;
+    /// beyond, 429, unread. 0: any.
+    pub requests_per_address_max: u32,
+    /// Most messages of one REST batch; beyond, 429.
+    pub batch_messages_max: usize,
     /// Most joins of one socket per second, ten times as many at once, `channels_per_socket_max` at
     /// least; beyond, the socket is read more slowly. 0: any.
     pub socket_joins_per_second_max: u32,
@@ -107,6 +124,8 @@ impl Settings {
             ("connections_max", self.connections_max),
             ("connections_per_address_max", self.connections_per_address_max),
             ("addresses_max", self.addresses_max),
+            ("shares_max", self.shares_max),
+            ("batch_messages_max", self.batch_messages_max),
             ("channels_per_socket_max", self.channels_per_socket_max),
             ("message_bytes_max", self.message_bytes_max),
             ("outbox_bytes_max", self.outbox_bytes_max),
@@ -120,10 +139,13 @@ impl Settings {
             ("merged_write_timeout", self.merged_write_timeout),
         ];
         let counts = counts.iter().filter(|(_, count)| *count == 0);
+        let is_percent = (1..=100).contains(&self.client_share_percent);
+        let percent = "limits.client_share_percent: must be from 1 to 100";
         let durations = durations.iter().filter(|(_, duration)| duration.is_zero());
         counts
             .map(|(name, _)| format!("limits.{name}: must be at least 1"))
             .chain(durations.map(|(name, _)| format!("limits.{name}: must be longer than 0s")))
+            .chain((!is_percent).then(|| percent.to_owned()))
             .collect()
     }
 }

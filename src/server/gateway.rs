@@ -6,7 +6,6 @@
 use std::sync::Arc;
 
 use parking_lot::Mutex;
-use tokio::sync::Semaphore;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use uuid::Uuid;
 
@@ -19,7 +18,7 @@ use crate::{
     admin::{self, Busiest},
     auth::{self, Authenticator, KeyFollower, jwks::JwksError},
     db::{self, Pool},
-    http::{self, BODIES_MAX, Visits},
+    http::{self, Bodies, Visits},
     hub::{Hub, OutboxBounds, Reliever, Sockets},
     invalidation::{Feeds, Sender},
     limits::Limits,
@@ -212,7 +211,7 @@ impl Gateway {
             sockets: Arc::clone(&sockets),
             publisher,
             socket: Arc::clone(&socket),
-            bodies: Semaphore::new(BODIES_MAX),
+            bodies: Bodies::default(),
             visits: Arc::clone(&visits),
             tasks: connections.clone(),
             draining: draining.clone(),

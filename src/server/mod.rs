@@ -185,7 +185,7 @@ fn spawn(gateway: &Gateway, tasks: Tasks) {
     tracker.spawn(Arc::clone(&gateway.reload).follow_keys(stop()));
     let (limits, sockets) = (Arc::clone(&gateway.limits), Arc::clone(&gateway.sockets));
     tracker.spawn(every(limits::SWEEP_INTERVAL, stop(), move || {
-        limits.addresses.sweep();
+        limits.sweep();
         sockets.turn();
     }));
 }

@@ -8,7 +8,7 @@ use super::{
 };
 use crate::{
     access::{AccessRequest, Action, Verdict},
-    limits::Limited,
+    limits::{Amount, Broadcasts, Effect},
     protocol::{
         message::{Message, Payload},
         payload::{OK, PAYLOAD_TOO_LARGE},
@@ -18,28 +18,24 @@ use crate::{
     telemetry::audit::Audit,
 };
 
-/// What a client is told whose channel ends because clients broadcast too fast.
+/// What a client is told whose channel ends because it broadcasts too fast.
 const TOO_MANY_MESSAGES: &str = "Too many messages per second";
 
 impl Channel {
     /// Publishes what a client broadcasts, several pushes that came together at once, and then
-    /// acknowledges them. Where clients broadcast too fast, a channel without a rule ends, as
-    /// upstream.
+    /// acknowledges them. A channel without a rule that alone takes more than one client may ends,
+    /// as upstream; the pushes behind the one too many are left for whoever answers for a topic
+    /// without a channel. What goes too fast because of others is dropped, and the channel stays.
     pub(super) async fn broadcast_received(
-        &self,
+        &mut self,
         context: Context<'_>,
-        pushes: Vec<Message>,
+        pushes: &mut impl Iterator<Item = Message>,
     ) -> Next {
         let shared = context.shared;
-        let (mut broadcasts, mut acks) = (Vec::with_capacity(pushes.len()), Vec::new());
+        let (mut broadcasts, mut acks) = (Vec::new(), Vec::new());
         let (mut denied, mut next) = (0, Next::Open);
         for push in pushes {
             match self.admit_broadcast(context, push.payload) {
-                Err(Dropped::Rate) if self.rule.is_none() => {
-                    shared.limits.count(Limited::BroadcastsClosed);
-                    next = Next::Ended(EndReason::TooFast);
-                    break;
-                }
                 Ok(broadcast) => {
                     broadcasts.push(broadcast);
                     acks.push((push.reference, OK));
@@ -50,8 +46,9 @@ impl Channel {
                         acks.push((push.reference, PAYLOAD_TOO_LARGE));
                     }
                     denied += usize::from(reason == Dropped::WriteDenied);
-                    if reason == Dropped::Rate {
-                        shared.limits.count(Limited::BroadcastsDropped);
+                    if reason == Dropped::ChannelRate {
+                        next = Next::Ended(EndReason::TooFast);
+                        break;
                     }
                 }
             }
@@ -79,7 +76,7 @@ impl Channel {
     /// Returns a client's payload as a broadcast, if it may be one. A denied write is never
     /// answered, as upstream.
     fn admit_broadcast(
-        &self,
+        &mut self,
         context: Context<'_>,
         payload: Payload,
     ) -> Result<Broadcast, Dropped> {
@@ -116,6 +113,17 @@ impl Channel {
                 return Err(Dropped::WriteDenied);
             }
         }
-        shared.limits.broadcast(1).map(|()| broadcast).map_err(|_too_fast| Dropped::Rate)
+        let limits = &shared.limits;
+        let mut all = Broadcasts::default();
+        if self.rule.is_some() {
+            all.ruled += Amount::one(size);
+        } else if limits.channel(&mut self.sent) {
+            all.ordinary += Amount::one(size);
+        } else {
+            return Err(Dropped::ChannelRate);
+        }
+        let share = limits.share(context.caller, self.token.subject());
+        let taken = limits.broadcast(share, &all, Effect::Dropped);
+        taken.map(|()| broadcast).map_err(|_exceeded| Dropped::Rate)
     }
 }

@@ -20,6 +20,7 @@ use crate::{
     clock::unix_now,
     hub::{Subscription, outbox::Outbox},
     invalidation::ClientHistory,
+    limits::Bucket,
     protocol::{
         error_code::{ErrorCode, Refusal, error_reply},
         message::{Json, Message, Payload, Ref},
@@ -57,6 +58,8 @@ pub(super) struct Channel {
     pub(super) subscription: Option<Subscription>,
     /// `None` while there is nothing to be heard from the database.
     pub(super) listening: Option<Listening>,
+    /// What the channel's client has broadcast on it, of what one client may.
+    pub(super) sent: Bucket,
     asked_at: Instant,
     /// Counts the channel once it is open.
     open: Option<OpenChannel>,
@@ -135,6 +138,7 @@ impl Channel {
             policies: Answers::NOTHING,
             subscription: None,
             listening: None,
+            sent: Bucket::default(),
             asked_at: Instant::now(),
             open: None,
         })

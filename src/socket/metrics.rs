@@ -29,8 +29,12 @@ pub(crate) enum Dropped {
     Backlog,
     /// A broadcast to a private channel whose policies could not be asked.
     WriteUnanswered,
-    /// A broadcast to a rule's topic, over the project's rate.
+    /// A broadcast beyond its client's share, or the project's rates.
     Rate,
+    /// A broadcast that has ended its channel, which alone exceeds what one client may send.
+    ChannelRate,
+    /// A message for a topic that the socket has no channel of.
+    UnmatchedTopic,
 }
 
 /// Why a joined channel ended.

@@ -34,7 +34,6 @@ use crate::{
     clock::unix_now,
     hub::outbox::{Outbox, Replaceable, TopicId},
     invalidation::ClientHistory,
-    limits::Limited,
     protocol::{
         error_code::{ErrorCode, Refusal, error_reply},
         generation::Generation,
@@ -362,16 +361,13 @@ impl Socket {
         }
     }
 
-    /// Counts a join. A rule's topic is joined at any rate, because viewers who are refused do not
-    /// ask again; and where topics without a rule are not served, every refusal is alike.
+    /// Counts a join of a topic without a rule. A rule's topic is joined at any rate and takes
+    /// nothing, because viewers who are refused do not ask again; and where topics without a rule
+    /// are not served, every refusal is alike.
     fn joins_too_fast(&self, rules: &Rules, found: &Found) -> bool {
-        let limits = &self.shared.limits;
         let is_limited = rules.topics().allow_other && matches!(found, Found::Other);
-        let is_refused = !limits.join() && is_limited;
-        if is_refused {
-            limits.count(Limited::Joins);
-        }
-        is_refused
+        let limits = &self.shared.limits;
+        is_limited && !limits.join(limits.share(self.caller, self.apikey.subject()))
     }
 
     fn answer_join(&mut self, topic: &str, joining: Joining, answer: Answer) {
@@ -501,7 +497,7 @@ impl Socket {
         }
     }
 
-    /// Hands broadcasts to their channel.
+    /// Hands broadcasts to their channel. What comes behind the one that ends it has no channel.
     async fn broadcast(&mut self, topic: &str, pushes: Vec<Message>) {
         if self.expires_at <= unix_now() {
             // The tick may come a moment later; who may write is decided here.
@@ -514,16 +510,13 @@ impl Socket {
         }
         let Self { shared, outbox, apikey, channels, caller, .. } = self;
         let context = Context { shared, outbox, apikey, caller: *caller };
-        match channels.get(topic) {
-            Some(Slot::Joined(channel)) => {
-                let next = channel.broadcast_received(context, pushes).await;
-                self.settle(topic, next);
-            }
-            Some(Slot::Waiting(_)) | None => {
-                for push in &pushes {
-                    self.reply_unmatched(push);
-                }
-            }
+        let mut pushes = pushes.into_iter();
+        if let Some(Slot::Joined(channel)) = channels.get_mut(topic) {
+            let next = channel.broadcast_received(context, &mut pushes).await;
+            self.settle(topic, next);
+        }
+        for push in pushes {
+            self.reply_unmatched(&push);
         }
     }
 
@@ -666,6 +659,7 @@ impl Socket {
     }
 
     fn reply_unmatched(&self, message: &Message) {
+        self.shared.metrics.dropped.of(Dropped::UnmatchedTopic).inc();
         self.reply_unjoined(message, None, error_reply("unmatched topic").as_str());
     }
 

@@ -14,7 +14,7 @@
 //! | `leave` | a channel ends before its connection | `topic`, `reason` |
 //! | `token` | a channel is decided about again, and its access or its token changes | `topic`, `result`, `rule`, `because`, `fault` |
 //! | `refuse_broadcast` | a channel may not send | `topic`, `rule`, `count` of the broadcasts that arrived together |
-//! | `rest` | a REST broadcast | `topic`, `result`, `rule`, `because`, `fault` |
+//! | `rest` | a REST broadcast; of those of a request that are not sent, the first, and the `count` of all | `topic`, `result`, `rule`, `because`, `fault`, `count` |
 //! | `close` | a connection ends, and its channels with it | `reason`, `code` |
 //! | `admin` | an operator's call; metrics and health only if the call is refused | `method`, `route`, `status` |
 //! | `revoke` | an operator revokes tokens | `by`, `value`, `result` |
@@ -113,7 +113,7 @@ pub(crate) enum Audit<'a> {
     Leave { topic: &'a str, reason: &'static str },
     Token { topic: &'a str, decided: Decided<'a>, fault: Option<&'static str> },
     RefuseBroadcast { topic: &'a str, rule: Option<&'a str>, count: usize },
-    Rest { topic: &'a str, decided: Decided<'a>, fault: Option<&'static str> },
+    Rest { topic: &'a str, decided: Decided<'a>, fault: Option<&'static str>, count: Option<usize> },
     RefuseRest { fault: &'static str },
     Close { reason: &'static str, code: &'static str },
     Admin { method: &'a str, route: &'static str, status: u16 },
@@ -160,8 +160,9 @@ impl Audit<'_> {
             Self::RefuseBroadcast { topic, rule, count } => {
                 line!("refuse_broadcast", topic = &*text(topic), rule, count);
             }
-            Self::Rest { topic, decided: Decided { result, rule, because }, fault } => {
-                line!("rest", topic = &*text(topic), result, rule, because = %because, fault);
+            Self::Rest { topic, decided: Decided { result, rule, because }, fault, count } => {
+                let topic = text(topic);
+                line!("rest", topic = &*topic, result, rule, because = %because, fault, count);
             }
             Self::RefuseRest { fault } => line!("rest", result = "refused", fault),
             Self::Close { reason, code } => line!("close", reason, code),

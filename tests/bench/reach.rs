@@ -19,11 +19,13 @@ use tokio::process::Command;
 use self::support::{Gateway, TIDEGATE, token};
 
 /// All viewers of a measurement have one address, come at once, and join topics without a rule.
-const UNLIMITED: [(&str, &str); 4] = [
+const UNLIMITED: [(&str, &str); 6] = [
     ("TIDEGATE_LIMITS__CONNECTIONS_PER_ADDRESS_MAX", "100000"),
     ("TIDEGATE_LIMITS__HANDSHAKES_PER_ADDRESS_MAX", "0"),
     ("TIDEGATE_LIMITS__JOINS_PER_SECOND_MAX", "0"),
     ("TIDEGATE_LIMITS__BROADCASTS_PER_SECOND_MAX", "0"),
+    ("TIDEGATE_LIMITS__BROADCAST_BYTES_PER_SECOND_MAX", "0"),
+    ("TIDEGATE_LIMITS__SERVER_BROADCASTS_PER_SECOND_MAX", "0"),
 ];
 
 impl Gateway {

@@ -250,6 +250,31 @@ async fn refused_upgrades_requests_and_operators_calls_are_on_record() {
     );
 }
 
+/// Else a client that may write nothing fills the log, a line for each forty bytes that it sends.
+#[tokio::test]
+async fn what_is_denied_of_a_batch_is_one_line_with_its_count() {
+    let folder = Folder::new();
+    let log = folder.file("audit.jsonl");
+    let serving = Serving::start(&[("TIDEGATE_AUDIT_LOG", &log)]).await;
+    let user = token::with_claims(json!({ "role": "authenticated", "sub": SUB }));
+    let denied = json!({ "topic": "auction_winner_AB3028", "event": "e", "payload": {} });
+    let body = json!({ "messages": vec![denied; 500] }).to_string();
+    let head = format!("POST /api/broadcast HTTP/1.1\r\napikey: {user}");
+    // Those that are denied cost their sender, who has 1,200 at once.
+    for _ in 0..3 {
+        TestServer::request(serving.public, &head, &body).await;
+    }
+    serving.end(Signal::SIGTERM).await;
+    let line = by_user(
+        "rest",
+        &json!({
+            "topic": "auction_winner_AB3028", "result": "refused", "rule": "winner",
+            "because": "no grant", "count": 500
+        }),
+    );
+    expect_lines(&log, &[line.clone(), line]);
+}
+
 /// CWE-117: a client that writes its own lines into the log.
 #[tokio::test]
 async fn an_event_is_one_line_whatever_a_client_is_called_or_joins() {

@@ -347,6 +347,59 @@ async fn a_body_is_read_up_to_eight_megabytes_and_one_byte_more_is_refused() {
     server.stop().await;
 }
 
+/// With the anon key, which is public, anybody can send it.
+#[tokio::test]
+async fn a_batch_of_countless_empty_objects_is_refused_in_a_few_bytes() {
+    let server = TestServer::start();
+    let listener = Client::connect(&server, Serializer::V2).await;
+    let empty = |count| format!("{{\"messages\":[{}]}}", vec!["{}"; count].join(","));
+    let answer = batch(&server, empty(1_000_000)).await;
+    let text = "Too many messages to broadcast, please reduce the batch size";
+    assert_eq!((answer.status, answer.json()), (429, json!({ "message": text })));
+    let limited = "tidegate_limited_total{effect=\"refused\",limiter=\"batch_messages\"}";
+    assert_eq!(server.count(limited), 1);
+    // At the bound, the first ten mistakes are described.
+    let answer = batch(&server, empty(1000)).await;
+    assert_eq!((answer.status, &answer.json()["errors"]["more"]), (422, &json!(990)));
+    assert!(answer.body.len() < 1024, "{}", answer.body.len());
+    listener.ends().await;
+    server.stop().await;
+}
+
+/// A large body that trickles gives its place back, and who sends many of them has a part of the
+/// places.
+#[tokio::test]
+async fn uploads_that_trickle_keep_no_others_from_theirs() {
+    let mut config = config();
+    config.network.trusted_proxies = vec!["127.0.0.0/8".parse().unwrap()];
+    config.limits.body_timeout = Duration::from_secs(600);
+    let server = TestServer::start_with(config);
+    let mut body = message(&json!({ "n": 1 })).into_bytes();
+    body.resize(200_000, b' ');
+    let request = |address: u8| {
+        let address = format!("x-forwarded-for: 192.0.2.{address}");
+        post(BATCH, &[&apikey("anon"), &address, "expect: 100-continue"], &body)
+    };
+    let mut held = Vec::new();
+    for _ in 0..16 {
+        let trickling = request(1);
+        let mut stream = send(&server, &trickling[..trickling.len() - 100_000]).await;
+        // Its body is being read.
+        assert_eq!(answer(&mut stream).await.status, 100);
+        held.push(stream);
+    }
+    let mut other = send(&server, request(2)).await;
+    assert_eq!(answer(&mut other).await.status, 100);
+    assert!(is_accepted(&answer(&mut other).await));
+    // Long before the time of a body is over.
+    assert_eq!(answer(&mut held[0]).await.status, 408);
+    server
+        .metric_reaches("tidegate_limited_total{effect=\"refused\",limiter=\"bodies\"}", 1.0)
+        .await;
+    drop((held, other));
+    server.stop().await;
+}
+
 /// Every wait has a bound: with the anon key, which is public, anybody could hold all the places
 /// for requests by bodies that never come.
 #[tokio::test]

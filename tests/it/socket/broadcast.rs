@@ -146,6 +146,39 @@ async fn a_packet_of_many_messages_is_answered_in_their_order() {
     server.stop().await;
 }
 
+/// The broadcasts behind the one that ends their channel have none.
+#[tokio::test]
+async fn what_comes_with_the_broadcast_that_ends_its_channel_is_answered_and_counted() {
+    let mut config = config();
+    config.limits.broadcasts_per_second_max = 1;
+    let server = TestServer::start_with(config);
+    let mut client = Client::connect(&server, Serializer::V2).await;
+    let room = client.join("room").await;
+    let envelope = json!({ "type": "broadcast", "event": "e", "payload": {} });
+    let broadcast = |n: i32| {
+        let push = json!([room, n.to_string(), "realtime:room", "broadcast", envelope]);
+        frame(0x81, push.to_string().as_bytes())
+    };
+    // Far more than a minute's worth, and however many are read at once.
+    let packet: Vec<u8> = (1..=200).flat_map(broadcast).collect();
+    client.stream().write_all(&packet).await.unwrap();
+    client.expect(json!([room, null, "realtime:room", "system", "$any"])).await;
+    client.expect(json!([room, room, "realtime:room", "phx_close", {}])).await;
+    let unmatched = json!({ "status": "error", "response": { "reason": "unmatched topic" } });
+    let first = client.message().await;
+    let ended_by: i32 = first[1].as_str().unwrap().parse::<i32>().unwrap() - 1;
+    assert!((61..150).contains(&ended_by), "{ended_by}");
+    for n in ended_by + 2..=200 {
+        client.expect(json!([null, n.to_string(), "realtime:room", "phx_reply", unmatched])).await;
+    }
+    let dropped = |reason| format!("tidegate_dropped_total{{reason=\"{reason}\"}}");
+    assert_eq!(server.count(&dropped("channel_rate")), 1);
+    let unanswered = u64::try_from(200 - ended_by).unwrap();
+    assert_eq!(server.count(&dropped("unmatched_topic")), unanswered);
+    client.ends().await;
+    server.stop().await;
+}
+
 /// Its own broadcasts come before their acknowledgements, also if several came at once.
 #[tokio::test]
 async fn of_several_at_once_each_own_broadcast_precedes_its_acknowledgement() {

@@ -46,6 +46,9 @@ pub(crate) fn config() -> Config {
     config.limits.failures_per_address_max = 0;
     config.limits.joins_per_second_max = 0;
     config.limits.broadcasts_per_second_max = 0;
+    config.limits.broadcast_bytes_per_second_max = 0;
+    config.limits.server_broadcasts_per_second_max = 0;
+    config.limits.requests_per_address_max = 0;
     config.limits.socket_joins_per_second_max = 0;
     config.limits.socket_messages_per_second_max = 0;
     config.limits.socket_bytes_per_second_max = 0;
