@@ -36,7 +36,7 @@ pub enum ErrorCode {
     PrivateOnly,
     /// The topic's rule forbids the action, or topics without a rule are not served.
     Unauthorized,
-    /// A field of the join has a wrong type and no safe default.
+    /// A field of the join has a wrong type and no safe default, or the join is too large.
     InvalidJoinPayload,
     /// A public channel asks for a replay, which only private channels get.
     UnableToReplayMessages,

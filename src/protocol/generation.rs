@@ -1,7 +1,6 @@
 //! Which supabase-js a client is, as its first join shows.
 
 use serde::{Deserialize, de::IgnoredAny};
-use serde_json::{Map, Value};
 
 use super::{message::Json, serializer::Serializer};
 
@@ -39,14 +38,22 @@ impl Generation {
         #[derive(Deserialize)]
         struct Config {
             #[serde(rename = "broadcast")]
-            _broadcast: Map<String, Value>,
-            presence: Map<String, Value>,
+            _broadcast: Broadcast,
+            presence: Presence,
             private: Option<IgnoredAny>,
+        }
+        /// Any object.
+        #[derive(Deserialize)]
+        struct Broadcast {}
+        #[derive(Deserialize)]
+        struct Presence {
+            #[serde(default)]
+            enabled: Option<IgnoredAny>,
         }
         let Ok(Join { config }) = serde_json::from_str(join.as_str()) else {
             return Self::Other;
         };
-        let has_switch = config.presence.contains_key("enabled");
+        let has_switch = config.presence.enabled.is_some();
         match (serializer, config.private.is_some(), has_switch) {
             (Serializer::V1, false, false) => Self::Oldest,
             (Serializer::V1, true, false) => Self::WithPrivate,
@@ -59,7 +66,7 @@ impl Generation {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
+    use serde_json::{Value, json};
 
     use super::*;
 

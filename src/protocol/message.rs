@@ -1,7 +1,8 @@
 //! Messages as Phoenix means them, before a serializer has written them or after it has read them.
 //!
 //! Invariants: every string of a [`Message`] is at most [`FIELD_BYTES_MAX`] long; a [`Json`] is
-//! valid JSON in UTF-8, nested at most [`DEPTH_MAX`] deep.
+//! valid JSON in UTF-8, nested at most [`DEPTH_MAX`] deep; nothing but a broadcast carries more than
+//! [`CONTROL_BYTES_MAX`].
 
 use std::{collections::HashMap, fmt};
 
@@ -16,6 +17,11 @@ pub const FIELD_BYTES_MAX: usize = 255;
 
 /// Deepest nesting of a payload: the default of the common JSON parsers.
 pub const DEPTH_MAX: usize = 128;
+
+/// Largest payload of a message that is no broadcast, in bytes; a larger one is refused unparsed.
+/// A join has room for two tokens of 8 KiB and for a hundred bindings of Postgres changes with long
+/// filters; nothing else that a client library sends comes near.
+pub const CONTROL_BYTES_MAX: usize = 64 * 1024;
 
 /// A client's message.
 #[derive(Debug, Clone, PartialEq)]
@@ -39,15 +45,38 @@ pub enum Payload {
     Json(Json),
     /// A user broadcast push of the binary serializer (kind 3), whose event is `broadcast`.
     UserBroadcast(UserBroadcast),
+    /// More than [`CONTROL_BYTES_MAX`] for an event other than `broadcast`. The bytes are not kept.
+    TooLarge,
 }
 
 impl Payload {
-    /// Length in bytes.
+    /// Length in bytes, of what is kept.
     #[must_use]
     pub fn len(&self) -> usize {
         match self {
             Self::Json(json) => json.len(),
             Self::UserBroadcast(broadcast) => broadcast.payload.len(),
+            Self::TooLarge => 0,
+        }
+    }
+
+    /// The same payload in memory of its own. A payload shares the memory of the frame, and of the
+    /// read that the frame came with, either of which may be much larger.
+    #[must_use]
+    pub fn detached(self) -> Self {
+        let detach = |json: Json| Json(json.as_str().to_owned().into());
+        match self {
+            Self::Json(json) => Self::Json(detach(json)),
+            Self::UserBroadcast(UserBroadcast { user_event, payload }) => {
+                let payload = match payload {
+                    UserPayload::Json(json) => UserPayload::Json(detach(json)),
+                    UserPayload::Binary(bytes) => {
+                        UserPayload::Binary(Bytes::copy_from_slice(&bytes))
+                    }
+                };
+                Self::UserBroadcast(UserBroadcast { user_event, payload })
+            }
+            Self::TooLarge => Self::TooLarge,
         }
     }
 

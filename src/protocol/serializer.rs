@@ -12,8 +12,8 @@ use tokio_tungstenite::tungstenite::{Message as Frame, Utf8Bytes};
 use super::{
     binary,
     message::{
-        FIELD_BYTES_MAX, Json, Malformed, Message, Payload, Ref, UserBroadcast, UserPayload,
-        write_json_string,
+        CONTROL_BYTES_MAX, FIELD_BYTES_MAX, Json, Malformed, Message, Payload, Ref, UserBroadcast,
+        UserPayload, write_json_string,
     },
 };
 
@@ -110,14 +110,19 @@ impl Serializer {
                 return Err(Malformed::TooLong);
             }
         }
+        let size = envelope.payload.get().len();
+        let payload = if size > CONTROL_BYTES_MAX && envelope.event != "broadcast" {
+            Payload::TooLarge
+        } else {
+            let json = Json::part_of(text, envelope.payload);
+            Payload::Json(json.map_err(|_too_deep| Malformed::WrongShape)?)
+        };
         Ok(Message {
             join_ref: envelope.join_ref,
             reference: envelope.reference,
             topic: envelope.topic.into(),
             event: envelope.event.into(),
-            payload: Payload::Json(
-                Json::part_of(text, envelope.payload).map_err(|_too_deep| Malformed::WrongShape)?,
-            ),
+            payload,
         })
     }
 
@@ -290,6 +295,7 @@ fn ref_length(reference: &Ref) -> usize {
 
 #[cfg(test)]
 mod tests {
+    use bytes::Bytes;
     use proptest::prelude::*;
 
     use super::*;
@@ -331,6 +337,34 @@ mod tests {
             |length: usize| Frame::text(format!(r#"[null,"1","{}","e",{{}}]"#, "t".repeat(length)));
         assert!(Serializer::V2.decode(frame(FIELD_BYTES_MAX)).is_ok());
         assert_eq!(Serializer::V2.decode(frame(FIELD_BYTES_MAX + 1)), Err(Malformed::TooLong));
+    }
+
+    /// The parsers of payloads never see it, and nothing of it is kept while a join waits.
+    #[test]
+    fn a_control_payload_above_the_bound_is_dropped_with_its_frame_and_a_broadcast_is_not() {
+        let decode = |event: &str, size: usize| {
+            let text = "x".repeat(size - 2);
+            let (v1, v2) = (
+                format!(r#"{{"topic":"t","event":"{event}","ref":"1","payload":"{text}"}}"#),
+                format!(r#"[null,"1","t","{event}","{text}"]"#),
+            );
+            [(Serializer::V1, v1), (Serializer::V2, v2)].map(|(serializer, text)| {
+                let text = Utf8Bytes::from(text);
+                let message = serializer.decode(Frame::Text(text.clone())).unwrap();
+                (message.payload, Bytes::from(text).is_unique())
+            })
+        };
+        for event in ["phx_join", "access_token", "phx_leave", "heartbeat", "presence", "else"] {
+            for (payload, is_kept) in decode(event, CONTROL_BYTES_MAX) {
+                assert_eq!((payload.len(), is_kept), (CONTROL_BYTES_MAX, false), "{event}");
+            }
+            for (payload, is_dropped) in decode(event, CONTROL_BYTES_MAX + 1) {
+                assert_eq!((payload, is_dropped), (Payload::TooLarge, true), "{event}");
+            }
+        }
+        for (payload, _) in decode("broadcast", CONTROL_BYTES_MAX + 1) {
+            assert_eq!(payload.len(), CONTROL_BYTES_MAX + 1);
+        }
     }
 
     #[test]

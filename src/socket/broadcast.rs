@@ -87,6 +87,7 @@ impl Channel {
                 let size = payload.len();
                 (Broadcast::Envelope(payload), size)
             }
+            Payload::TooLarge => return Err(Dropped::TooLarge),
             Payload::UserBroadcast(message) => {
                 let size = message.payload.len();
                 (Broadcast::User { message, metadata: None }, size)

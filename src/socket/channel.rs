@@ -36,6 +36,9 @@ use crate::{
 /// The answer to Postgres changes until they are offered.
 const NO_POSTGRES_CHANGES: &str = "Postgres changes are not offered by this server yet";
 
+/// The answer to a join above the bound of control messages.
+const JOIN_TOO_LARGE: &str = "the payload is larger than 64 KiB";
+
 /// One topic joined on one socket, from the admission of its join to its close.
 #[derive(Debug)]
 pub(super) struct Channel {
@@ -107,8 +110,14 @@ impl Channel {
     ) -> Result<Self, Refusal> {
         let shared = context.shared;
         let sub_topic = join.topic.strip_prefix(TOPIC_PREFIX).unwrap_or_default();
-        let Payload::Json(payload) = join.payload else {
-            return Err(Refusal::new(ErrorCode::UnknownErrorOnChannel));
+        let payload = match join.payload {
+            Payload::Json(payload) => payload,
+            Payload::TooLarge => {
+                return Err(Refusal::with_detail(ErrorCode::InvalidJoinPayload, JOIN_TOO_LARGE));
+            }
+            Payload::UserBroadcast(_) => {
+                return Err(Refusal::new(ErrorCode::UnknownErrorOnChannel));
+            }
         };
         let mut config = JoinConfig::parse(&payload, sub_topic, shared.settings.presence_default)?;
         let verified = match config.token.take() {
@@ -153,7 +162,7 @@ impl Channel {
     ) {
         let metrics = &context.shared.metrics;
         let response = self.config.reply();
-        self.reply(context, reference, response.as_str());
+        self.reply(context, reference, &response);
         self.follow(context);
         self.catch_up(context, history);
         let is_silent = self.subscription.is_none();
@@ -166,11 +175,10 @@ impl Channel {
             .note(context.caller, Some(self.token.subject()));
         metrics.join_seconds.observe(self.asked_at.elapsed().as_secs_f64());
         self.open = Some(metrics.open_channel());
-        if !self.config.bindings.is_empty() {
+        // They were echoed; nothing needs them again.
+        if self.config.bindings.take().is_some() {
             let payload = system_error("postgres_changes", NO_POSTGRES_CHANGES, self.sub_topic());
             self.push(context, "system", &payload);
-            // They were echoed; nothing needs them again.
-            self.config.bindings = Vec::new();
         }
         if self.config.presence && (!self.is_private() || self.policies.may_read_presence()) {
             self.push(context, "presence_state", &Json::EMPTY);

@@ -17,7 +17,7 @@ pub(crate) enum Dropped {
     WriteDenied,
     /// A broadcast whose payload is not an object.
     NotObject,
-    /// A broadcast above the payload limit.
+    /// A broadcast above the payload limit, or another message above that of control messages.
     TooLarge,
     /// An event that channels do not know.
     UnknownEvent,

@@ -38,7 +38,7 @@ use crate::{
         error_code::{ErrorCode, Refusal, error_reply},
         generation::Generation,
         message::{Message, Payload, Ref},
-        payload::OK,
+        payload::{OK, PAYLOAD_TOO_LARGE},
         serializer::Push,
         topic::TOPIC_PREFIX,
     },
@@ -116,6 +116,10 @@ impl Socket {
         while let Some(message) = messages.next() {
             let Self { shared, outbox, apikey, history, .. } = &mut *self;
             let silence = history.hear(&message, &shared.recovery.healing, outbox, apikey);
+            if message.payload == Payload::TooLarge && &*message.event != "phx_join" {
+                self.refuse_large(&message);
+                continue;
+            }
             if let Some(Slot::Waiting(waiting)) = self.channels.get_mut(&message.topic) {
                 let bytes_max = self.shared.limits.settings().outbox_bytes_max;
                 if !self.pending.keep(waiting, message, bytes_max) {
@@ -264,6 +268,14 @@ impl Socket {
     #[must_use]
     pub fn empty_since(&self) -> Option<Instant> {
         self.empty_since
+    }
+
+    /// Drops a message that is too large to be parsed. A join is refused as any other.
+    fn refuse_large(&self, message: &Message) {
+        self.shared.metrics.dropped.of(Dropped::TooLarge).inc();
+        if message.reference.is_some() {
+            self.reply_unjoined(message, message.join_ref.as_ref(), PAYLOAD_TOO_LARGE);
+        }
     }
 
     fn heartbeat(&self, heartbeat: &Message, silence: Duration) {
@@ -447,8 +459,8 @@ impl Socket {
         let (policies, query) = (Arc::clone(&self.shared.policies), channel.query(&self.headers));
         let answer = async move { Answer::Writes(policies.write(query).await) };
         self.pending.wait(topic, answer);
-        self.pending.put(&pushes);
-        let waiting = Waiting { what: Awaiting::Channel(channel), backlog: pushes };
+        let backlog = self.pending.put(pushes);
+        let waiting = Waiting { what: Awaiting::Channel(channel), backlog };
         self.channels.insert(topic.into(), Slot::Waiting(Box::new(waiting)));
     }
 

@@ -2,7 +2,8 @@
 //!
 //! Invariants: messages of one topic are handled in their order, so those that come while it waits
 //! are kept, at most [`BACKLOG_MAX`] a topic and no more bytes of them all than may wait in an
-//! outbox; what is waited for is cancel-safe.
+//! outbox; a message that is kept holds the bytes that are counted and no others; what is waited for
+//! is cancel-safe.
 
 use std::pin::Pin;
 
@@ -144,14 +145,16 @@ impl Pending {
         let has_room = waiting.backlog.len() < BACKLOG_MAX && bytes <= bytes_max;
         if has_room {
             self.backlog_bytes = bytes;
-            waiting.backlog.push(message);
+            waiting.backlog.push(detached(message));
         }
         has_room
     }
 
-    /// Counts messages that wait from now on, whatever their size.
-    pub(super) fn put(&mut self, backlog: &[Message]) {
-        self.backlog_bytes += bytes(backlog);
+    /// Counts messages that wait from this time on, whatever their size, and returns them as they
+    /// are to be kept.
+    pub(super) fn put(&mut self, backlog: Vec<Message>) -> Vec<Message> {
+        self.backlog_bytes += bytes(&backlog);
+        backlog.into_iter().map(detached).collect()
     }
 
     /// Counts a topic's messages no longer.
@@ -160,6 +163,50 @@ impl Pending {
     }
 }
 
+fn detached(message: Message) -> Message {
+    Message { payload: message.payload.detached(), ..message }
+}
+
 fn bytes(backlog: &[Message]) -> usize {
     backlog.iter().map(|message| message.payload.len()).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+    use tokio_tungstenite::tungstenite::{Message as Frame, Utf8Bytes};
+
+    use super::*;
+    use crate::protocol::{error_code::ErrorCode, serializer::Serializer};
+
+    /// The frame's further elements are read and ignored; a few bytes of payload kept all of them.
+    #[test]
+    fn a_message_that_waits_does_not_keep_the_frame_that_it_came_in() {
+        let (mut pending, refusal) = (Pending::default(), Refusal::new(ErrorCode::Unauthorized));
+        let joining = Joining {
+            join_ref: None,
+            reference: None,
+            decided: Err(refusal),
+            history: ClientHistory::Nothing,
+            replaced: None,
+        };
+        let mut waiting = Waiting { what: Awaiting::Join(Box::new(joining)), backlog: Vec::new() };
+        let message =
+            |frame: &Utf8Bytes| Serializer::V2.decode(Frame::Text(frame.clone())).unwrap();
+        let ignored = "x".repeat(1_000_000);
+        let frame: Utf8Bytes = format!(r#"[null,"1","t","e",{{"a":1}},"{ignored}"]"#).into();
+        let kept = message(&frame);
+        let frame = Bytes::from(frame);
+        assert!(!frame.is_unique(), "the payload shares the frame");
+        assert!(pending.keep(&mut waiting, kept, 100));
+        assert!(frame.is_unique(), "and what is kept does not");
+        assert_eq!(pending.backlog_bytes, 7);
+        let frame: Utf8Bytes = format!(r#"[null,"1","t","broadcast",{{}},"{ignored}"]"#).into();
+        let backlog = vec![message(&frame)];
+        let backlog = pending.put(backlog);
+        assert!(Bytes::from(frame).is_unique());
+        assert_eq!(pending.backlog_bytes, 9);
+        pending.take(&backlog);
+        assert_eq!(pending.backlog_bytes, 7);
+    }
 }

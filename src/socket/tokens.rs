@@ -5,8 +5,6 @@
 
 use std::sync::Arc;
 
-use serde_json::Value;
-
 use super::{
     channel::{Channel, Context, Next, authorize},
     metrics::{Dropped, Refresh},
@@ -19,7 +17,7 @@ use crate::{
     protocol::{
         error_code::Refusal,
         message::{Message, Payload},
-        payload::OPAQUE_KEY_PREFIX,
+        payload::{NotText, OPAQUE_KEY_PREFIX, access_token},
     },
     telemetry::audit::Audit,
 };
@@ -32,19 +30,18 @@ impl Channel {
             return Next::Open;
         };
         let metrics = &context.shared.metrics;
-        let payload = serde_json::from_str::<Value>(payload.as_str()).unwrap_or_default();
-        let text = match payload.get("access_token") {
-            Some(Value::String(text)) => text,
-            None | Some(Value::Null) => return Next::Open,
-            Some(_) => {
+        let text = match access_token(payload) {
+            Ok(Some(text)) => text,
+            Ok(None) => return Next::Open,
+            Err(NotText) => {
                 metrics.dropped.of(Dropped::UnknownEvent).inc();
                 return Next::Open;
             }
         };
-        if text.starts_with(OPAQUE_KEY_PREFIX) || self.token.is(text) {
+        if text.starts_with(OPAQUE_KEY_PREFIX) || self.token.is(&text) {
             return Next::Open;
         }
-        let verified = context.shared.auth.verify(text);
+        let verified = context.shared.auth.verify(&text);
         let refresh = if verified.is_ok() { Refresh::Ok } else { Refresh::Refused };
         metrics.token_refreshes.of(refresh).inc();
         self.replace_token(context, verified)

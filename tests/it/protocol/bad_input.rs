@@ -260,6 +260,40 @@ async fn random_frames_are_counted_and_harm_nobody() {
     beside.stop().await;
 }
 
+/// The worst payload for a parser that makes a tree of it.
+#[tokio::test]
+async fn a_join_of_four_megabytes_is_refused_by_name_and_the_socket_goes_on() {
+    let beside = Beside::start().await;
+    let too_large = "tidegate_dropped_total{reason=\"too_large\"}";
+    for (round, serializer) in [Serializer::V1, Serializer::V2].into_iter().enumerate() {
+        let mut client = Client::connect(&beside.server, serializer).await;
+        let heard = client.join("room").await;
+        let payload = |count| {
+            let config = json!({ "postgres_changes": vec![json!({}); count] });
+            json!({ "config": config, "access_token": "x" })
+        };
+        let (huge, large) = (payload(1_400_000), payload(22_000));
+        client.send(json!(["7", "7", "realtime:other", "phx_join", huge])).await;
+        let reason = "InvalidJoinPayload: the payload is larger than 64 KiB";
+        let error = json!({ "status": "error", "response": { "reason": reason } });
+        client.expect(json!(["7", "7", "realtime:other", "phx_reply", error])).await;
+        for event in ["access_token", "presence", "unknown", "phx_leave"] {
+            client.send(json!([heard, "8", "realtime:room", event, large])).await;
+            let error = json!({ "status": "error", "response": "payload_size_exceeded" });
+            client.expect(json!([heard, "8", "realtime:room", "phx_reply", error])).await;
+        }
+        client.send(json!([heard, null, "realtime:room", "access_token", large])).await;
+        client.expect_nothing().await;
+        assert_eq!(beside.server.metric(too_large).await, 5.0 * (round as f64 + 1.0));
+        beside.server.publish("room", &json!({ "n": 1 })).await;
+        client.hears("room", json!({ "n": 1 })).await;
+        client.close().await;
+    }
+    let refused = "tidegate_joins_total{code=\"InvalidJoinPayload\",result=\"error\"}";
+    assert_eq!(beside.server.metric(refused).await, 2.0);
+    beside.stop().await;
+}
+
 #[tokio::test]
 async fn fields_of_255_bytes_are_carried_and_deep_payloads_of_128_levels_too() {
     let mut beside = Beside::start().await;
