@@ -96,10 +96,14 @@ impl Claims {
         self.at("jti").as_str()
     }
 
-    /// When the token was issued, in seconds since 1970.
+    /// The second in which the token was issued, since 1970. A fraction is cut off and not rounded: a
+    /// revocation is known to the second as well, and rounded up a token that was issued before it
+    /// would seem to be issued after.
     #[must_use]
     pub fn iat(&self) -> Option<i64> {
-        seconds(&self.all, "iat")
+        #[expect(clippy::cast_possible_truncation, reason = "the cast saturates, as intended")]
+        let second = self.all.get("iat")?.as_f64()?.floor() as i64;
+        Some(second)
     }
 
     /// Returns all claims as a JSON object; those of an opaque key are its role alone.

@@ -9,7 +9,7 @@
 //! | `typ`, `cty`, `jku`, `jwk`, `x5u`, `x5c`, `x5t` and all else in a header | nothing: it is not read |
 //! | `exp` missing, or a text, null, a boolean, a list, an object | `role` and `exp` are required |
 //! | `exp` negative, zero or past by `auth.leeway` | expired |
-//! | `exp`, `nbf`, `iat` with a fraction | rounded |
+//! | `exp`, `nbf`, `iat` with a fraction | rounded; of `iat` the fraction is cut off |
 //! | a number beyond what a double holds, such as `1e400` | not a JWT |
 //! | `iat` or `nbf` that is no number | not a JWT |
 //! | `nbf` ahead by more than `auth.leeway` | not valid yet |

@@ -250,6 +250,7 @@ mod tests {
         for (fields, is_revoked) in [
             (json!({ "sub": "u", "iat": NOW }), true),
             (json!({ "sub": "u", "iat": NOW - 1 }), true),
+            (json!({ "sub": "u", "iat": NOW as f64 + 0.9 }), true),
             // The token does not say when it was issued.
             (json!({ "sub": "u" }), true),
             (json!({ "sub": "u", "iat": NOW + 1 }), false),

@@ -102,7 +102,7 @@ fn an_audience_or_a_missing_subject_changes_nothing_unless_asked_for() {
 
 #[test]
 fn revocation_and_audit_can_name_a_token() {
-    let claims = json!({ "role": "authenticated", "exp": NOW + 9, "iat": NOW as f64 - 0.4,
+    let claims = json!({ "role": "authenticated", "exp": NOW + 9, "iat": NOW as f64 + 0.6,
         "sub": "a", "session_id": "b", "jti": "c" });
     let claims = verify(&claims).unwrap().claims.clone();
     let named = (claims.sub(), claims.session_id(), claims.jti(), claims.iat());
