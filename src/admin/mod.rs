@@ -2,7 +2,8 @@
 //!
 //! Invariants: with a token set, every route asks for it; without one, only programs of this machine
 //! are answered, which a browser is not: a web page could make it ask, or have its own name point
-//! here (CWE-346, CWE-350).
+//! here (CWE-346, CWE-350). A caller with the right token keeps its place while it is answered, and a
+//! stranger's connection makes way for a newcomer at any time.
 
 mod body;
 mod busiest;
@@ -31,7 +32,11 @@ pub(crate) use self::{
     shared::{ReloadFailure, Shared},
 };
 use crate::{
-    http::{Refused, Request, Response, Serving, empty, message, not_found, object, text},
+    http::{
+        Refused, RefusedUpgrade, Request, Response, Serving, empty, message, not_found, object,
+        text,
+    },
+    limits::Place,
     secret::Secret,
     telemetry::audit::{Audit, Caller},
 };
@@ -39,27 +44,35 @@ use crate::{
 /// Number of missed canaries after which the link no longer counts as ready.
 pub(crate) const CANARIES_MISSED: u32 = 3;
 
-/// Answers one connection's requests. What is being answered when the server stops is cut off.
-pub(crate) async fn serve(shared: Arc<Shared>, stream: TcpStream, caller: Caller) {
+/// Answers one connection's requests. What is being answered when the server stops is cut off. Returns
+/// the fault for which the connection was ended, if it was for one.
+pub(crate) async fn serve(
+    shared: Arc<Shared>,
+    stream: TcpStream,
+    caller: Caller,
+    place: Place,
+) -> Option<RefusedUpgrade> {
+    let limits = shared.limits.settings();
     let serving = Serving {
-        head_timeout: shared.limits.settings().handshake_timeout,
+        head_timeout: limits.handshake_timeout,
         head_bytes_max: None,
+        write_timeout: limits.write_timeout,
         patience: Duration::ZERO,
         stop: shared.stopped.clone(),
     };
-    let served = serving.serve(stream, |request| {
-        let shared = Arc::clone(&shared);
-        async move { noted(&shared, request, caller).await }
-    });
-    // What an operator's tool sends wrong is its own to see.
-    let _ = served.await;
+    let place = Arc::new(place);
+    let answer = |request| {
+        let (shared, place) = (Arc::clone(&shared), Arc::clone(&place));
+        async move { noted(&shared, request, caller, &place).await }
+    };
+    serving.serve(stream, &place, answer).await
 }
 
 /// Answers, and records the call. Metrics and health are recorded only if they are refused: they
 /// change nothing, name no event, and are asked for all the time.
-async fn noted(shared: &Shared, request: Request, caller: Caller) -> Response {
+async fn noted(shared: &Shared, request: Request, caller: Caller, place: &Arc<Place>) -> Response {
     let (method, route_name) = (request.method().clone(), name(request.uri().path()));
-    let answer = route(shared, request, caller).await;
+    let answer = route(shared, request, caller, place).await;
     let is_look = matches!(route_name, "metrics" | "healthz" | "readyz");
     let status = answer.status();
     if !is_look || matches!(status, StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN) {
@@ -69,7 +82,7 @@ async fn noted(shared: &Shared, request: Request, caller: Caller) -> Response {
     answer
 }
 
-async fn route(shared: &Shared, request: Request, caller: Caller) -> Response {
+async fn route(shared: &Shared, request: Request, caller: Caller, place: &Arc<Place>) -> Response {
     if !is_allowed(&shared.admin_token, &request) {
         return message(StatusCode::UNAUTHORIZED, "Unauthorized");
     }
@@ -77,6 +90,8 @@ async fn route(shared: &Shared, request: Request, caller: Caller) -> Response {
         let text = "set admin_token to let browsers and other names in";
         return message(StatusCode::FORBIDDEN, text);
     }
+    // Strangers who reach the port get no further, so they displace nobody who does.
+    let _kept = place.keep();
     let path = request.uri().path().to_owned();
     let answer = match (request.method(), path.as_str(), event_and_action(&path)) {
         (&Method::GET, "/events", _) => events::list(shared, &request).await,

@@ -1,9 +1,17 @@
 //! Requests, responses and bodies of both ports, and the connections that carry them.
 //!
-//! Invariants: a head and a body have a bound and a time; a request that is being answered when the
+//! Invariants: a head, a body and an answer have a bound and a time; one request of a connection is
+//! answered at a time, and those behind it are read when its answer has been taken; a request that is being answered when the
 //! server stops gets the time that its port grants.
 
-use std::{borrow::Cow, convert::Infallible, time::Duration};
+use std::{
+    borrow::Cow,
+    convert::Infallible,
+    error::Error,
+    io,
+    sync::atomic::{AtomicBool, Ordering},
+    time::Duration,
+};
 
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
@@ -19,6 +27,9 @@ use serde_json::{Value, json};
 use tokio::{net::TcpStream, time::timeout};
 use tokio_util::sync::CancellationToken;
 
+use super::{metrics::RefusedUpgrade, write_deadline::WriteDeadline};
+use crate::limits::Place;
+
 /// A request.
 pub type Request = hyper::Request<Incoming>;
 /// A response with its whole body.
@@ -31,6 +42,8 @@ pub(crate) struct Serving {
     pub(crate) head_timeout: Duration,
     /// Largest head; `None` leaves it to the library.
     pub(crate) head_bytes_max: Option<usize>,
+    /// How long the peer may take to take an answer.
+    pub(crate) write_timeout: Duration,
     /// How long a request may still take when the server stops.
     pub(crate) patience: Duration,
     /// Cancelled when the server stops.
@@ -38,16 +51,21 @@ pub(crate) struct Serving {
 }
 
 impl Serving {
-    /// Answers one connection's requests until it ends, becomes a WebSocket or the server stops.
-    ///
-    /// # Errors
-    /// The library's, for a connection that breaks.
-    pub(crate) async fn serve<F, A>(self, stream: TcpStream, answer: A) -> Result<(), hyper::Error>
+    /// Answers one connection's requests until it ends, becomes a WebSocket, makes way for a newcomer,
+    /// or the server stops. Returns the fault for which it was ended, if it was for one.
+    pub(crate) async fn serve<F, A>(
+        self,
+        stream: TcpStream,
+        place: &Place,
+        answer: A,
+    ) -> Option<RefusedUpgrade>
     where
         F: Future<Output = Response> + Send + 'static,
         A: Fn(Request) -> F + Send,
     {
+        let has_asked = AtomicBool::new(false);
         let service = service_fn(|request| {
+            has_asked.store(true, Ordering::Relaxed);
             let answered = answer(request);
             async move { Ok::<_, Infallible>(answered.await) }
         });
@@ -56,16 +74,39 @@ impl Serving {
         if let Some(bytes_max) = self.head_bytes_max {
             builder.max_buf_size(bytes_max);
         }
-        let connection = builder.serve_connection(TokioIo::new(stream), service).with_upgrades();
+        let stream = TokioIo::new(WriteDeadline::new(stream, self.write_timeout));
+        let connection = builder.serve_connection(stream, service).with_upgrades();
         tokio::pin!(connection);
-        tokio::select! {
+        let served = tokio::select! {
             served = connection.as_mut() => served,
+            () = place.displaced() => return Some(RefusedUpgrade::Displaced),
             () = self.stop.cancelled() => {
                 // A head that is being sent is not waited for.
                 connection.as_mut().graceful_shutdown();
                 timeout(self.patience, connection).await.unwrap_or(Ok(()))
             }
-        }
+        };
+        let error = served.err()?;
+        tracing::debug!(error = &error as &dyn Error, "request failed");
+        fault(&error, has_asked.load(Ordering::Relaxed))
+    }
+}
+
+/// Returns the fault of the peer for which its connection was ended. A peer that goes away, or is
+/// silent between two requests, has none.
+fn fault(error: &hyper::Error, has_asked: bool) -> Option<RefusedUpgrade> {
+    let is_stalled = || {
+        let io = error.source().and_then(|source| source.downcast_ref::<io::Error>());
+        io.is_some_and(|io| io.kind() == io::ErrorKind::TimedOut)
+    };
+    if error.is_parse_too_large() {
+        Some(RefusedUpgrade::LargeHead)
+    } else if error.is_parse() {
+        Some(RefusedUpgrade::MalformedHead)
+    } else if error.is_timeout() {
+        (!has_asked).then_some(RefusedUpgrade::HeadTimeout)
+    } else {
+        is_stalled().then_some(RefusedUpgrade::Stalled)
     }
 }
 

@@ -41,8 +41,18 @@ pub enum RefusedUpgrade {
     Full,
     /// The address has as many sockets as it may.
     AddressFull,
-    /// Too many connections are still asking.
+    /// All places of connections that are no sockets are being answered.
     Pending,
+    /// The connection has made way for a newcomer while the server waited for its client.
+    Displaced,
+    /// The head is not HTTP.
+    MalformedHead,
+    /// The head is too large.
+    LargeHead,
+    /// The head has not come in time.
+    HeadTimeout,
+    /// An answer was not taken in time.
+    Stalled,
     /// The server is draining.
     Draining,
     /// The peer went away between the answer and the first frame.

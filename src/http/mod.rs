@@ -14,9 +14,10 @@ mod shared;
 mod token;
 mod upgrade;
 mod visits;
+mod write_deadline;
 mod writing;
 
-use std::{error::Error, net::SocketAddr, pin::Pin, sync::Arc, time::Duration};
+use std::{net::SocketAddr, pin::Pin, sync::Arc, time::Duration};
 
 use hyper::{Method, StatusCode};
 use parking_lot::Mutex;
@@ -38,7 +39,10 @@ use self::{
     metrics::{Answered, Handshake, Route},
     upgrade::upgrade,
 };
-use crate::{limits::client_ip, telemetry::audit::Caller};
+use crate::{
+    limits::{Place, client_ip},
+    telemetry::audit::Caller,
+};
 
 /// Largest head of a request; a long JWT in the URL and in headers fits.
 const HEAD_BYTES_MAX: usize = 32 * 1024;
@@ -56,29 +60,38 @@ pub trait Answering: Send + Sync + std::fmt::Debug {
     fn answer(&self, request: Request) -> Pin<Box<dyn Future<Output = Response> + Send>>;
 }
 
-/// Serves one connection: requests, until one of them becomes a WebSocket.
+/// Serves one connection: requests, until one of them becomes a WebSocket. Returns the fault for which
+/// it was ended, if it was for one.
 pub(crate) async fn serve(
     shared: Arc<Shared>,
     stream: TcpStream,
     peer: SocketAddr,
+    place: Place,
     fallback: Option<Fallback>,
-) {
+) -> Option<RefusedUpgrade> {
+    let limits = shared.limits.settings();
     let serving = Serving {
-        head_timeout: shared.limits.settings().handshake_timeout,
+        head_timeout: limits.handshake_timeout,
         head_bytes_max: Some(HEAD_BYTES_MAX),
+        write_timeout: limits.write_timeout,
         patience: ANSWER_TIMEOUT,
         stop: shared.stopped.clone(),
     };
     // The time of the first request counts from the accept; the wait for those behind it is not
     // ours.
     let accepted = Mutex::new(Some(Instant::now()));
-    let served = serving.serve(stream, |request| {
+    let place = Arc::new(place);
+    let answer = |request| {
         let since = accepted.lock().take().unwrap_or_else(Instant::now);
-        answer(Arc::clone(&shared), request, peer, fallback.clone(), since)
-    });
-    if let Err(error) = served.await {
-        tracing::debug!(error = &error as &dyn Error, %peer, "request failed");
-    }
+        let answered = answer(Arc::clone(&shared), request, peer, fallback.clone(), since);
+        let kept = place.keep();
+        async move {
+            let response = answered.await;
+            drop(kept);
+            response
+        }
+    };
+    serving.serve(stream, &place, answer).await
 }
 
 /// Answers a request that began at `since`: the first of its connection when that was accepted.

@@ -24,6 +24,7 @@ use super::{
     policy_headers,
     shared::Shared,
     token::{TOO_MANY_REQUESTS, TokenRefused, verify},
+    write_deadline::WriteDeadline,
 };
 use crate::{
     hub::{NoPermit, Permit, outbox::Outbox},
@@ -134,8 +135,8 @@ fn open(
 /// Returns the stream, and a copy of what the client has sent behind the head. The library's
 /// buffer, into which the head was read, has 8 KiB and would live as long as the socket.
 async fn taken_over(upgraded: OnUpgrade) -> Option<(TcpStream, Vec<u8>)> {
-    let parts = upgraded.await.ok()?.downcast::<TokioIo<TcpStream>>().ok()?;
-    Some((parts.io.into_inner(), parts.read_buf.to_vec()))
+    let parts = upgraded.await.ok()?.downcast::<TokioIo<WriteDeadline>>().ok()?;
+    Some((parts.io.into_inner().into_inner(), parts.read_buf.to_vec()))
 }
 
 /// Returns the value of `Sec-WebSocket-Accept`, if the request is an upgrade of version 13.
@@ -170,6 +171,11 @@ fn refusal(reason: RefusedUpgrade) -> Refusal {
         | RefusedUpgrade::Full
         | RefusedUpgrade::AddressFull
         | RefusedUpgrade::Pending
+        | RefusedUpgrade::Displaced
+        | RefusedUpgrade::MalformedHead
+        | RefusedUpgrade::LargeHead
+        | RefusedUpgrade::HeadTimeout
+        | RefusedUpgrade::Stalled
         | RefusedUpgrade::Abandoned => Refusal::new(ErrorCode::ConnectionRateLimitReached),
     }
 }

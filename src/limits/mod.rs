@@ -13,11 +13,12 @@ mod memory;
 mod meter;
 mod metrics;
 mod origins;
+mod places;
 mod rate;
 mod settings;
 mod shares;
 
-use std::sync::Arc;
+use std::{net::IpAddr, sync::Arc};
 
 use ipnet::IpNet;
 
@@ -31,6 +32,7 @@ pub(crate) use self::{
     bucket::{Bucket, TooFast},
     meter::{Metered, Metering, is_unfinished},
     metrics::{Effect, Limited, Rate},
+    places::{Place, Places},
     rate::SWEEP_INTERVAL,
     shares::{Amount, Broadcasts, Exceeded, Share},
 };
@@ -93,6 +95,14 @@ impl Limits {
     /// Counts a limit that was met.
     pub(crate) fn count(&self, limited: Limited) {
         self.metering.metrics.limited.of(limited).inc();
+    }
+
+    /// Returns the address whose share of places a connection of `peer` counts for: none for a trusted
+    /// proxy and for this machine, which stand for many.
+    pub(crate) fn share_of(&self, peer: IpAddr) -> Option<Address> {
+        let peer = peer.to_canonical();
+        let stands_for_many = peer.is_loopback() || is_trusted(peer, &self.trusted_proxies);
+        (!stands_for_many).then(|| peer.into())
     }
 
     /// Shows how many addresses and shares are remembered.

@@ -101,7 +101,8 @@ pub struct Settings {
     /// A socket whose channels have all gone is closed after so long.
     #[serde(deserialize_with = "duration")]
     pub no_channel_timeout: Duration,
-    /// A client that takes nothing of what is written to it for so long is given up.
+    /// A client that takes nothing of what is written to it for so long, or not the whole of an HTTP
+    /// answer, is given up.
     #[serde(deserialize_with = "duration")]
     pub write_timeout: Duration,
     /// The same where nothing waits but what one invalidation can take the place of.

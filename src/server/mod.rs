@@ -12,7 +12,6 @@ use std::{error::Error, io, net::SocketAddr, path::PathBuf, sync::Arc, time::Dur
 
 use tokio::{
     net::{TcpListener, TcpSocket, TcpStream},
-    sync::Semaphore,
     time::sleep,
 };
 use tokio_util::sync::CancellationToken;
@@ -28,7 +27,7 @@ use crate::{
     auth::jwks::JwksError,
     clock::Backoff,
     http::{self, RefusedUpgrade},
-    limits,
+    limits::{self, Place, Places},
     telemetry::audit::{Audit, Caller},
 };
 
@@ -41,7 +40,7 @@ const OVERLOADED: &[u8] =
 /// The first and the longest wait after a failed accept: no descriptor, no memory.
 const ACCEPT_BACKOFF: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
 /// Most connections that are not sockets: heads being read, requests being answered, refusals
-/// being delayed.
+/// being delayed. See [`Places`].
 const PENDING_MAX: usize = 4096;
 /// A shorter token of operators causes a warning, and is accepted: an operator who is locked out
 /// cannot drain.
@@ -142,13 +141,14 @@ impl Server {
         let Self { gateway, tasks, public, admin, fallback } = self;
         Audit::Start { gateway: gateway.id }.note(None, None);
         spawn(&gateway, tasks);
-        let accept_public = accept(&public, &gateway, PENDING_MAX, |stream, peer| {
-            http::serve(Arc::clone(&gateway.http), stream, peer, fallback.clone())
+        let accept_public = accept(&public, &gateway, PENDING_MAX, |stream, peer, place| {
+            http::serve(Arc::clone(&gateway.http), stream, peer, place, fallback.clone())
         });
         // The admin's port answers to the end.
-        let accept_admin = accept(&admin, &gateway, ADMIN_CONNECTIONS_MAX, |stream, peer| {
-            admin::serve(Arc::clone(&gateway.admin), stream, Caller::at(peer.ip()))
-        });
+        let accept_admin =
+            accept(&admin, &gateway, ADMIN_CONNECTIONS_MAX, |stream, peer, place| {
+                admin::serve(Arc::clone(&gateway.admin), stream, Caller::at(peer.ip()), place)
+            });
         tokio::pin!(accept_admin);
         tokio::select! {
             () = accept_public => {}
@@ -211,15 +211,15 @@ fn bind(address: SocketAddr, name: &'static str) -> Result<TcpListener, StartErr
     listen().map_err(|source| StartError::Bind { address, name, source })
 }
 
-/// Accepts for good, each connection in a task of its own; those above `pending_max` are refused
-/// with an answer that needs no task.
-async fn accept<F: Future<Output = ()> + Send + 'static>(
+/// Accepts for good, each connection in a task of its own. Where no place can be had, a connection is
+/// refused with an answer that needs no task.
+async fn accept<F: Future<Output = Option<RefusedUpgrade>> + Send + 'static>(
     listener: &TcpListener,
     gateway: &Gateway,
     pending_max: usize,
-    serve: impl Fn(TcpStream, SocketAddr) -> F,
+    serve: impl Fn(TcpStream, SocketAddr, Place) -> F,
 ) {
-    let pending = Arc::new(Semaphore::new(pending_max));
+    let places = Places::new(pending_max);
     let mut backoff = Backoff::new(ACCEPT_BACKOFF.0);
     loop {
         let (stream, peer) = match listener.accept().await {
@@ -232,18 +232,20 @@ async fn accept<F: Future<Output = ()> + Send + 'static>(
             }
         };
         backoff.reset();
-        let Ok(permit) = Arc::clone(&pending).try_acquire_owned() else {
-            gateway.http.count_refused(Caller::at(peer.ip()), RefusedUpgrade::Pending, None);
+        let caller = Caller::at(peer.ip());
+        let Some(place) = places.take(gateway.limits.share_of(peer.ip())) else {
+            gateway.http.count_refused(caller, RefusedUpgrade::Pending, None);
             // What does not fit into the empty buffer of a new connection is not sent.
             let _ = stream.try_write(OVERLOADED);
             continue;
         };
         // Without it a reply waits for the acknowledgement of the frame before.
         if stream.set_nodelay(true).is_ok() {
-            let served = serve(stream, peer);
+            let (served, http) = (serve(stream, peer, place), Arc::clone(&gateway.http));
             gateway.tasks.spawn(async move {
-                served.await;
-                drop(permit);
+                if let Some(fault) = served.await {
+                    http.count_refused(caller, fault, None);
+                }
             });
         }
     }
@@ -270,7 +272,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn half_open_handshakes_have_so_many_places_and_give_them_back() {
+    async fn half_open_handshakes_make_way_for_newcomers_and_give_their_places_back() {
         let mut config = Config::defaults();
         config.limits.handshake_timeout = Duration::from_secs(600);
         let gateway = Gateway::new(config).unwrap();
@@ -279,33 +281,28 @@ mod tests {
         let mut serving = JoinSet::new();
         let served = Arc::clone(&gateway);
         serving.spawn(async move {
-            accept(&listener, &served, 2, |stream, peer| {
-                http::serve(Arc::clone(&served.http), stream, peer, None)
+            accept(&listener, &served, 2, |stream, peer, place| {
+                http::serve(Arc::clone(&served.http), stream, peer, place, None)
             })
             .await;
         });
         let half_open = async || {
             let mut stream = TcpStream::connect(address).await.unwrap();
-            // It may have been refused already.
-            drop(stream.write_all(b"GET / HTTP/1.1\r\n").await);
+            stream.write_all(b"GET / HTTP/1.1\r\n").await.unwrap();
             stream
         };
-        let (first, second) = (half_open().await, half_open().await);
-        assert_eq!(answer(half_open().await).await.as_bytes(), OVERLOADED);
+        let (first, mut second) = (half_open().await, half_open().await);
+        let mut newcomer = half_open().await;
+        assert_eq!(answer(first).await, "", "the oldest makes way");
         let text = String::from_utf8(gateway.registry.render()).unwrap();
-        let refused = "tidegate_connections_refused_total{reason=\"pending\"} 1";
-        assert!(text.lines().any(|line| line == refused), "{text}");
-        drop(first);
-        let served = async {
-            loop {
-                let mut stream = half_open().await;
-                drop(stream.write_all(b"host: test\r\nconnection: close\r\n\r\n").await);
-                if answer(stream).await.starts_with("HTTP/1.1 404") {
-                    return;
-                }
-            }
-        };
-        assert!(timeout(DEADLINE, served).await.is_ok(), "the place is given back");
-        drop(second);
+        let displaced = "tidegate_connections_refused_total{reason=\"displaced\"} 1";
+        assert!(text.lines().any(|line| line == displaced), "{text}");
+        for stream in [&mut second, &mut newcomer] {
+            stream.write_all(b"host: test\r\nconnection: close\r\n\r\n").await.unwrap();
+        }
+        for stream in [second, newcomer] {
+            assert!(answer(stream).await.starts_with("HTTP/1.1 404"), "the others stay");
+        }
+        drop((half_open().await, half_open().await));
     }
 }

@@ -10,11 +10,13 @@ use tidegate::{
     relay::{LinkError, Outcome},
     secret::Secret,
 };
+use tokio::{io::AsyncWriteExt, net::TcpStream, task::JoinSet};
 use tokio_tungstenite::tungstenite::Message as Frame;
 
 use crate::support::{
     client::Client,
-    server::{TestServer, config},
+    raw::pipeline_unread,
+    server::{DEADLINE, TestServer, config},
     token,
 };
 
@@ -475,5 +477,38 @@ async fn every_metric_has_the_prefix_or_is_the_process() {
     for name in names {
         assert!(name.starts_with("tidegate_") || name.starts_with("process_"), "{name}");
     }
+    server.stop().await;
+}
+
+/// No place comes back by itself here: a newcomer takes that of a connection that is not answered.
+#[tokio::test]
+async fn strangers_who_hold_the_operators_port_shut_nobody_out() {
+    let mut config = config();
+    config.admin_token = Secret::from("a-token-of-operators");
+    config.limits.handshake_timeout = 60 * DEADLINE;
+    config.limits.write_timeout = 60 * DEADLINE;
+    let server = TestServer::start_with(config);
+    let mut attackers = JoinSet::new();
+    let mut half_open = Vec::new();
+    let request = "GET /metrics HTTP/1.1\r\nhost: localhost\r\n\r\n";
+    let head = "GET /healthz HTTP/1.1\r\nauthorization: Bearer a-token-of-operators";
+    for _ in 0..3 {
+        for _ in 0..40 {
+            let mut stream = TcpStream::connect(server.admin).await.unwrap();
+            stream.write_all(b"GET /metrics HTTP/1.1\r\n").await.unwrap();
+            half_open.push(stream);
+        }
+        for _ in 0..8 {
+            let address = server.admin;
+            attackers.spawn(async move { pipeline_unread(address, request).await });
+        }
+        let answer = TestServer::request(server.admin, head, "").await;
+        assert_eq!(answer, (200, "ok".to_owned()));
+    }
+    let displaced = server.count("tidegate_connections_refused_total{reason=\"displaced\"}");
+    assert!(displaced > 0);
+    assert_eq!(server.count("tidegate_connections_refused_total{reason=\"pending\"}"), 0);
+    attackers.shutdown().await;
+    drop(half_open);
     server.stop().await;
 }

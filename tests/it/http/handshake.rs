@@ -13,7 +13,7 @@ use tokio::{
 
 use crate::support::{
     client::Client,
-    raw::{Answer, answer, ask, frame, is_silent, post, send, until_end, upgrade},
+    raw::{Answer, answer, ask, frame, is_silent, pipeline_unread, post, send, until_end, upgrade},
     server::{DEADLINE, TestServer, config},
     token,
 };
@@ -448,6 +448,50 @@ async fn a_hundred_headers_are_read_and_one_more_is_refused() {
         let headers: Vec<&str> = headers.iter().map(String::as_str).collect();
         assert_eq!(ask(&server, upgrade(&path, &headers)).await.status, status, "{count}");
     }
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn heads_that_come_to_nothing_are_counted_by_their_fault() {
+    let mut config = config();
+    config.limits.handshake_timeout = Duration::from_millis(300);
+    let server = TestServer::start_with(config);
+    let refused = |reason: &str| {
+        server.count(&format!("tidegate_connections_refused_total{{reason=\"{reason}\"}}"))
+    };
+    assert_eq!(ask(&server, "GET / HTTP/9.9\r\n\r\n").await.status, 400);
+    let long = format!("GET / HTTP/1.1\r\nx: {}\r\n\r\n", "x".repeat(64 * 1024));
+    assert_eq!(ask(&server, long).await.status, 431);
+    for bytes in ["", "GET / HTTP/1.1\r\n"] {
+        until_end(&mut send(&server, bytes).await).await;
+    }
+    // Silence behind an answered request is nobody's fault.
+    let mut stream = send(&server, "GET /healthz HTTP/1.1\r\nhost: test\r\n\r\n").await;
+    assert_eq!(answer(&mut stream).await.status, 200);
+    until_end(&mut stream).await;
+    server.metric_reaches("tidegate_connections_refused_total{reason=\"head_timeout\"}", 2.0).await;
+    assert_eq!(
+        [refused("malformed_head"), refused("large_head"), refused("head_timeout")],
+        [1, 1, 2]
+    );
+    server.stop().await;
+}
+
+/// Each held a place for as long as it wished.
+#[tokio::test]
+async fn who_asks_and_reads_no_answer_is_ended_at_the_writes_deadline() {
+    let mut config = config();
+    config.limits.write_timeout = Duration::from_millis(300);
+    let server = TestServer::start_with(config);
+    let mut attackers = JoinSet::new();
+    for (address, path) in [(server.public, "/nothing"), (server.admin, "/metrics")] {
+        let request = format!("GET {path} HTTP/1.1\r\nhost: localhost\r\n\r\n");
+        attackers.spawn(async move { pipeline_unread(address, &request).await });
+    }
+    // They do not leave by themselves.
+    let ended = timeout(6 * DEADLINE, attackers.join_all()).await;
+    assert!(ended.is_ok(), "the server ends what makes no progress");
+    server.metric_reaches("tidegate_connections_refused_total{reason=\"stalled\"}", 2.0).await;
     server.stop().await;
 }
 

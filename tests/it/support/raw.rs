@@ -1,9 +1,11 @@
 //! Requests and frames written by hand: what no client library would send, and answers in full.
 
+use std::net::SocketAddr;
+
 use serde_json::Value;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
-    net::TcpStream,
+    net::{TcpSocket, TcpStream},
     time::timeout,
 };
 
@@ -91,6 +93,16 @@ pub(crate) fn post(path: &str, headers: &[&str], body: impl AsRef<[u8]>) -> Vec<
     }
     request.push_str("\r\n");
     [request.as_bytes(), body].concat()
+}
+
+/// Sends this request again and again and reads no answer, until the server ends the connection.
+pub(crate) async fn pipeline_unread(address: SocketAddr, request: &str) {
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.set_recv_buffer_size(4096).unwrap();
+    let mut stream = socket.connect(address).await.unwrap();
+    let requests = request.repeat(65_536 / request.len());
+    // What both systems buffer is less than would be written within the tests' time.
+    while stream.write_all(requests.as_bytes()).await.is_ok() {}
 }
 
 /// The bytes until the server ends the connection, by a close or a reset.
