@@ -31,7 +31,7 @@
 //! | [`db`] | every SQL statement; rows are plain | secret |
 //! | [`policies`] | what row-level security lets a token do on a private channel | clock, protocol, telemetry, auth, db |
 //! | [`relay`] | NOTIFY → publish; gaps and what they have hidden | clock, secret, protocol, telemetry, auth, access, limits, hub, invalidation, recovery, publish, db |
-//! | [`upkeep`] | periodic work against the database | clock, telemetry, auth, hub, invalidation, recovery, db |
+//! | [`upkeep`] | periodic work against the database | clock, telemetry, auth, hub, recovery, db |
 //! | [`socket`] | the Phoenix socket: its channels, and the routing table of events | clock, protocol, telemetry, auth, access, limits, hub, invalidation, recovery, publish, policies, relay |
 //! | [`http`] | the public port: routes, upgrade, connection, REST | protocol, telemetry, auth, access, limits, hub, recovery, publish, policies, socket |
 //! | [`admin`] | the operators' port | clock, secret, telemetry, auth, access, limits, hub, invalidation, db, relay, http |

@@ -169,7 +169,6 @@ impl Gateway {
             settings: config.history.clone(),
             pool,
             gateway: id,
-            feeds: Arc::clone(&feeds),
             recovery: Arc::clone(&recovery),
             interval: config.relay.canary_interval,
             timeout: config.relay.connect_timeout,

@@ -184,8 +184,12 @@ fn spawn(gateway: &Gateway, tasks: Tasks) {
     tracker.spawn(Arc::clone(&gateway.reload).watch(stop()));
     tracker.spawn(Arc::clone(&gateway.reload).follow_keys(stop()));
     let (limits, sockets) = (Arc::clone(&gateway.limits), Arc::clone(&gateway.sockets));
+    let (feeds, recovery) = (Arc::clone(&gateway.feeds), Arc::clone(&gateway.recovery));
+    // Memory is swept with a database and without.
     tracker.spawn(every(limits::SWEEP_INTERVAL, stop(), move || {
         limits.sweep();
+        feeds.sweep();
+        recovery.sweep();
         sockets.turn();
     }));
 }
@@ -304,5 +308,21 @@ mod tests {
             assert!(answer(stream).await.starts_with("HTTP/1.1 404"), "the others stay");
         }
         drop((half_open().await, half_open().await));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_nobody_holds_is_forgotten_without_a_database() {
+        let (gateway, tasks) = Gateway::build(Config::defaults()).unwrap();
+        assert!(gateway.pool.is_none());
+        spawn(&gateway, tasks);
+        let rules = gateway.access.rules();
+        for (rule, captures) in rules.merged("AB3028") {
+            assert!(gateway.feeds.of(rule, &captures).is_some());
+        }
+        assert!(!gateway.feeds.all().is_empty());
+        // Longer than a feed is kept; on a paused clock it takes no time.
+        sleep(Duration::from_secs(25 * 3600)).await;
+        assert!(gateway.feeds.all().is_empty());
+        gateway.stopped.cancel();
     }
 }

@@ -16,17 +16,16 @@ use crate::{
         gateways::{self, LostSocket},
         history,
     },
-    invalidation::Feeds,
     recovery::{ClientKey, REMEMBERED, Record, Recovery},
 };
 
-/// Time between two sweeps of memory and prunings of the database.
-const SWEEP_INTERVAL: Duration = Duration::from_secs(60);
+/// Time between two prunings of the database.
+const PRUNE_INTERVAL: Duration = Duration::from_secs(60);
 /// Most recent topics that are read at the start.
 const RECENT_MAX: usize = 10_000;
 /// Overlap of two readings of lost sockets: longer than the transaction that writes them takes.
 const REREAD: Duration = Duration::from_secs(120);
-/// For the prunings of one sweep.
+/// For the prunings of one time.
 const PRUNE_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// The task that exchanges heartbeats, lost sockets and recent topics with other gateways.
@@ -35,7 +34,6 @@ pub(crate) struct Sharing {
     pub(crate) settings: Settings,
     pub(crate) pool: Pool,
     pub(crate) gateway: Uuid,
-    pub(crate) feeds: Arc<Feeds>,
     pub(crate) recovery: Arc<Recovery>,
     /// Time between two rounds.
     pub(crate) interval: Duration,
@@ -43,11 +41,11 @@ pub(crate) struct Sharing {
     pub(crate) timeout: Duration,
 }
 
-/// Times of the last successful reading and of the last sweep.
+/// Times of the last successful reading and of the last pruning.
 #[derive(Default)]
 struct Progress {
     read_at: Option<Instant>,
-    swept_at: Option<Instant>,
+    pruned_at: Option<Instant>,
 }
 
 impl Sharing {
@@ -76,10 +74,8 @@ impl Sharing {
         if let Ok(Err(error)) = result {
             tracing::debug!(error = &error as &dyn Error, "nothing shared with other gateways");
         }
-        if progress.swept_at.is_none_or(|at| at.elapsed() >= SWEEP_INTERVAL) {
-            progress.swept_at = Some(Instant::now());
-            self.feeds.sweep();
-            self.recovery.sweep();
+        if progress.pruned_at.is_none_or(|at| at.elapsed() >= PRUNE_INTERVAL) {
+            progress.pruned_at = Some(Instant::now());
             let pruned = timeout(PRUNE_TIMEOUT, self.prune()).await;
             if let Ok(Err(error)) = pruned {
                 tracing::debug!(error = &error as &dyn Error, "nothing forgotten");
