@@ -346,7 +346,9 @@ mod tests {
         let named = |name| all.iter().find(|function| function.name == name).unwrap();
         let trigger = named("tidegate.cache_invalidation");
         assert!(trigger.is_definer && trigger.arguments.is_empty());
-        assert_eq!(trigger.settings, ["search_path=\"\"", "lock_timeout=50ms"]);
+        let settings =
+            ["search_path=\"\"", "lock_timeout=50ms", "plan_cache_mode=force_generic_plan"];
+        assert_eq!(trigger.settings, settings);
         let manual = named("public.manual_cache_invalidation");
         assert_eq!(manual.arguments, "text, text");
         assert!(!named("tidegate.publish").is_definer);

@@ -75,8 +75,8 @@ pub(crate) async fn limit(session: &mut PgConnection, limit: Duration) -> Result
 pub(crate) struct Need {
     /// `tidegate.gateways`
     pub(crate) object: String,
-    /// The missing rights, in the form that GRANT takes: `SELECT, DELETE ON
-    /// tidegate.broadcast_history`.
+    /// The missing rights, in the form that GRANT takes: `SELECT, INSERT ON
+    /// tidegate.lost_sockets`.
     pub(crate) grant: String,
     /// Whether the object does not exist. If it exists, the role lacks rights.
     pub(crate) is_absent: bool,
@@ -89,9 +89,7 @@ pub(crate) async fn needs(session: &mut PgConnection) -> Result<Vec<Need>, sqlx:
             "WITH needs (schema, name, kind, right_to) AS (VALUES
                 ('tidegate', 'tidegate', 'schema', 'USAGE'),
                 ('tidegate', 'trigger_failures', 'table', 'SELECT'),
-                ('tidegate', 'trigger_failures', 'table', 'DELETE'),
                 ('tidegate', 'broadcast_history', 'table', 'SELECT'),
-                ('tidegate', 'broadcast_history', 'table', 'DELETE'),
                 ('tidegate', 'gateways', 'table', 'SELECT'), ('tidegate', 'gateways', 'table', 'INSERT'),
                 ('tidegate', 'gateways', 'table', 'UPDATE'), ('tidegate', 'gateways', 'table', 'DELETE'),
                 ('tidegate', 'lost_sockets', 'table', 'SELECT'),
@@ -170,7 +168,7 @@ pub(crate) async fn powers(session: &mut PgConnection) -> Result<Vec<String>, sq
                 EXISTS (
                     SELECT FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
                     WHERE n.nspname = 'tidegate' AND c.relname = 'broadcast_history'
-                        AND has_table_privilege(c.oid, 'INSERT, UPDATE, TRUNCATE'))
+                        AND has_table_privilege(c.oid, 'INSERT, UPDATE, DELETE, TRUNCATE'))
                 OR EXISTS (
                     SELECT FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace
                     WHERE n.nspname = 'tidegate' AND p.proname = 'forget_person'

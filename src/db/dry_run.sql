@@ -39,10 +39,10 @@ begin
             null;
     end;
     begin
-        select to_jsonb(a), e.eid into v_art, v_eid
+        select to_jsonb(a.*), e.eid into v_art, v_eid
         from public.art a join public.events e on e.id = a.event_id
         where e.eid ~ '^[A-Za-z0-9-]{1,46}$'
-        order by to_jsonb(a) ->> 'easel' is null
+        order by to_jsonb(a.*) ->> 'easel' is null
         limit 1;
     exception
         when others then

@@ -24,15 +24,19 @@ const UNINSTALL_SQL: &str = include_str!("../../migrations/uninstall.sql");
 /// Time that [`migrate`] and [`uninstall`] wait for a connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// Advisory lock that one session at a time holds while it executes a file: `tidemigr` in ASCII.
+const FILE_LOCK: i64 = 0x7469_6465_6d69_6772;
+
 /// Migrations of the gateway's own schema, in the order in which they run: number, description,
 /// text.
-const SCHEMA: [(i64, &str, &str); 6] = [
+const SCHEMA: [(i64, &str, &str); 7] = [
     (1, "gateway schema", include_str!("../../migrations/schema/0001_gateway_schema.sql")),
     (2, "broadcast history", include_str!("../../migrations/schema/0002_broadcast_history.sql")),
     (3, "gateways", include_str!("../../migrations/schema/0003_gateways.sql")),
     (4, "private channels", include_str!("../../migrations/schema/0004_private_channels.sql")),
     (5, "revocations", include_str!("../../migrations/schema/0005_revocations.sql")),
     (6, "forget person", include_str!("../../migrations/schema/0006_forget_person.sql")),
+    (7, "history read only", include_str!("../../migrations/schema/0007_history_read_only.sql")),
 ];
 
 /// Why [`migrate`] or [`uninstall`] failed.
@@ -86,7 +90,7 @@ pub async fn migrate(url: &Secret) -> Result<(), MigrateError> {
     migrator.dangerous_set_table_name("tidegate.migrations");
     migrator.create_schema("tidegate");
     migrator.run(&mut connection).await.map_err(MigrateError::Schema)?;
-    sqlx::raw_sql(SYSTEM_SQL).execute(&mut connection).await.map_err(MigrateError::System)?;
+    execute(&mut connection, SYSTEM_SQL).await.map_err(MigrateError::System)?;
     connection.close().await.map_err(MigrateError::Connect)
 }
 
@@ -96,8 +100,20 @@ pub async fn migrate(url: &Secret) -> Result<(), MigrateError> {
 /// [`MigrateError`]; nothing was removed, unless only closing the session failed.
 pub async fn uninstall(url: &Secret) -> Result<(), MigrateError> {
     let mut connection = connect(url).await?;
-    sqlx::raw_sql(UNINSTALL_SQL).execute(&mut connection).await.map_err(MigrateError::Uninstall)?;
+    execute(&mut connection, UNINSTALL_SQL).await.map_err(MigrateError::Uninstall)?;
     connection.close().await.map_err(MigrateError::Connect)
+}
+
+/// Executes a file in one transaction. Another session that does the same waits, because Postgres
+/// fails two that change the same function or right at once.
+async fn execute(connection: &mut PgConnection, file: &'static str) -> Result<(), sqlx::Error> {
+    let mut transaction = connection.begin().await?;
+    sqlx::query("SELECT pg_advisory_xact_lock($1)")
+        .bind(FILE_LOCK)
+        .execute(&mut *transaction)
+        .await?;
+    sqlx::raw_sql(file).execute(&mut *transaction).await?;
+    transaction.commit().await
 }
 
 /// Connects as the role that owns the tables.

@@ -2,9 +2,13 @@
 //! thing is broken in turn, and that thing alone is found.
 
 use sqlx::{ConnectOptions as _, PgConnection, postgres::PgConnectOptions};
-use tidegate::db::{
-    self,
-    deployed::{Deployed, Drift, Function, Migrations, TRIGGERS},
+use tidegate::{
+    db::{
+        self,
+        deployed::{Deployed, Drift, Function, Migrations, TRIGGERS},
+    },
+    demo::cluster::Cluster,
+    secret::Secret,
 };
 
 use crate::support::postgres::Database;
@@ -57,7 +61,9 @@ async fn what_migrate_makes_is_all_there_for_the_gateways_own_role() {
 
 #[tokio::test]
 async fn a_database_with_nothing_of_ours_lacks_everything_and_says_so() {
-    let mut database = Database::create().await;
+    // The roles of a cluster are those of all its databases, so this one has its own.
+    let cluster = Cluster::start().await.unwrap();
+    let mut database = Database::create_in(&cluster).await;
     database.run("create table votes (id int); create role tidegate login").await;
     let mut session = as_gateway(&database).await;
     let deployed = Deployed::read(&mut session).await.unwrap();
@@ -68,7 +74,7 @@ async fn a_database_with_nothing_of_ours_lacks_everything_and_says_so() {
     assert_eq!(missing, ["votes INSERT", "votes UPDATE", "votes DELETE"]);
     assert_eq!(deployed.drifted().count(), Function::all().len());
     assert!(deployed.drifted().all(|(_, drift)| drift == Drift::Missing));
-    assert!(deployed.migrations.pending_count() >= 6);
+    assert!(deployed.migrations.pending_count() >= 7);
 }
 
 #[tokio::test]
@@ -218,6 +224,27 @@ async fn a_migration_that_is_not_there_or_is_another_one_is_pending() {
         assert_eq!(wrong(&mut session).await, NOTHING, "{fault}");
     }
     database.run("drop table tidegate.migrations").await;
-    let all: Vec<_> = (1..=6).map(|number| format!("migration {number}")).collect();
+    let all: Vec<_> = (1..=7).map(|number| format!("migration {number}")).collect();
     assert_eq!(wrong(&mut session).await, all);
+}
+
+/// As when all machines of a deployment migrate at their start.
+#[tokio::test]
+async fn many_may_migrate_one_database_at_once() {
+    let (mut database, mut session) = migrated().await;
+    let url = Secret::from(database.url());
+    for round in 0..5 {
+        if round == 2 {
+            // From the start, too; the roles of the cluster are there.
+            db::uninstall(&url).await.unwrap();
+        }
+        let migrate = || async { db::migrate(&url).await };
+        let results = tokio::join!(migrate(), migrate(), migrate(), migrate(), migrate());
+        for result in <[_; 5]>::from(results) {
+            result.unwrap();
+        }
+        assert_eq!(wrong(&mut session).await, NOTHING);
+        // What every one of them changes.
+        database.run("revoke select on tidegate.broadcast_history from tidegate").await;
+    }
 }

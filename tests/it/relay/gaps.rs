@@ -572,11 +572,11 @@ async fn where_the_history_cannot_be_read_everybody_gets_the_complete_list_and_t
     for (broken, mended) in [
         (
             "revoke all on tidegate.broadcast_history from tidegate",
-            "grant select, delete on tidegate.broadcast_history to tidegate",
+            "grant select on tidegate.broadcast_history to tidegate",
         ),
         (
             "revoke all on tidegate.trigger_failures from tidegate",
-            "grant select, delete on tidegate.trigger_failures to tidegate",
+            "grant select on tidegate.trigger_failures to tidegate",
         ),
         (
             "revoke usage on schema tidegate from tidegate",
@@ -626,12 +626,12 @@ async fn a_gap_that_is_longer_than_the_history_ends_in_the_complete_list() {
     scene.end([viewer, other]).await;
 }
 
-/// Beyond the 50th change of one transaction the history has no endpoints.
+/// Beyond the 50th change of one transaction the history has a pointer for each event.
 #[tokio::test]
 async fn a_pointer_in_the_history_stands_for_everything_of_its_event() {
     let mut scene = Scene::start().await;
     let [mut viewer, mut other] = scene.viewers().await;
-    scene.gap(&format!("begin; {} {} commit", bids(ART, 51), bids(OTHER_ART, 50))).await;
+    scene.gap(&format!("begin; {} {} commit", bids(OTHER_ART, 25), bids(ART, 26))).await;
     is_caught_up(&mut viewer, TOPIC, ENDED, &ALL).await;
     is_caught_up(&mut other, OTHER_TOPIC, ENDED, &OTHER_BID).await;
     scene.has_counted(&[(ENDED, "complete", 1), (ENDED, "exact", 1)]).await;
@@ -737,19 +737,19 @@ async fn a_trigger_that_fails_makes_everybody_get_the_complete_list_at_the_next_
     scene.end([viewer, other]).await;
 }
 
-/// An artwork that came after the LISTEN, whose first bid nobody was told of: its endpoint was in
-/// no message.
+/// An artwork that came after the LISTEN, of which, and of whose first bid, nobody was told: its
+/// endpoint was in no message.
 #[tokio::test]
 async fn the_complete_list_has_the_endpoints_that_have_come_to_exist_meanwhile() {
     let scene = Scene::start().await;
     let [mut viewer, other] = scene.viewers().await;
     let art = "00000000-0000-4000-8000-0000000000a9";
     let insert = format!(
-        "insert into art (id, event_id, round, easel)
+        "set session_replication_role = replica;
+        insert into art (id, event_id, round, easel)
         select '{art}', event_id, 7, 5 from art where id = '{ART}'"
     );
     scene.database.run(&insert).await;
-    hears(&mut viewer, "art_updated", &[VOTE[0], MEDIA[0]]).await;
     scene.is_long_ago().await;
     scene.database.run(&without_artworks(&bid(art, 2))).await;
     let mut all = ALL.to_vec();
