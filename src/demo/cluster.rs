@@ -3,7 +3,8 @@
 //! Invariants: nothing stays behind, however this process ends: a supervisor owns Postgres and its
 //! files. A [`Cluster`] is bound to no runtime, so that tests with a runtime each can share one.
 //!
-//! Absent on purpose: syncing to disk. A commit outlives Postgres, not the machine.
+//! Absent on purpose, except where it is measured: syncing to disk. A commit outlives Postgres, not
+//! the machine.
 
 use std::{
     fs, io,
@@ -26,8 +27,9 @@ const PORTS: std::ops::Range<u16> = 20_000..30_000;
 /// Most ports that are tried: another process may take one between our attempt and Postgres' bind.
 const PORT_ATTEMPTS: usize = 20;
 
-/// A running Postgres cluster of its own, with the superuser `postgres` and no password. Dropping
-/// it stops Postgres and removes every file, and waits until that is done (about 0.1 s).
+/// A running Postgres cluster of its own, with the superuser `postgres` and no password: every user
+/// of the machine may connect by TCP, and only this one by the Unix socket. Dropping it stops
+/// Postgres and removes every file, and waits until that is done (about 0.1 s).
 #[derive(Debug)]
 pub struct Cluster {
     binaries: PathBuf,
@@ -42,8 +44,29 @@ impl Cluster {
     /// # Errors
     /// Any [`ClusterError`]; nothing is left behind.
     pub async fn start() -> Result<Self, ClusterError> {
+        Self::start_with(&[]).await
+    }
+
+    /// As [`Self::start`], reached by the Unix socket alone, which is in a directory of this user's
+    /// own: who reaches the cluster is its superuser.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub async fn start_without_tcp() -> Result<Self, ClusterError> {
+        Self::start_with(&["-c", "listen_addresses="]).await
+    }
+
+    /// As [`Self::start`], with commits that wait for the disk.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub async fn start_synced() -> Result<Self, ClusterError> {
+        Self::start_with(&["-c", "fsync=on", "-c", "full_page_writes=on"]).await
+    }
+
+    async fn start_with(settings: &[&str]) -> Result<Self, ClusterError> {
         let binaries = find_binaries().ok_or(ClusterError::NotInstalled)?;
-        let mut supervisor = Supervisor::spawn(&binaries)?;
+        let mut supervisor = Supervisor::spawn(&binaries, settings)?;
         let dir = PathBuf::from(supervisor.answer("initdb").await?);
         let mut attempts = 0;
         let port = loop {
@@ -132,7 +155,8 @@ impl Cluster {
     pub fn psql_command(&self, database: &str) -> tokio::process::Command {
         let mut command = Command::new(self.binaries.join("psql"));
         without_foreign_variables(&mut command);
-        command.args(["-X", "-q", "-At", "-v", "ON_ERROR_STOP=1", "-d"]).arg(self.url(database));
+        command.args(["-X", "-q", "-At", "-v", "ON_ERROR_STOP=1", "-d"]);
+        command.arg(self.socket_url(database));
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut command = tokio::process::Command::from(command);
         command.kill_on_drop(true);

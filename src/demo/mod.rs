@@ -112,9 +112,9 @@ pub async fn run(args: DemoArgs, shutdown: impl Future<Output = ()>) -> Result<(
     let cluster = tokio::select! {
         // A cluster that is half made is removed when its future is dropped.
         () = &mut shutdown => return Ok(()),
-        cluster = Box::pin(Cluster::start()) => cluster?,
+        cluster = Box::pin(Cluster::start_without_tcp()) => cluster?,
     };
-    let database_url = cluster.url(DATABASE);
+    let database_url = cluster.socket_url(DATABASE);
     let pool = PgPoolOptions::new()
         .max_connections(SESSIONS_MAX)
         .acquire_timeout(SESSION_WAIT)
@@ -157,7 +157,7 @@ async fn prepare(
         crowd.next_action().perform(pool).await.map_err(DemoError::Example)?;
     }
 
-    let owner_url = cluster.url(DATABASE);
+    let owner_url = cluster.socket_url(DATABASE);
     let mut config = Config::defaults();
     config.listen = args.listen;
     config.admin_listen = args.admin_listen;

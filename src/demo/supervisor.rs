@@ -174,16 +174,16 @@ pub(super) struct Supervisor {
 
 impl Supervisor {
     /// Starts the supervisor, whose first answer is the directory. `binaries` holds initdb and
-    /// postgres.
+    /// postgres; `settings` are arguments of the server, which win over its usual ones.
     ///
     /// # Errors
     /// [`ClusterError::System`] and [`ClusterError::NoUnprivilegedUser`]; nothing is left behind.
-    pub(super) fn spawn(binaries: &Path) -> Result<Self, ClusterError> {
+    pub(super) fn spawn(binaries: &Path, settings: &[&str]) -> Result<Self, ClusterError> {
         let temp = std::env::temp_dir();
         let mut command = Command::new("/bin/sh");
         without_foreign_variables(&mut command);
         command.args(["-c", SUPERVISOR, "tidegate-cluster"]).arg(binaries).arg(short(&temp));
-        command.args(SERVER_SETTINGS).current_dir("/");
+        command.args(SERVER_SETTINGS).args(settings).current_dir("/");
         // A process group of its own, which a terminal's Ctrl-C or a test runner's kill does not
         // reach.
         command.process_group(0);

@@ -15,6 +15,7 @@ use nix::{
     unistd::Pid,
 };
 use serde_json::{Value, json};
+use sqlx::{Connection as _, PgConnection};
 use tokio::{
     io::{AsyncBufReadExt, AsyncReadExt, BufReader, Lines},
     net::TcpStream,
@@ -70,9 +71,15 @@ async fn the_demo_serves_an_event_that_changes_and_leaves_nothing_behind() {
     };
     assert!(!endpoints.is_empty() && endpoints.iter().all(of_event), "{invalidation}");
 
-    let database = demo.database_port().await;
-    let database = SocketAddr::from(([127, 0, 0, 1], database));
-    assert!(BlockingStream::connect(database).is_ok());
+    let database = demo.database_url().await;
+    let mut session = PgConnection::connect(&database).await.unwrap();
+    // Every user of the machine may try TCP.
+    let addresses = sqlx::query_scalar("show listen_addresses");
+    let addresses: String = addresses.fetch_one(&mut session).await.unwrap();
+    assert_eq!(addresses, "");
+    let folder = sqlx::query_scalar("show unix_socket_directories");
+    let folder: String = folder.fetch_one(&mut session).await.unwrap();
+    assert_eq!(fs::metadata(folder).unwrap().permissions().mode() & 0o077, 0);
     let prometheus = config["prometheus"].as_str().unwrap_or_else(|| {
         panic!("no Prometheus, which `make test` installs: apt-get install prometheus")
     });
@@ -86,7 +93,7 @@ async fn the_demo_serves_an_event_that_changes_and_leaves_nothing_behind() {
     assert_eq!(demo.left_behind(), 2, "the directories of database and Prometheus");
     demo.signal(Signal::SIGINT);
     assert_eq!(demo.ended().await, (Some(0), String::new()));
-    assert!(BlockingStream::connect(database).is_err(), "Postgres still runs");
+    assert!(PgConnection::connect(&database).await.is_err(), "Postgres still runs");
     assert!(BlockingStream::connect(prometheus).is_err(), "Prometheus still runs");
 }
 
@@ -277,13 +284,13 @@ impl Demo {
         }
     }
 
-    /// The port of `psql postgres://postgres@127.0.0.1:PORT/demo`, which the banner shows.
-    async fn database_port(&mut self) -> u16 {
+    /// The address in `psql postgres://…/demo`, which the banner shows.
+    async fn database_url(&mut self) -> String {
         loop {
             let line = timeout(DEADLINE, self.lines.next_line()).await.expect("a line in time");
             let line = line.unwrap().expect("a banner that names the database");
-            if let Some((_, rest)) = line.split_once("psql postgres://postgres@127.0.0.1:") {
-                return rest.split('/').next().and_then(|port| port.parse().ok()).expect("a port");
+            if let Some((_, url)) = line.split_once("psql ") {
+                return url.to_owned();
             }
         }
     }
