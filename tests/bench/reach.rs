@@ -127,9 +127,18 @@ async fn main() {
     drop(gateway);
     flood::measure(&Gateway::start("", &[]).await, short).await;
     write_costs(&cluster, short).await;
+    drop(cluster);
+    let (turns, votes) = if short { (2, 3) } else { (20, 100) };
+    let synced = Cluster::start_synced().await.unwrap();
+    let rates = writes::at_once(&synced, turns, votes).await;
+    row(
+        &format!("votes of {} sessions at once, disk waited for", writes::SESSIONS),
+        &format!("{:.0}/s (without triggers {:.0}/s)", rates.with, rates.without),
+        "",
+    );
 }
 
-/// A row for each table.
+/// A row for each table and for each statement of many rows.
 async fn write_costs(cluster: &Cluster, short: bool) {
     let (turns, inserts) = if short { (4, 10) } else { (80, 100) };
     for cost in writes::measure(cluster, turns, inserts).await {
@@ -146,6 +155,16 @@ async fn write_costs(cluster: &Cluster, short: bool) {
                 cost.with.as_secs_f64() * 1e6,
             ),
             "",
+        );
+    }
+    let (rows, turns) = if short { (1_000, 1) } else { (20_008, 5) };
+    for mass in writes::mass(cluster, rows, turns).await {
+        let per_row = |time: f64| time * 1e6 / rows as f64;
+        let (with, without) = (mass.with.as_secs_f64(), mass.without.as_secs_f64());
+        row(
+            &format!("what the triggers add to each of {rows} rows in one UPDATE, {}", mass.what),
+            &format!("{:.1} µs ({without:.2} → {with:.2} s in all)", per_row(with - without)),
+            "≤ 20 µs",
         );
     }
 }
