@@ -926,7 +926,36 @@ exception
 end
 $$;
 
--- Every endpoint of an event: main, media, artists, and the bids of each artwork.
+-- Which of these events exist, and whether everybody may know that: those that are `enabled`, or,
+-- where events have no such column, all unless row security hides some of them.
+create or replace function tidegate.event_standings(p_eids text[])
+returns table (event_eid text, is_public boolean)
+language plpgsql
+stable
+security definer
+set search_path = ''
+as $$
+begin
+    return query
+    select e.eid::text, coalesce(e.enabled, false) from public.events e where e.eid = any (p_eids);
+exception
+    when undefined_table then
+        return;
+    when undefined_column or datatype_mismatch then
+        begin
+            return query
+            select e.eid::text, not c.relrowsecurity
+            from public.events e, pg_catalog.pg_class c
+            where e.eid = any (p_eids) and c.oid = 'public.events'::regclass;
+        exception
+            when undefined_column then
+                return;
+        end;
+end
+$$;
+
+-- Every endpoint of an event: main, media, artists, and, if everybody may know the event, the bids
+-- of each artwork: whoever asks for the list may be anybody.
 create or replace function tidegate.event_endpoints(p_eid text)
 returns setof text
 language plpgsql
@@ -945,7 +974,12 @@ begin
     select '/live/event/' || p_eid || '-' || artwork.round || '-' || artwork.easel || '/bids'
     from (
         select distinct a.round, a.easel
-        from (select e.id from public.events as e where e.eid = p_eid) as event
+        from (
+            select e.id from public.events as e
+            where e.eid = p_eid
+                and exists (
+                    select from tidegate.event_standings(array[p_eid]) s where s.is_public)
+        ) as event
         cross join (values (null, null)) as missing (round, easel)
         cross join lateral (
             select round::text as round, easel::text as easel
@@ -1236,7 +1270,8 @@ begin
             on tidegate.trigger_failures, tidegate.broadcast_history from tidegate;
         grant select on tidegate.trigger_failures, tidegate.broadcast_history to tidegate;
         grant execute on function
-            tidegate.event_endpoints(text), tidegate.known_events(integer),
+            tidegate.event_endpoints(text), tidegate.event_standings(text[]),
+            tidegate.known_events(integer),
             tidegate.forget_history(interval, integer) to tidegate;
         -- As in migrations/schema/, which may run before or after.
         for v_table in

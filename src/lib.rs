@@ -26,7 +26,7 @@
 //! | [`limits`] | how much of everything | clock, telemetry |
 //! | [`hub`] | who hears which topic; fan-out; what waits for one client | protocol, telemetry |
 //! | [`invalidation`] | the feed of one auction event: window, union, catch-up | clock, protocol, telemetry, access, hub |
-//! | [`recovery`] | clients that were away: what they have missed, and who may be deaf | protocol, telemetry, auth, access, limits, hub, invalidation |
+//! | [`recovery`] | clients that were away: what they have missed, and who may be deaf | clock, protocol, telemetry, auth, access, limits, hub, invalidation |
 //! | [`publish`] | the one way in: a broadcast, its topic, its source → feed or hub | protocol, access, hub, invalidation |
 //! | [`db`] | every SQL statement; rows are plain | secret |
 //! | [`policies`] | what row-level security lets a token do on a private channel | clock, protocol, telemetry, auth, db |

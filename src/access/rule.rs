@@ -43,6 +43,11 @@ pub struct Rule {
     /// The endpoints of the complete list that a resync sends, for any of the rule's events.
     #[serde(default)]
     pub resync: Vec<Pattern>,
+    /// Says that everybody may know which events of the rule have viewers. Without it that are those
+    /// events that the database calls public. It matters to clients that come back deaf: they are
+    /// told of such events, too, and of any other only if it is one that they have lost.
+    #[serde(default)]
+    pub listed: bool,
     /// Grants to receive broadcasts.
     #[serde(default)]
     pub read: Vec<Grant>,

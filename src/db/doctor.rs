@@ -106,6 +106,7 @@ pub(crate) async fn needs(session: &mut PgConnection) -> Result<Vec<Need>, sqlx:
                 ('public', 'manual_cache_invalidation', 'function', 'EXECUTE'),
                 ('public', 'get_cache_invalidation_stats', 'function', 'EXECUTE'),
                 ('tidegate', 'event_endpoints', 'function', 'EXECUTE'),
+                ('tidegate', 'event_standings', 'function', 'EXECUTE'),
                 ('tidegate', 'known_events', 'function', 'EXECUTE'),
                 ('tidegate', 'forget_history', 'function', 'EXECUTE'),
                 ('tidegate', 'insert_probes', 'function', 'EXECUTE')

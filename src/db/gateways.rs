@@ -138,6 +138,17 @@ pub(crate) async fn note_recent_topics(
     .map(drop)
 }
 
+/// Returns those of the events that the database has, each with whether everybody may know it.
+pub(crate) async fn event_standings(
+    pool: &PgPool,
+    eids: &[&str],
+) -> Result<Vec<(String, bool)>, sqlx::Error> {
+    sqlx::query_as("SELECT event_eid, is_public FROM tidegate.event_standings($1)")
+        .bind(eids)
+        .fetch_all(pool)
+        .await
+}
+
 /// Deletes lost sockets, recent topics, gateways and revocations that are past their time.
 pub(crate) async fn prune_shared(pool: &PgPool) -> Result<(), sqlx::Error> {
     for statement in [

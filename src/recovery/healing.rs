@@ -4,34 +4,41 @@
 //!
 //! A socket is suspect if it has joined nothing soon after it opened, or if it began as an old
 //! client library does. It is healed of each topic that it has not joined: first of those that its
-//! address has lost, then of those that anybody has joined recently.
+//! own record has lost, then of those that anybody may be told of.
 //!
 //! Invariants: no client is sent a `phx_error` on a topic that it has joined, or that its token may
-//! not read; two rounds to one socket are at least [`SPACING`] apart, because some clients start
-//! their wait again after each; no lock is held while frames are pushed. The lock of the lost
-//! sockets may be taken under that of the suspects, never the other way round.
+//! not read, nor on one that only others have lost or joined and that is not open to anybody; two
+//! rounds to one socket are at least 14 s apart, because some clients start their wait again after
+//! each; one task heals, and whoever has news of an event leaves its name and goes on; what a name
+//! costs is what it concerns; no lock is held while frames are pushed, and no two at once.
 
 use std::{
     collections::{HashMap, HashSet},
+    mem,
     sync::Arc,
     time::Duration,
 };
 
 use parking_lot::Mutex;
-use slab::Slab;
 use tokio::{
     sync::Notify,
+    task::yield_now,
     time::{Instant, sleep_until},
 };
 use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
 
 use super::{
-    lost_sockets::{ClientKey, LostSockets, REMEMBERED},
+    client_key::ClientKey,
+    lost_sockets::LostSockets,
     metrics::Metrics,
+    recent::{Open, OpenBy, Recent},
+    suspects::{Suspect, Suspects},
 };
 use crate::{
-    access::{Access, AccessRequest, Action, EID, Found, Rules},
-    auth::Token,
+    access::{Access, AccessRequest, Action, Found, Rules},
+    auth::{Authenticator, Token, TokenError},
+    clock::unix_now,
     hub::outbox::{Kind, Outbox},
     invalidation::Feeds,
     protocol::{
@@ -40,98 +47,86 @@ use crate::{
     },
 };
 
-/// When a socket that has joined nothing becomes suspect. A page with a working client joins within
-/// milliseconds after it opened its socket.
-pub(super) const FIRST_ROUND: Duration = Duration::from_millis(2500);
-/// When the second and the third round follow, counted from the socket's opening.
-const NEXT_ROUNDS: [Duration; 2] = [Duration::from_secs(17), Duration::from_secs(32)];
-/// The time between two later rounds.
-const ROUND: Duration = Duration::from_secs(60);
-/// The least time between two rounds. Clients that join by themselves do so up to 10 s after the
-/// socket opened, and each `phx_error` makes them start that wait again.
-const SPACING: Duration = Duration::from_secs(14);
 /// Most topics of a round.
 const TOPICS_PER_ROUND: usize = 64;
-/// Most of the recently joined topics that a suspect may be deaf to.
+/// Most topics that only others have joined and that a suspect may be deaf to.
 const CANDIDATES_MAX: usize = 1024;
 /// A client that has ignored a topic so often does not hold it.
 const TOLD_MAX: u32 = 5;
 /// The least time between two rounds for news of one event.
 const NAMED_SPACING: Duration = Duration::from_secs(3);
-/// Suspects between two yields, each up to 0.1 ms of work.
-const SUSPECTS_PER_YIELD: usize = 4;
-/// Most recently joined topics that are remembered.
-const RECENT_MAX: usize = 10_000;
+/// Most events whose news wait; each is one that somebody has joined or lost. News beyond are left
+/// to the suspects' own rounds.
+const NAMED_MAX: usize = 10_000;
+/// Suspects that are told something between two yields, each up to 0.1 ms of work.
+const TOLD_PER_YIELD: usize = 4;
+/// Suspects that are looked at between two yields, each up to 1 µs of work.
+const LOOKS_PER_YIELD: usize = 256;
 /// How long the task sleeps while no socket is suspect.
 const IDLE: Duration = Duration::from_secs(3600);
 
-/// The sockets that may be deaf, and the topics that were joined recently.
+/// The sockets that may be deaf, and what they are told.
 #[derive(Debug)]
 pub(crate) struct Healing {
-    state: Mutex<State>,
+    suspects: Suspects,
+    /// The events of which there is news.
+    named: Mutex<HashSet<Arc<str>>>,
+    /// There is a new suspect, or news.
     changed: Notify,
+    /// Before any suspect was.
+    started: Instant,
+    recent: Arc<Recent>,
     lost_sockets: Arc<LostSockets>,
+    auth: Arc<Authenticator>,
     access: Arc<Access>,
     feeds: Arc<Feeds>,
     metrics: Metrics,
 }
 
-#[derive(Debug, Default)]
-struct State {
-    suspects: Slab<Suspect>,
-    /// When each topic was last joined.
-    recent: HashMap<Arc<str>, RecentTopic>,
-    /// When suspects were last told of an event by its name.
-    named: HashMap<Arc<str>, Instant>,
+/// What healing asks and uses.
+#[derive(Debug)]
+pub(super) struct Parts {
+    pub(super) suspects: Suspects,
+    pub(super) recent: Arc<Recent>,
+    pub(super) lost_sockets: Arc<LostSockets>,
+    pub(super) auth: Arc<Authenticator>,
+    pub(super) access: Arc<Access>,
+    pub(super) feeds: Arc<Feeds>,
+    pub(super) metrics: Metrics,
 }
 
-#[derive(Debug)]
-struct RecentTopic {
-    joined: Instant,
-    /// The database has not been told yet.
-    is_new: bool,
-}
-
-#[derive(Debug)]
-struct Suspect {
-    outbox: Arc<Outbox>,
-    /// The token of the upgrade.
-    token: Arc<Token>,
-    client: ClientKey,
-    opened: Instant,
-    /// As the client spells them, without `realtime:`.
-    joined: HashSet<Arc<str>>,
-    /// How often each topic was sent a `phx_error`.
-    told: HashMap<Arc<str>, u32>,
-    rounds: usize,
-    next: Instant,
-    last: Option<Instant>,
-}
-
-/// One socket's round.
-#[derive(Debug)]
-struct Heal {
-    outbox: Arc<Outbox>,
-    topics: Vec<Arc<str>>,
+/// Why a suspect may be told of a topic.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Why {
+    /// Its own record has lost it.
+    Lost,
+    Open(OpenBy),
 }
 
 /// A socket's place among the suspects; dropping it takes the socket from them.
 #[derive(Debug)]
 pub(super) struct Suspicion {
     healing: Arc<Healing>,
-    slot: usize,
+    suspect: Arc<Suspect>,
 }
 
 impl Healing {
     /// Creates an empty set of suspects.
-    pub(super) fn new(
-        lost_sockets: Arc<LostSockets>,
-        access: Arc<Access>,
-        feeds: Arc<Feeds>,
-        metrics: Metrics,
-    ) -> Self {
-        let (state, changed) = (Mutex::default(), Notify::new());
-        Self { state, changed, lost_sockets, access, feeds, metrics }
+    pub(super) fn new(parts: Parts) -> Self {
+        let Parts { suspects, recent, lost_sockets, auth, access, feeds, metrics } = parts;
+        let (named, changed, started) = (Mutex::default(), Notify::new(), Instant::now());
+        Self {
+            suspects,
+            named,
+            changed,
+            started,
+            recent,
+            lost_sockets,
+            auth,
+            access,
+            feeds,
+            metrics,
+        }
     }
 
     /// Begins to heal a socket that has joined these topics.
@@ -143,162 +138,108 @@ impl Healing {
         opened: Instant,
         joined: HashSet<Arc<str>>,
     ) -> Suspicion {
-        let next = (opened + FIRST_ROUND).max(Instant::now());
-        let slot = self.state.lock().suspects.insert(Suspect {
-            outbox: Arc::clone(outbox),
-            token: Arc::clone(token),
-            client,
-            opened,
-            joined,
-            told: HashMap::new(),
-            rounds: 0,
-            next,
-            last: None,
-        });
+        let suspect = self.suspects.add(outbox, token, client, opened, joined);
         self.changed.notify_one();
         self.metrics.deaf_suspects.inc();
-        Suspicion { healing: Arc::clone(self), slot }
+        Suspicion { healing: Arc::clone(self), suspect }
     }
 
-    /// Records that a client has joined the topic.
-    pub(crate) fn note_joined(&self, sub_topic: &str) {
-        let now = Instant::now();
-        let mut state = self.state.lock();
-        if let Some(recent) = state.recent.get_mut(sub_topic) {
-            // The database is told once a minute, which is enough.
-            recent.is_new |= now.duration_since(recent.joined) > ROUND;
-            recent.joined = now;
-        } else if state.recent.len() < RECENT_MAX {
-            state.recent.insert(sub_topic.into(), RecentTopic { joined: now, is_new: true });
-        }
-    }
-
-    /// Records a topic that was joined so long ago, at another gateway or before a restart.
-    pub(crate) fn note_recent(&self, sub_topic: &str, age: Duration) {
-        let Some(joined) = Instant::now().checked_sub(age) else { return };
-        let mut state = self.state.lock();
-        if state.recent.len() < RECENT_MAX {
-            state.recent.entry(sub_topic.into()).or_insert(RecentTopic { joined, is_new: false });
-        }
-    }
-
-    /// Returns the topics that were joined since the last call.
-    pub(crate) fn take_new(&self) -> Vec<Arc<str>> {
-        let mut state = self.state.lock();
-        let new = state.recent.iter_mut().filter(|(_, recent)| recent.is_new);
-        new.map(|(topic, recent)| {
-            recent.is_new = false;
-            Arc::clone(topic)
-        })
-        .collect()
-    }
-
-    /// Forgets topics that were not joined for a day.
-    pub(super) fn sweep(&self) {
-        let now = Instant::now();
-        let mut state = self.state.lock();
-        state.recent.retain(|_, recent| now.duration_since(recent.joined) < REMEMBERED);
-        state.named.retain(|_, at| now.duration_since(*at) < ROUND);
-    }
-
-    /// Heals at once the sockets that may be deaf to an event of which there is news.
+    /// Leaves the name of an event of which there is news, so that the sockets that may be deaf to
+    /// it are healed at once. It costs nothing if nobody can be.
     pub(crate) fn name_event(&self, eid: &str) {
-        for heal in self.round_of(eid) {
-            self.send(heal);
-        }
-    }
-
-    fn next(&self) -> Option<Instant> {
-        self.state.lock().suspects.iter().map(|(_, suspect)| suspect.next).min()
-    }
-
-    /// Returns the suspects whose time has come, and the topics that were joined recently, the
-    /// latest first.
-    fn due(&self) -> (Vec<usize>, Vec<Arc<str>>) {
-        let now = Instant::now();
-        let state = self.state.lock();
-        let due = state.suspects.iter().filter(|(_, suspect)| suspect.next <= now);
-        let due: Vec<_> = due.map(|(slot, _)| slot).collect();
-        if due.is_empty() {
-            return (due, Vec::new());
-        }
-        let mut latest: Vec<_> =
-            state.recent.iter().map(|(topic, recent)| (recent.joined, topic)).collect();
-        latest.sort_unstable_by(|a, b| b.cmp(a));
-        (due, latest.into_iter().take(CANDIDATES_MAX).map(|(_, topic)| Arc::clone(topic)).collect())
-    }
-
-    /// Returns the round of one suspect, and sets when the next one follows.
-    fn round(&self, slot: usize, latest: &[Arc<str>]) -> Option<Heal> {
-        let (now, rules) = (Instant::now(), self.access.rules());
-        let mut state = self.state.lock();
-        let suspect = state.suspects.get_mut(slot).filter(|suspect| suspect.next <= now)?;
-        let lost = self.lost_sockets.topics(suspect.client);
-        let mut candidates: Vec<_> = lost
-            .iter()
-            .chain(latest.iter().filter(|topic| !lost.contains(topic)))
-            .map(|topic| (suspect.told.get(topic).copied().unwrap_or(0), topic))
-            .filter(|(told, _)| *told < TOLD_MAX)
-            .collect();
-        // Topics that did not fit into an earlier round come first; otherwise the order stays.
-        candidates.sort_by_key(|(told, _)| *told);
-        let topics: Vec<_> = candidates
-            .into_iter()
-            .filter(|(_, topic)| suspect.may_be_deaf_to(&rules, topic))
-            .take(TOPICS_PER_ROUND)
-            .map(|(_, topic)| Arc::clone(topic))
-            .collect();
-        let next = NEXT_ROUNDS.get(suspect.rounds).map(|after| suspect.opened + *after);
-        suspect.rounds += 1;
-        suspect.next = next.unwrap_or(now + ROUND).max(now + SPACING);
-        suspect.tell(topics, now)
-    }
-
-    /// Returns the rounds of all suspects that may be deaf to an event.
-    fn round_of(&self, eid: &str) -> Vec<Heal> {
-        let (now, rules) = (Instant::now(), self.access.rules());
-        let mut state = self.state.lock();
-        let State { suspects, recent, named } = &mut *state;
-        if suspects.is_empty()
-            || named.get(eid).is_some_and(|at| now.duration_since(*at) < NAMED_SPACING)
+        if self.suspects.is_empty()
+            || !(self.recent.is_open(eid) || self.lost_sockets.has_event(eid))
         {
-            return Vec::new();
+            return;
         }
-        if named.len() < RECENT_MAX {
-            named.insert(eid.into(), now);
+        let mut named = self.named.lock();
+        if named.len() < NAMED_MAX && !named.contains(eid) {
+            named.insert(eid.into());
+            self.changed.notify_one();
         }
-        let is_named = |topic: &&Arc<str>| match rules.find(topic) {
-            Found::Rule(_, captures) => captures.get(EID).is_some_and(|named| **named == *eid),
-            Found::Other | Found::Lookalike => false,
-        };
-        let joined: Vec<_> = recent.keys().filter(is_named).cloned().collect();
-        let mut round = Vec::new();
-        for (_, suspect) in suspects {
-            let is_early = now < suspect.opened + FIRST_ROUND
-                || suspect.last.is_some_and(|last| now.duration_since(last) < SPACING);
-            if is_early {
-                continue;
-            }
-            let lost = self.lost_sockets.topics(suspect.client);
-            let lost = lost.iter().filter(is_named).filter(|topic| !joined.contains(topic));
-            let topics: Vec<_> = lost
-                .chain(&joined)
-                .filter(|topic| suspect.may_be_deaf_to(&rules, topic))
-                .take(TOPICS_PER_ROUND)
-                .cloned()
-                .collect();
-            if let Some(heal) = suspect.tell(topics, now) {
-                suspect.next = suspect.next.max(now + SPACING);
-                round.push(heal);
-            }
-        }
-        round
     }
 
-    fn send(&self, Heal { outbox, topics }: Heal) {
-        self.metrics.heals_sent.inc_by(topics.len() as u64);
+    /// As [`Self::name_event`], of an event of which the database has notified.
+    pub(crate) fn news_of(&self, eid: &str) {
+        self.recent.published(eid);
+        self.name_event(eid);
+    }
+
+    /// Heals one suspect whose round is due. Returns whether it was told anything.
+    fn round(&self, suspect: &Suspect, open: &[Open]) -> bool {
+        let now = Instant::now();
+        let has_told = suspect.begin_round(now) && {
+            let lost = self.lost_sockets.topics(suspect.client.record(), None);
+            let mut candidates = suspect.not_joined(candidates(&lost, open));
+            candidates.retain(|(told, ..)| *told < TOLD_MAX);
+            // Topics that did not fit into an earlier round come first; otherwise the order stays.
+            candidates.sort_by_key(|(told, ..)| *told);
+            self.tell(suspect, candidates, now)
+        };
+        self.suspects.plan(suspect);
+        has_told
+    }
+
+    /// Heals one suspect of an event of which there is news: of what its own record has lost, if
+    /// `has_lost`, and of what anybody may be told of. Returns whether it was told anything.
+    fn round_of(&self, eid: &str, suspect: &Suspect, open: &[Open], has_lost: bool) -> bool {
+        let now = Instant::now();
+        if !suspect.is_ready(now) {
+            return false;
+        }
+        let record = suspect.client.record();
+        let lost = if has_lost { self.lost_sockets.topics(record, Some(eid)) } else { Vec::new() };
+        let has_told = self.tell(suspect, suspect.not_joined(candidates(&lost, open)), now);
+        if has_told {
+            self.suspects.plan(suspect);
+        }
+        has_told
+    }
+
+    /// Tells a suspect of the first of these topics that it may read.
+    fn tell(&self, suspect: &Suspect, of: Vec<(u32, Arc<str>, Why)>, now: Instant) -> bool {
+        if of.is_empty() {
+            return false;
+        }
         let rules = self.access.rules();
-        for topic in &topics {
+        // The token of the upgrade may have ended, or been revoked, since.
+        let token = self.auth.recheck(&suspect.token, unix_now(), self.auth.leeway());
+        let may_be_told = of
+            .into_iter()
+            .filter(|(_, topic, why)| self.may_be_told(&rules, token.as_ref(), topic, *why));
+        let topics = may_be_told.take(TOPICS_PER_ROUND).map(|(_, topic, _)| topic).collect();
+        let topics = suspect.tell(topics, now);
+        if topics.is_empty() {
+            return false;
+        }
+        self.push(&suspect.outbox, &topics, &rules);
+        true
+    }
+
+    fn may_be_told(
+        &self,
+        rules: &Rules,
+        token: Result<&Arc<Token>, &TokenError>,
+        sub_topic: &str,
+        why: Why,
+    ) -> bool {
+        let decision = rules.decide(&AccessRequest {
+            action: Action::Read,
+            sub_topic,
+            privacy: Privacy::Public,
+            token: token.map(|token| &token.claims),
+            fallback: Some(&self.auth.anonymous().claims),
+        });
+        decision.is_allowed()
+            && decision.rule.is_some_and(|(rule, _)| {
+                // The rules may have been exchanged since the topic was joined.
+                rule.listen.is_some() && (why != Why::Open(OpenBy::Rule) || rule.listed)
+            })
+    }
+
+    fn push(&self, outbox: &Outbox, topics: &[Arc<str>], rules: &Rules) {
+        self.metrics.heals_sent.inc_by(topics.len() as u64);
+        for topic in topics {
             if let Found::Rule(rule, captures) = rules.find(topic)
                 && let Some(feed) = self.feeds.of(&rule, &captures)
             {
@@ -320,90 +261,140 @@ impl Healing {
     }
 }
 
-impl Suspect {
-    fn may_be_deaf_to(&self, rules: &Rules, sub_topic: &str) -> bool {
-        if self.joined.contains(sub_topic) {
-            return false;
-        }
-        let decision = rules.decide(&AccessRequest {
-            action: Action::Read,
-            sub_topic,
-            privacy: Privacy::Public,
-            token: Ok(&self.token.claims),
-            fallback: None,
-        });
-        decision.is_allowed() && decision.rule.is_some_and(|(rule, _)| rule.listen.is_some())
-    }
-
-    fn tell(&mut self, topics: Vec<Arc<str>>, now: Instant) -> Option<Heal> {
-        if topics.is_empty() {
-            return None;
-        }
-        self.last = Some(now);
-        for topic in &topics {
-            *self.told.entry(Arc::clone(topic)).or_default() += 1;
-        }
-        Some(Heal { outbox: Arc::clone(&self.outbox), topics })
-    }
+/// Returns the topics that a suspect's own record has lost, then those that anybody may be told of.
+fn candidates(lost: &[Arc<str>], open: &[Open]) -> impl Iterator<Item = (Arc<str>, Why)> {
+    let own = lost.iter().map(|topic| (Arc::clone(topic), Why::Lost));
+    let others = open.iter().filter(|open| !lost.contains(&open.topic));
+    own.chain(others.map(|open| (Arc::clone(&open.topic), Why::Open(open.by))))
 }
 
 impl Suspicion {
     /// Records that the socket has joined the topic, or asks to.
     pub(super) fn joined(&self, sub_topic: &str) {
-        let mut state = self.healing.state.lock();
-        if let Some(suspect) = state.suspects.get_mut(self.slot) {
-            suspect.joined.insert(sub_topic.into());
-            if suspect.told.remove(sub_topic).is_some() {
-                self.healing.metrics.healed.inc();
-            }
+        if self.suspect.joined(sub_topic) {
+            self.healing.metrics.healed.inc();
         }
     }
 
     /// Records that the socket has left the topic.
     pub(super) fn left(&self, sub_topic: &str) {
-        let mut state = self.healing.state.lock();
-        if let Some(suspect) = state.suspects.get_mut(self.slot) {
-            suspect.joined.remove(sub_topic);
-        }
+        self.suspect.left(sub_topic);
     }
 }
 
 impl Drop for Suspicion {
     fn drop(&mut self) {
         self.healing.metrics.deaf_suspects.dec();
-        self.healing.state.lock().suspects.remove(self.slot);
+        self.healing.suspects.remove(&self.suspect);
     }
 }
 
-/// The task that heals in rounds.
+/// The task that heals.
 #[derive(Debug)]
-pub(crate) struct Healer(Arc<Healing>);
+pub(crate) struct Healer {
+    healing: Arc<Healing>,
+    /// When suspects were last told of an event by its name, for [`NAMED_SPACING`].
+    named: HashMap<Arc<str>, Instant>,
+    pace: Pace,
+}
+
+/// What was done since the last yield.
+#[derive(Debug, Default)]
+struct Pace {
+    looks: usize,
+    told: usize,
+}
+
+impl Pace {
+    /// Yields after enough work.
+    async fn step(&mut self, has_told: bool) {
+        self.looks += 1;
+        self.told += usize::from(has_told);
+        if self.told >= TOLD_PER_YIELD || self.looks >= LOOKS_PER_YIELD {
+            *self = Self::default();
+            yield_now().await;
+        }
+    }
+}
 
 impl Healer {
     /// Heals the suspects of `healing`.
     pub(super) fn new(healing: Arc<Healing>) -> Self {
-        Self(healing)
+        Self { healing, named: HashMap::new(), pace: Pace::default() }
     }
 
-    /// Heals in rounds until the server stops.
-    pub(crate) async fn run(self, stop: CancellationToken) {
-        let healing = &self.0;
+    /// Heals until the server stops.
+    pub(crate) async fn run(mut self, stop: CancellationToken) {
         loop {
-            let next = healing.next().unwrap_or_else(|| Instant::now() + IDLE);
+            let next = self.healing.suspects.next().unwrap_or_else(|| Instant::now() + IDLE);
             tokio::select! {
                 () = sleep_until(next) => {}
-                () = healing.changed.notified() => {}
+                () = self.healing.changed.notified() => {}
                 () = stop.cancelled() => return,
             }
-            let (due, latest) = healing.due();
-            for (number, slot) in due.into_iter().enumerate() {
-                if let Some(heal) = healing.round(slot, &latest) {
-                    healing.send(heal);
-                }
-                if number % SUSPECTS_PER_YIELD == SUSPECTS_PER_YIELD - 1 {
-                    tokio::task::yield_now().await;
-                }
+            self.heal_due().await;
+            self.heal_named().await;
+        }
+    }
+
+    /// Heals the suspects whose round is due.
+    async fn heal_due(&mut self) {
+        let healing = Arc::clone(&self.healing);
+        let now = Instant::now();
+        let mut open = None;
+        while let Some(suspect) = healing.suspects.take_due(now) {
+            let open = open.get_or_insert_with(|| healing.recent.open(CANDIDATES_MAX));
+            let has_told = healing.round(&suspect, open);
+            self.pace.step(has_told).await;
+        }
+    }
+
+    /// Heals the suspects that may be deaf to an event of which there is news.
+    async fn heal_named(&mut self) {
+        let healing = Arc::clone(&self.healing);
+        let names = mem::take(&mut *healing.named.lock());
+        let now = Instant::now();
+        self.named.retain(|_, at| now.duration_since(*at) < NAMED_SPACING);
+        for eid in names {
+            if self.named.contains_key(&eid) {
+                continue;
+            }
+            self.named.insert(Arc::clone(&eid), now);
+            let open = healing.recent.open_of(&eid);
+            for record in healing.lost_sockets.of_event(&eid) {
+                self.heal_record(&eid, record, &open).await;
+            }
+            if !open.is_empty() {
+                self.heal_all(&eid, &open).await;
+            }
+        }
+    }
+
+    /// Heals those that may have lost the event themselves.
+    async fn heal_record(&mut self, eid: &str, record: Uuid, open: &[Open]) {
+        for suspect in self.healing.suspects.of_record(record) {
+            let has_told = self.healing.round_of(eid, &suspect, open, true);
+            self.pace.step(has_told).await;
+        }
+        self.pace.step(false).await;
+    }
+
+    /// Heals all who may be told of the event.
+    async fn heal_all(&mut self, eid: &str, open: &[Open]) {
+        let mut place = (self.healing.started, 0);
+        loop {
+            let (suspects, behind) = self.healing.suspects.ready(place, LOOKS_PER_YIELD);
+            if suspects.is_empty() {
+                return;
+            }
+            place = behind;
+            for suspect in suspects {
+                let has_told = self.healing.round_of(eid, &suspect, open, false);
+                self.pace.step(has_told).await;
             }
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -2,15 +2,17 @@
 //! each topic that the database tells of.
 //!
 //! Invariants: a topic that the socket has asked for is remembered until the socket ends, and then
-//! leaves a record; a socket is suspect once at most; nothing here awaits or pushes.
+//! is lost; a socket is suspect once at most; nothing here awaits or pushes.
 
 use std::{collections::HashMap, mem, sync::Arc, time::Duration};
 
 use tokio::time::Instant;
 
 use super::{
-    healing::{FIRST_ROUND, Healing, Suspicion},
-    lost_sockets::{ClientKey, LostSockets},
+    client_key::ClientKey,
+    healing::{Healing, Suspicion},
+    lost_sockets::LostSockets,
+    suspects::FIRST_ROUND,
 };
 use crate::{
     auth::Token,
@@ -101,6 +103,11 @@ impl History {
             held: HashMap::new(),
             suspicion: None,
         }
+    }
+
+    /// What the client is known by.
+    pub(crate) fn client(&self) -> ClientKey {
+        self.client
     }
 
     /// When the socket was opened.
@@ -204,15 +211,18 @@ impl History {
         }
     }
 
-    /// Leaves a record of each topic that the socket has asked for and not left. `has_heard` is
-    /// whether a topic's channel was heard, and nothing of it was dropped: how long a client had
-    /// been away before that was never answered is not known, nor what has reached one that was
-    /// too slow.
-    pub(crate) fn end(&self, lost_sockets: &LostSockets, has_heard: impl Fn(&str) -> bool) {
-        for sub_topic in self.asked() {
+    /// Returns each topic that the socket has asked for and not left, and when its last data frame
+    /// came. `has_heard` is whether a topic's channel was heard, and nothing of it was dropped: how
+    /// long a client had been away before that was never answered is not known, nor what has reached
+    /// one that was too slow.
+    pub(crate) fn lost(
+        &self,
+        has_heard: impl Fn(&str) -> bool,
+    ) -> impl Iterator<Item = (&str, Option<Instant>)> {
+        self.asked().map(move |sub_topic| {
             let is_known = has_heard(&format!("{TOPIC_PREFIX}{sub_topic}"));
-            lost_sockets.record(self.client, sub_topic, is_known.then_some(self.last_data));
-        }
+            (sub_topic, is_known.then_some(self.last_data))
+        })
     }
 
     fn asked(&self) -> impl Iterator<Item = &str> {
@@ -254,7 +264,7 @@ mod tests {
 
     #[tokio::test]
     async fn topics_without_a_channel_are_forgotten_when_there_are_too_many() {
-        let client = ClientKey::from_uuid(uuid::Uuid::nil());
+        let client = ClientKey::new(std::net::IpAddr::from([10, 0, 0, 1]).into(), "browser");
         let mut history = History::new(client);
         for number in 0..=HELD_MAX {
             let topic = format!("realtime:{number}");

@@ -144,7 +144,7 @@ impl Ingest {
         self.count(ChannelKind::Event, Outcome::Offered, published.offered);
         if let Some(feed) = self.publisher.feed(&relayed.target) {
             // After the feed has recorded the change, so that who rejoins is told of it.
-            self.recovery.healing.name_event(feed.eid());
+            self.recovery.healing.news_of(feed.eid());
         }
         let is_heard = published.fanned_out.deliveries > 0;
         let outcome = if is_heard { Outcome::Delivered } else { Outcome::NoViewer };

@@ -123,7 +123,9 @@ impl Gateway {
         let feeds = Arc::new(Feeds::new(config.relay.listens_max, Arc::clone(&hub), &registry));
         let recovery = Arc::new(Recovery::new(
             config.limits.silence_timeout,
+            Arc::clone(&auth),
             Arc::clone(&access),
+            Arc::clone(&hub),
             Arc::clone(&feeds),
             &registry,
         ));

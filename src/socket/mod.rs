@@ -481,7 +481,7 @@ impl Socket {
             None => channel.open(context, reference, history),
         }
         if channel.is_listened() {
-            self.shared.recovery.healing.note_joined(channel.sub_topic());
+            self.shared.recovery.note_joined(self.history.client(), channel.sub_topic());
         }
         self.expires_at = self.expires_at.min(channel.expires_at(self.shared.auth.grace()));
         self.note_look(channel.looks_again());
@@ -690,6 +690,8 @@ impl Drop for Socket {
             Some(Slot::Joined(channel)) => channel.is_subscribed() && !is_behind,
             Some(Slot::Waiting(_)) | None => false,
         };
-        self.history.end(&self.shared.recovery.lost_sockets, has_heard);
+        for (sub_topic, last_data) in self.history.lost(has_heard) {
+            self.shared.recovery.lose(self.history.client(), sub_topic, last_data);
+        }
     }
 }

@@ -3,7 +3,7 @@
 //! Invariant: records of lost sockets are trusted only after the database has confirmed that no
 //! other gateway is alive or has died within 24 hours without leaving its records.
 
-use std::{error::Error, sync::Arc, time::Duration};
+use std::{collections::HashMap, error::Error, sync::Arc, time::Duration};
 
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
@@ -16,7 +16,7 @@ use crate::{
         gateways::{self, LostSocket},
         history,
     },
-    recovery::{ClientKey, REMEMBERED, Record, Recovery},
+    recovery::{REMEMBERED, Record, Recovery, Standing},
 };
 
 /// Time between two prunings of the database.
@@ -89,26 +89,47 @@ impl Sharing {
         // After the heartbeat: a gateway that it saw as ended has committed its records by now.
         let now = Instant::now();
         let within = progress.read_at.map_or(REMEMBERED, |at| now.duration_since(at) + REREAD);
-        for lost in gateways::lost_sockets(&self.pool, self.gateway, within).await? {
-            let last_data = Instant::now().checked_sub(lost.age);
-            self.recovery.lost_sockets.record(
-                ClientKey::from_uuid(lost.client),
-                &lost.topic,
-                last_data,
-            );
-        }
         if progress.read_at.is_none() {
             for (topic, age) in gateways::recent_topics(&self.pool, RECENT_MAX).await? {
-                self.recovery.healing.note_recent(&topic, age);
+                self.recovery.note_recent(&topic, age);
             }
         }
+        // Before the lost sockets are taken over, for which it matters whether an event is known.
+        if let Err(error) = self.ask_standings().await {
+            tracing::debug!(
+                error = &error as &dyn Error,
+                "the database does not say which events everybody may know; is its system file old?"
+            );
+        }
+        for lost in gateways::lost_sockets(&self.pool, self.gateway, within).await? {
+            self.recovery.take_over(lost.client, &lost.topic, lost.age);
+        }
         progress.read_at = Some(now);
-        let topics: Vec<_> =
-            self.recovery.healing.take_new().iter().map(ToString::to_string).collect();
+        let topics: Vec<_> = self.recovery.take_new().iter().map(ToString::to_string).collect();
         if !topics.is_empty() {
             gateways::note_recent_topics(&self.pool, &topics).await?;
         }
         self.recovery.lost_sockets.set_alone(!has_others);
+        Ok(())
+    }
+
+    /// Asks which of the events that somebody has joined everybody may know.
+    async fn ask_standings(&self) -> Result<(), sqlx::Error> {
+        let asked = self.recovery.unasked_events();
+        if asked.is_empty() {
+            return Ok(());
+        }
+        let eids: Vec<_> = asked.iter().map(|eid| &**eid).collect();
+        let standings = gateways::event_standings(&self.pool, &eids).await?;
+        let standings: HashMap<_, _> = standings.into_iter().collect();
+        for eid in &eids {
+            let standing = match standings.get(*eid) {
+                Some(true) => Standing::Public,
+                Some(false) => Standing::Private,
+                None => Standing::Unknown,
+            };
+            self.recovery.answered(eid, standing);
+        }
         Ok(())
     }
 
@@ -121,7 +142,7 @@ impl Sharing {
 }
 
 /// Writes this gateway's lost sockets for the other gateways, and gives up at the deadline. The end
-/// is orderly if every socket has ended, because then no record is missing.
+/// is orderly if every socket has ended and the records say what they miss.
 pub(crate) async fn deregister(
     pool: &Pool,
     gateway: Uuid,
@@ -129,6 +150,7 @@ pub(crate) async fn deregister(
     is_orderly: bool,
     deadline: Instant,
 ) {
+    let is_orderly = is_orderly && !recovery.lost_sockets.has_overflowed();
     let records: Vec<_> = recovery.lost_sockets.records().into_iter().map(row).collect();
     let deregister = gateways::deregister(pool, gateway, is_orderly, &records);
     match timeout_at(deadline, deregister).await {
@@ -143,5 +165,5 @@ pub(crate) async fn deregister(
 /// Converts a record to its row.
 fn row(record: Record) -> LostSocket {
     let Record { client, topic, age } = record;
-    LostSocket { client: client.uuid(), topic: topic.to_string(), age }
+    LostSocket { client, topic: topic.to_string(), age }
 }

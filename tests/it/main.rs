@@ -31,6 +31,7 @@ mod invalidation {
 }
 mod recovery {
     mod healing;
+    mod strangers;
 }
 mod db {
     mod database_history;

@@ -1138,6 +1138,23 @@ async fn an_event_lists_all_its_endpoints() {
         let mut listed: Vec<_> = listed.lines().collect();
         listed[3..].sort_unstable();
         assert_eq!(listed, expected);
+        // Of an event that not everybody may know, anybody is told as much as of one that does not
+        // exist. One shape says so itself, for the other row security does.
+        let (hide, show) = match shape {
+            Shape::Production => (
+                "update events set enabled = false where eid = 'AB3028'",
+                "update events set enabled = true where eid = 'AB3028'",
+            ),
+            Shape::Seed => (
+                "alter table events enable row level security",
+                "alter table events disable row level security",
+            ),
+        };
+        let count = "select count(*) from tidegate.event_endpoints('AB3028')";
+        for (change, endpoints) in [(hide, "3"), (show, "5")] {
+            database.run(change).await;
+            assert_eq!(database.run(count).await, endpoints, "{change}");
+        }
         // An event that nobody knows may still be viewed; what is no event has no endpoints.
         let unknown = database.run("select * from tidegate.event_endpoints('AB1')").await;
         assert_eq!(unknown.lines().count(), 3);
