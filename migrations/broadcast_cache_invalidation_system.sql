@@ -135,7 +135,7 @@ begin
     -- Each row costs its transaction subtransactions, of which 64 are cheap.
     v_xact := pg_current_xact_id()::text || ' ';
     v_noted := current_setting('tidegate.failure_count', true);
-    v_count := case when starts_with(v_noted, v_xact) then split_part(v_noted, ' ', 2)::integer else 0 end;
+    v_count := case when starts_with(v_noted, v_xact) then coalesce(substring(v_noted from ' (\d{1,9})$'), '0')::integer else 0 end;
     if v_count >= 10 then
         return;
     end if;
@@ -208,6 +208,7 @@ returns jsonb
 language plpgsql
 set search_path = ''
 set enable_seqscan = off
+set jit = off
 as $$
 declare
     v_uuid text;
@@ -420,6 +421,7 @@ returns jsonb
 language plpgsql
 set search_path = ''
 set enable_seqscan = off
+set jit = off
 as $$
 declare
     v_bid jsonb;
@@ -594,7 +596,7 @@ declare
 begin
     v_xact := pg_current_xact_id()::text || ' ';
     v_noted := current_setting('tidegate.told', true);
-    v_count := case when starts_with(v_noted, v_xact) then split_part(v_noted, ' ', 2)::integer else 0 end;
+    v_count := case when starts_with(v_noted, v_xact) then coalesce(substring(v_noted from ' (\d{1,9})$'), '0')::integer else 0 end;
     if v_count < 50 then
         perform set_config('tidegate.told', v_xact || (v_count + 1), true);
         return tidegate.keep(p_table, p_operation, p_payload);
@@ -739,40 +741,47 @@ begin
         v_pointed := current_setting('tidegate.pointed', true);
         v_has_pointers := coalesce(starts_with(v_pointed, pg_current_xact_id()::text || ' '), false);
         if v_has_pointers then
-            if tg_op <> 'INSERT' then
-                select k.key, k.status into v_old_key, v_old_status
-                from (values (null, null, null, null, null, null, null)) as missing (
-                    eid, event_id, round_id, art_uuid, art_id, artwork_id, status
-                ),
-                lateral (
-                    select
-                        '|' || coalesce(
-                            nullif(eid::text, ''),
-                            'event ' || event_id::text,
-                            'round ' || round_id::text,
-                            'artwork ' || coalesce(art_uuid::text, art_id::text, artwork_id::text)
-                        ) || '|' as key,
-                        status::text as status
-                    from (select old.*) as written
-                ) as k;
-            end if;
-            if tg_op <> 'DELETE' then
-                select k.key, k.status into v_key, v_status
-                from (values (null, null, null, null, null, null, null)) as missing (
-                    eid, event_id, round_id, art_uuid, art_id, artwork_id, status
-                ),
-                lateral (
-                    select
-                        '|' || coalesce(
-                            nullif(eid::text, ''),
-                            'event ' || event_id::text,
-                            'round ' || round_id::text,
-                            'artwork ' || coalesce(art_uuid::text, art_id::text, artwork_id::text)
-                        ) || '|' as key,
-                        status::text as status
-                    from (select new.*) as written
-                ) as k;
-            end if;
+            begin
+                if tg_op <> 'INSERT' then
+                    select k.key, k.status into v_old_key, v_old_status
+                    from (values (null, null, null, null, null, null, null)) as missing (
+                        eid, event_id, round_id, art_uuid, art_id, artwork_id, status
+                    ),
+                    lateral (
+                        select
+                            '|' || coalesce(
+                                nullif(eid::text, ''),
+                                'event ' || event_id::text,
+                                'round ' || round_id::text,
+                                'artwork ' || coalesce(art_uuid::text, art_id::text, artwork_id::text)
+                            ) || '|' as key,
+                            status::text as status
+                        from (select old.*) as written
+                    ) as k;
+                end if;
+                if tg_op <> 'DELETE' then
+                    select k.key, k.status into v_key, v_status
+                    from (values (null, null, null, null, null, null, null)) as missing (
+                        eid, event_id, round_id, art_uuid, art_id, artwork_id, status
+                    ),
+                    lateral (
+                        select
+                            '|' || coalesce(
+                                nullif(eid::text, ''),
+                                'event ' || event_id::text,
+                                'round ' || round_id::text,
+                                'artwork ' || coalesce(art_uuid::text, art_id::text, artwork_id::text)
+                            ) || '|' as key,
+                            status::text as status
+                        from (select new.*) as written
+                    ) as k;
+                end if;
+            exception
+                when datatype_mismatch then
+                    -- See below: the row is described.
+                    v_key := null;
+                    v_old_key := null;
+            end;
             -- This is all that happens for most rows of a large statement. (strpos() would count the
             -- characters before what it finds, which takes longer.)
             if split_part(v_pointed, coalesce(v_key, v_old_key), 2) <> ''
@@ -782,50 +791,58 @@ begin
                 return null;
             end if;
         end if;
-        if tg_op <> 'INSERT' then
-            select r.written into v_old
-            from (values (
-                null, null, null, null, null, null, null, null, null, null, null, null, null,
-                null, null, null, null, null
-            )) as missing (
-                eid, event_id, round_id, art_uuid, art_id, artwork_id, id, art_code, artist_id,
-                round, easel, status, payment_status, amount, payment_amount, current_bid,
-                currency, winner_id
-            ),
-            lateral (
-                select jsonb_build_object(
-                    'eid', eid, 'event_id', event_id, 'round_id', round_id, 'art_uuid', art_uuid,
-                    'art_id', art_id, 'artwork_id', artwork_id, 'id', id, 'art_code', art_code,
-                    'artist_id', artist_id, 'round', round, 'easel', easel, 'status', status,
-                    'payment_status', payment_status, 'amount', amount,
-                    'payment_amount', payment_amount, 'current_bid', current_bid,
-                    'currency', currency, 'winner_id', winner_id
-                ) as written
-                from (select old.*) as written
-            ) as r;
-        end if;
-        if tg_op <> 'DELETE' then
-            select r.written into v_new
-            from (values (
-                null, null, null, null, null, null, null, null, null, null, null, null, null,
-                null, null, null, null, null
-            )) as missing (
-                eid, event_id, round_id, art_uuid, art_id, artwork_id, id, art_code, artist_id,
-                round, easel, status, payment_status, amount, payment_amount, current_bid,
-                currency, winner_id
-            ),
-            lateral (
-                select jsonb_build_object(
-                    'eid', eid, 'event_id', event_id, 'round_id', round_id, 'art_uuid', art_uuid,
-                    'art_id', art_id, 'artwork_id', artwork_id, 'id', id, 'art_code', art_code,
-                    'artist_id', artist_id, 'round', round, 'easel', easel, 'status', status,
-                    'payment_status', payment_status, 'amount', amount,
-                    'payment_amount', payment_amount, 'current_bid', current_bid,
-                    'currency', currency, 'winner_id', winner_id
-                ) as written
-                from (select new.*) as written
-            ) as r;
-        end if;
+        begin
+            if tg_op <> 'INSERT' then
+                select r.written into v_old
+                from (values (
+                    null, null, null, null, null, null, null, null, null, null, null, null, null,
+                    null, null, null, null, null
+                )) as missing (
+                    eid, event_id, round_id, art_uuid, art_id, artwork_id, id, art_code, artist_id,
+                    round, easel, status, payment_status, amount, payment_amount, current_bid,
+                    currency, winner_id
+                ),
+                lateral (
+                    select jsonb_build_object(
+                        'eid', eid, 'event_id', event_id, 'round_id', round_id, 'art_uuid', art_uuid,
+                        'art_id', art_id, 'artwork_id', artwork_id, 'id', id, 'art_code', art_code,
+                        'artist_id', artist_id, 'round', round, 'easel', easel, 'status', status,
+                        'payment_status', payment_status, 'amount', amount,
+                        'payment_amount', payment_amount, 'current_bid', current_bid,
+                        'currency', currency, 'winner_id', winner_id
+                    ) as written
+                    from (select old.*) as written
+                ) as r;
+            end if;
+            if tg_op <> 'DELETE' then
+                select r.written into v_new
+                from (values (
+                    null, null, null, null, null, null, null, null, null, null, null, null, null,
+                    null, null, null, null, null
+                )) as missing (
+                    eid, event_id, round_id, art_uuid, art_id, artwork_id, id, art_code, artist_id,
+                    round, easel, status, payment_status, amount, payment_amount, current_bid,
+                    currency, winner_id
+                ),
+                lateral (
+                    select jsonb_build_object(
+                        'eid', eid, 'event_id', event_id, 'round_id', round_id, 'art_uuid', art_uuid,
+                        'art_id', art_id, 'artwork_id', artwork_id, 'id', id, 'art_code', art_code,
+                        'artist_id', artist_id, 'round', round, 'easel', easel, 'status', status,
+                        'payment_status', payment_status, 'amount', amount,
+                        'payment_amount', payment_amount, 'current_bid', current_bid,
+                        'currency', currency, 'winner_id', winner_id
+                    ) as written
+                    from (select new.*) as written
+                ) as r;
+            end if;
+        exception
+            when datatype_mismatch then
+                -- A session reads the columns as they were when it first wrote the table, and the
+                -- type of one of them has changed since.
+                v_old := case when tg_op <> 'INSERT' then to_jsonb(old) end;
+                v_new := case when tg_op <> 'DELETE' then to_jsonb(new) end;
+        end;
         v_row := coalesce(v_new, v_old);
         -- Viewers see how a payment ends, and nothing of its way there.
         if v_table = 'payment_processing' and (

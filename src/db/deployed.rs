@@ -342,6 +342,9 @@ mod tests {
             assert!(["tidegate", "public"].contains(&schema), "{}", function.name);
             assert!(function.body.starts_with('\n') && function.body.ends_with('\n'));
             assert_eq!(function.settings[0], "search_path=\"\"", "{}", function.name);
+            // Without an index the plan costs so much that Postgres would compile it for each row.
+            let has = |setting: &str| function.settings.iter().any(|other| other == setting);
+            assert_eq!(has("enable_seqscan=off"), has("jit=off"), "{}", function.name);
         }
         let named = |name| all.iter().find(|function| function.name == name).unwrap();
         let trigger = named("tidegate.cache_invalidation");

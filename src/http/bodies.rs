@@ -15,7 +15,7 @@ use hyper::{
 use parking_lot::Mutex;
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore, SemaphorePermit},
-    time::{Instant, timeout, timeout_at},
+    time::{Instant, timeout_at},
 };
 
 use crate::limits::{Address, Limited, Limits};
@@ -26,24 +26,40 @@ const BODY_BYTES_MAX: usize = 8_000_000;
 const SMALL_BODY_BYTES: usize = 64 * 1024;
 /// Most large bodies of requests at a time, 8 MB each at most.
 const PLACES_MAX: usize = 16;
+/// Most large bodies of servers (`service_role`) at a time, beside those.
+const SERVER_PLACES_MAX: usize = 4;
 /// Most of them of one address.
 const PLACES_PER_ADDRESS_MAX: usize = 4;
-/// A large body brings at least so much in [`PROGRESS_INTERVAL`], or is given up.
-const PROGRESS_BYTES: usize = 16 * 1024;
-/// See [`PROGRESS_BYTES`].
-const PROGRESS_INTERVAL: Duration = Duration::from_secs(1);
+/// A large body brings at least so much a second, or is given up.
+const PACE_BYTES: f64 = 16.0 * 1024.0;
+/// By how much a large body may be late: a lost packet alone costs a second.
+const PACE_SLACK: Duration = Duration::from_secs(3);
+
+/// Who sends a body.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Sender {
+    pub(super) address: Address,
+    /// Whether the token is a server's.
+    pub(super) is_server: bool,
+}
 
 /// The places of large bodies.
 #[derive(Debug)]
 pub(crate) struct Bodies {
     all: Semaphore,
+    /// Those of servers, which no browser can take.
+    servers: Semaphore,
     /// The places of each address that has one or waits for one.
     by_address: Mutex<HashMap<Address, Arc<Semaphore>>>,
 }
 
 impl Default for Bodies {
     fn default() -> Self {
-        Self { all: Semaphore::new(PLACES_MAX), by_address: Mutex::default() }
+        Self {
+            all: Semaphore::new(PLACES_MAX),
+            servers: Semaphore::new(SERVER_PLACES_MAX),
+            by_address: Mutex::default(),
+        }
     }
 }
 
@@ -71,12 +87,10 @@ impl Bodies {
     pub(super) async fn read(
         &self,
         limits: &Limits,
-        address: Address,
+        sender: Sender,
         body: Incoming,
     ) -> Result<Body<'_>, StatusCode> {
-        let time = limits.settings().body_timeout;
-        let read = timeout(time, self.read_at_pace(address, body)).await;
-        let read = read.unwrap_or(Err(StatusCode::REQUEST_TIMEOUT));
+        let read = self.read_at_pace(limits.settings().body_timeout, sender, body).await;
         if read.as_ref().is_err_and(|status| *status == StatusCode::REQUEST_TIMEOUT) {
             limits.count(Limited::Bodies);
         }
@@ -85,7 +99,8 @@ impl Bodies {
 
     async fn read_at_pace(
         &self,
-        address: Address,
+        time: Duration,
+        sender: Sender,
         mut body: Incoming,
     ) -> Result<Body<'_>, StatusCode> {
         let length = usize::try_from(body.size_hint().lower()).unwrap_or(usize::MAX);
@@ -93,14 +108,13 @@ impl Bodies {
             return Err(StatusCode::PAYLOAD_TOO_LARGE);
         }
         let mut bytes = BytesMut::new();
+        let mut deadline = Instant::now() + time;
         let mut large: Option<(Place<'_>, Pace)> = None;
         loop {
-            let frame = match &large {
-                None => body.frame().await,
-                Some((_, pace)) => timeout_at(pace.deadline, body.frame())
-                    .await
-                    .map_err(|_elapsed| StatusCode::REQUEST_TIMEOUT)?,
-            };
+            let at_pace = large.as_ref().map_or(deadline, |(_, pace)| pace.deadline(bytes.len()));
+            let frame = timeout_at(deadline.min(at_pace), body.frame())
+                .await
+                .map_err(|_elapsed| StatusCode::REQUEST_TIMEOUT)?;
             let Some(frame) = frame else { break };
             let frame = frame.map_err(|_broken| StatusCode::BAD_REQUEST)?;
             let Ok(data) = frame.into_data() else { continue };
@@ -110,12 +124,15 @@ impl Bodies {
             }
             match &mut large {
                 None if read > SMALL_BODY_BYTES => {
-                    let place = self.place(address).await;
+                    let place = timeout_at(deadline, self.place(sender))
+                        .await
+                        .map_err(|_elapsed| StatusCode::REQUEST_TIMEOUT)?;
+                    // The wait for a place is not the client's.
+                    deadline = Instant::now() + time;
                     // In one piece, rather than in pieces that double.
                     bytes.reserve(length.max(read) - bytes.len());
-                    large = Some((place, Pace::from(read)));
+                    large = Some((place, Pace { since: Instant::now(), from: read }));
                 }
-                Some((_, pace)) if read >= pace.bytes => *pace = Pace::from(read),
                 None | Some(_) => {}
             }
             bytes.extend_from_slice(&data);
@@ -125,7 +142,8 @@ impl Bodies {
     }
 
     /// Waits for a place.
-    async fn place(&self, address: Address) -> Place<'_> {
+    async fn place(&self, sender: Sender) -> Place<'_> {
+        let Sender { address, is_server } = sender;
         let own = {
             let mut by_address = self.by_address.lock();
             let new = || Arc::new(Semaphore::new(PLACES_PER_ADDRESS_MAX));
@@ -134,7 +152,7 @@ impl Bodies {
         let mut place = Place { bodies: self, address, permits: None };
         // Neither is ever closed. An address that waits for its own places keeps no other waiting.
         if let Ok(own) = own.acquire_owned().await
-            && let Ok(one) = self.all.acquire().await
+            && let Ok(one) = if is_server { &self.servers } else { &self.all }.acquire().await
         {
             place.permits = Some((own, one));
         }
@@ -152,16 +170,18 @@ impl Drop for Place<'_> {
     }
 }
 
-/// How much of a body must have come by when.
+/// Since when a large body comes, and how much of it had come then, in bytes.
 struct Pace {
-    bytes: usize,
-    deadline: Instant,
+    since: Instant,
+    from: usize,
 }
 
 impl Pace {
-    /// The next step of a body of which so much has come.
-    fn from(read: usize) -> Self {
-        Self { bytes: read + PROGRESS_BYTES, deadline: Instant::now() + PROGRESS_INTERVAL }
+    /// By when more must have come of a body of which so much has.
+    fn deadline(&self, read: usize) -> Instant {
+        #[expect(clippy::cast_precision_loss, reason = "a body is far below 2^52 bytes")]
+        let steps = read.saturating_sub(self.from) as f64 / PACE_BYTES;
+        self.since + PACE_SLACK + Duration::from_secs_f64(steps)
     }
 }
 
@@ -169,10 +189,12 @@ impl Pace {
 mod tests {
     use std::net::IpAddr;
 
+    use tokio::time::timeout;
+
     use super::*;
 
-    fn address(n: u8) -> Address {
-        IpAddr::from([192, 0, 2, n]).into()
+    fn address(n: u8) -> Sender {
+        Sender { address: IpAddr::from([192, 0, 2, n]).into(), is_server: false }
     }
 
     #[tokio::test(start_paused = true)]

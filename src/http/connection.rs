@@ -331,12 +331,8 @@ impl Connection {
 
     fn tick(&mut self) -> Result<(), CloseReason> {
         let limits = self.shared.limits.settings();
-        if self.last_data.elapsed() >= limits.silence_timeout {
-            if !self.has_unread() {
-                return Err(CloseReason::Silent);
-            }
-            // What it has sent is read once it has taken what is being written.
-            self.last_data = Instant::now();
+        if self.silent_at() <= Instant::now() {
+            return Err(CloseReason::Silent);
         }
         if self
             .socket
@@ -349,6 +345,15 @@ impl Connection {
         Ok(())
     }
 
+    /// When the client is closed for its silence. It has twice the time if it has sent something
+    /// that is read only once it has taken what is being written.
+    fn silent_at(&self) -> Instant {
+        let timeout = self.shared.limits.settings().silence_timeout;
+        let silent_at = self.last_data + timeout;
+        let has_longer = silent_at <= Instant::now() && self.has_unread();
+        if has_longer { silent_at + timeout } else { silent_at }
+    }
+
     /// Whether the client has sent something that is not read, because it is being written to.
     fn has_unread(&self) -> bool {
         let is_waited_for = !self.writing.is_done();
@@ -359,7 +364,7 @@ impl Connection {
 
     fn next_tick(&self) -> Instant {
         let limits = self.shared.limits.settings();
-        let silence = self.last_data + limits.silence_timeout;
+        let silence = self.silent_at();
         let empty = self.socket.empty_since().map(|since| since + limits.no_channel_timeout);
         let tick = Instant::now() + self.socket.next_tick(limits.silence_timeout);
         tick.min(silence).min(empty.unwrap_or(silence))

@@ -81,15 +81,13 @@ pub(crate) async fn serve(
     // ours.
     let accepted = Mutex::new(Some(Instant::now()));
     let place = Arc::new(place);
-    let answer = |request| {
+    let answer = |mut request: Request| {
         let since = accepted.lock().take().unwrap_or_else(Instant::now);
-        let answered = answer(Arc::clone(&shared), request, peer, fallback.clone(), since);
-        let kept = place.keep();
-        async move {
-            let response = answered.await;
-            drop(kept);
-            response
-        }
+        // Whoever asks something is not the one who has waited longest. A request keeps its place from
+        // newcomers once it has come whole.
+        place.renew();
+        request.extensions_mut().insert(Arc::clone(&place));
+        answer(Arc::clone(&shared), request, peer, fallback.clone(), since)
     };
     serving.serve(stream, &place, answer).await
 }

@@ -18,7 +18,7 @@ use serde_json::{Value, json};
 
 use self::batch::{BatchError, Bounds, RestMessage};
 use super::{
-    bodies::Body,
+    bodies::{self, Body},
     exchange::{Refused, Request, Response, empty, header_text, message, object, query_value},
     sender::{MessageSender, PublishError, unanswered},
     shared::Shared,
@@ -26,7 +26,7 @@ use super::{
 };
 use crate::{
     auth::Token,
-    limits::{Effect, Limited, Share, TooFast},
+    limits::{Effect, Limited, Place, Share, TooFast},
     protocol::{
         message::{FIELD_BYTES_MAX, Json, UserBroadcast, UserPayload},
         serializer::Broadcast,
@@ -55,12 +55,15 @@ async fn batch(shared: &Shared, request: Request, caller: Caller) -> Response {
         Ok(sender) => sender,
         Err(refused) => return refused.response(),
     };
+    let from = from(caller, sender.1);
     let mut sender = MessageSender::new(shared, caller, sender, Effect::Dropped, &request);
     // Its place is held until the request is answered.
-    let body = match body(shared, request, caller).await {
+    let place = request.extensions().get::<Arc<Place>>().cloned();
+    let body = match body(shared, request, from).await {
         Ok(body) => body,
         Err(status) => return empty(status),
     };
+    let _kept = place.as_ref().map(Place::keep);
     let limits = shared.limits.settings();
     let (messages_max, payload_bytes_max) = (limits.batch_messages_max, limits.payload_bytes_max);
     let messages = match batch::read(&body.bytes, Bounds { messages_max, payload_bytes_max }) {
@@ -129,11 +132,14 @@ async fn single(
     let is_private = query_value(request.uri().query().unwrap_or_default(), "private");
     let privacy =
         if is_private.as_deref() == Some("true") { Privacy::Private } else { Privacy::Public };
+    let from = from(caller, sender.1);
     let mut sender = MessageSender::new(shared, caller, sender, Effect::Refused, &request);
-    let Body { bytes: body, _place } = match body(shared, request, caller).await {
+    let place = request.extensions().get::<Arc<Place>>().cloned();
+    let Body { bytes: body, _place } = match body(shared, request, from).await {
         Ok(body) => body,
         Err(status) => return empty(status),
     };
+    let _kept = place.as_ref().map(Place::keep);
     if body.len() > shared.limits.settings().payload_bytes_max {
         return invalid(&json!({ "payload": ["Payload size exceeds tenant limit"] }));
     }
@@ -218,8 +224,16 @@ fn token_text(request: &Request) -> String {
 }
 
 /// Reads the whole body, which holds its place until it is dropped.
-async fn body(shared: &Shared, request: Request, caller: Caller) -> Result<Body<'_>, StatusCode> {
-    shared.bodies.read(&shared.limits, caller.address().into(), request.into_body()).await
+fn from(caller: Caller, share: Share) -> bodies::Sender {
+    bodies::Sender { address: caller.address().into(), is_server: share.is_servers() }
+}
+
+async fn body(
+    shared: &Shared,
+    request: Request,
+    sender: bodies::Sender,
+) -> Result<Body<'_>, StatusCode> {
+    shared.bodies.read(&shared.limits, sender, request.into_body()).await
 }
 
 /// Parses `/{topic}/events/{event}`, each percent-encoded, neither empty nor longer than a frame's

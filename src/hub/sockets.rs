@@ -18,6 +18,8 @@ use tokio_util::sync::CancellationToken;
 use super::{held::OutboxBounds, metrics::OutboxMetrics, outbox::Outbox};
 use crate::{protocol::serializer::Serializer, telemetry::metrics::Registry};
 
+/// A client with no larger backlog keeps up, and is left alone however much others hold.
+const BACKLOG_SPARED: usize = 16 * 1024;
 /// Outboxes between two yields of the reliever.
 const OUTBOXES_PER_YIELD: usize = 256;
 
@@ -126,12 +128,18 @@ impl Sockets {
 
     /// Gives memory back, those with the largest backlogs first, until all outboxes hold no more
     /// than they may: first what can be dropped without closing a socket, then by closing sockets.
+    /// Who keeps up loses nothing.
     async fn relieve(&self) {
-        let backlogs = self.outboxes().into_iter().map(|outbox| (outbox.backlog(), outbox));
-        let mut backlogs: Vec<_> = backlogs.filter(|(backlog, _)| *backlog > 0).collect();
+        let (ended, open): (Vec<_>, Vec<_>) =
+            self.outboxes().into_iter().partition(|outbox| outbox.ended().is_some());
+        // What is being written is dropped by its connection, a moment after its end.
+        let mut ending: usize = ended.iter().map(|outbox| outbox.leaving()).sum();
+        let backlogs = open.into_iter().map(|outbox| (outbox.backlog(), outbox));
+        let mut backlogs: Vec<_> =
+            backlogs.filter(|(backlog, _)| *backlog > BACKLOG_SPARED).collect();
         backlogs.sort_unstable_by_key(|(backlog, _)| Reverse(*backlog));
         for (number, (_, outbox)) in backlogs.iter().enumerate() {
-            if self.bounds.excess() == 0 {
+            if self.bounds.excess() <= ending {
                 return;
             }
             outbox.relieve();
@@ -139,13 +147,11 @@ impl Sockets {
                 tokio::task::yield_now().await;
             }
         }
-        // What is being written is dropped by its connection, a moment later.
-        let mut dropped = 0;
         for (_, outbox) in backlogs {
-            if dropped >= self.bounds.excess() {
+            if self.bounds.excess() <= ending {
                 return;
             }
-            dropped += outbox.leaving();
+            ending += outbox.leaving();
             outbox.overflow();
         }
     }
@@ -200,51 +206,66 @@ mod tests {
 
     #[tokio::test]
     async fn the_largest_backlogs_go_first_and_no_more_than_must() {
-        let sockets = sockets(10_000);
+        let sockets = sockets(100_000);
         let ruled = Kind::Ruled(topic(1));
         let kept: Vec<_> =
-            [300, 4_000].map(|bytes| waiting(&sockets, bytes, ruled)).into_iter().collect();
+            [3_000, 40_000].map(|bytes| waiting(&sockets, bytes, ruled)).into_iter().collect();
         assert!(sockets.bounds.over().now_or_never().is_none());
-        let (largest, _permit) = waiting(&sockets, 9_000, ruled);
+        let (largest, _permit) = waiting(&sockets, 90_000, ruled);
         assert!(sockets.bounds.over().now_or_never().is_some());
         sockets.relieve().await;
         assert_eq!(largest.ended(), Some(Ended::SlowConsumer));
         assert!(kept.iter().all(|(outbox, _)| outbox.ended().is_none()));
-        assert_eq!(sockets.bounds.held(), 4_300);
+        assert_eq!(sockets.bounds.held(), 43_000);
     }
 
     #[tokio::test]
     async fn ordinary_channels_go_before_a_socket_does() {
-        let sockets = sockets(10_000);
-        let (ruled, _permit) = waiting(&sockets, 6_000, Kind::Ruled(topic(1)));
-        let (ordinary, _permit) = waiting(&sockets, 5_000, Kind::Ordinary(topic(2)));
+        let sockets = sockets(100_000);
+        let (ruled, _permit) = waiting(&sockets, 60_000, Kind::Ruled(topic(1)));
+        let (ordinary, _permit) = waiting(&sockets, 50_000, Kind::Ordinary(topic(2)));
         sockets.relieve().await;
         assert_eq!([ruled.ended(), ordinary.ended()], [None, None]);
         let mut batch = VecDeque::new();
         let drained = ordinary.drain(&mut batch).now_or_never();
         assert_eq!(drained, Some(Ok(Drained::Notice(Notice::Overflowed(topic(2))))));
-        assert_eq!(sockets.bounds.held(), 6_000);
+        assert_eq!(sockets.bounds.held(), 60_000);
+    }
+
+    /// A small backlog is that of a client that reads.
+    #[tokio::test]
+    async fn whoever_keeps_up_loses_nothing_however_much_others_hold() {
+        let sockets = sockets(20_000);
+        let mut batch = VecDeque::new();
+        let (stuck, _permit) = waiting(&sockets, 90_000, Kind::Own);
+        stuck.drain(&mut batch).await.unwrap();
+        let (healthy, _permit) = waiting(&sockets, 10_000, Kind::Ordinary(topic(2)));
+        for _ in 0..2 {
+            sockets.relieve().await;
+        }
+        assert_eq!([stuck.ended(), healthy.ended()], [Some(Ended::SlowConsumer), None]);
+        assert_eq!(healthy.backlog(), 10_000);
     }
 
     /// A closed socket gives its bytes back a moment later.
     #[tokio::test]
     async fn what_is_being_written_is_counted_and_not_closed_for_twice() {
-        let sockets = sockets(5_000);
+        let sockets = sockets(50_000);
         let (mut batch, mut other) = (VecDeque::new(), VecDeque::new());
-        let (first, _permit) = waiting(&sockets, 4_000, Kind::Own);
-        let (second, _permit) = waiting(&sockets, 3_000, Kind::Own);
+        let (first, _permit) = waiting(&sockets, 40_000, Kind::Own);
+        let (second, _permit) = waiting(&sockets, 30_000, Kind::Own);
         first.drain(&mut batch).await.unwrap();
         second.drain(&mut other).await.unwrap();
         sockets.relieve().await;
         assert_eq!([first.ended(), second.ended()], [Some(Ended::SlowConsumer), None]);
-        assert_eq!(sockets.bounds.held(), 7_000);
+        assert_eq!(sockets.bounds.held(), 70_000);
         batch.clear();
-        assert_eq!(sockets.bounds.held(), 3_000);
+        assert_eq!(sockets.bounds.held(), 30_000);
     }
 
     #[tokio::test]
     async fn a_message_that_many_wait_for_counts_once() {
-        let sockets = sockets(10_000);
+        let sockets = sockets(100_000);
         let frame = sockets.bounds.hold(Frame::text("x".repeat(9_000)));
         let outboxes: Vec<_> = (0..8).map(|_| sockets.outbox(Serializer::V1)).collect();
         for outbox in &outboxes {

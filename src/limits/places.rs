@@ -1,12 +1,16 @@
 //! The places of one port for connections that are no sockets, and which connection makes way.
 //!
 //! Invariants: at most `max` connections hold a place, and those of one address at most a quarter of
-//! them; a connection whose request is being answered keeps its place, and any other loses it to a
-//! newcomer, the oldest first; a place is given back exactly once.
+//! them; a connection whose request has come whole keeps its place until the answer, and any other
+//! loses it to a newcomer, first the one whose client has asked nothing for longest; a place is given
+//! back exactly once.
 
 use std::{
     collections::{BTreeMap, HashMap},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use parking_lot::Mutex;
@@ -45,7 +49,7 @@ struct Idle {
 #[derive(Debug)]
 pub(crate) struct Place {
     places: Arc<Places>,
-    number: u64,
+    number: AtomicU64,
     address: Option<Address>,
     displaced: CancellationToken,
 }
@@ -95,6 +99,7 @@ impl Places {
         if let Some(loser) = loser {
             loser.displaced.cancel();
         }
+        let number = AtomicU64::new(number);
         Some(Place { places: Arc::clone(self), number, address, displaced })
     }
 }
@@ -119,8 +124,23 @@ impl State {
 impl Place {
     /// Keeps the place while a request is being answered.
     pub(crate) fn keep(self: &Arc<Self>) -> Kept {
-        let is_held = self.places.state.lock().idle.remove(&self.number).is_some();
+        let number = self.number.load(Ordering::Relaxed);
+        let is_held = self.places.state.lock().idle.remove(&number).is_some();
         Kept { place: Arc::clone(self), is_held }
+    }
+
+    /// Has the connection be the last to make way, unless it has to already.
+    pub(crate) fn renew(&self) {
+        let mut state = self.places.state.lock();
+        if let Some(idle) = state.idle.remove(&self.number.load(Ordering::Relaxed)) {
+            self.insert(&mut state, idle);
+        }
+    }
+
+    fn insert(&self, state: &mut State, idle: Idle) {
+        state.next += 1;
+        self.number.store(state.next, Ordering::Relaxed);
+        state.idle.insert(state.next, idle);
     }
 
     /// Waits until the connection has to make way for a newcomer.
@@ -135,9 +155,9 @@ impl Place {
 impl Drop for Kept {
     fn drop(&mut self) {
         if self.is_held {
-            let Place { places, number, address, displaced } = &*self.place;
+            let Place { places, address, displaced, .. } = &*self.place;
             let idle = Idle { address: *address, displaced: displaced.clone() };
-            places.state.lock().idle.insert(*number, idle);
+            self.place.insert(&mut places.state.lock(), idle);
         }
     }
 }
@@ -145,7 +165,8 @@ impl Drop for Kept {
 impl Drop for Place {
     fn drop(&mut self) {
         // Nothing is idle under this number if the connection has made way.
-        drop(self.places.state.lock().give_back(self.number));
+        let number = self.number.load(Ordering::Relaxed);
+        drop(self.places.state.lock().give_back(number));
     }
 }
 

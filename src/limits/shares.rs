@@ -278,7 +278,8 @@ impl Shares {
         let State { project, servers, .. } = *state;
         let used = state.client(share.key, self.max, now);
         let rates = (Rate::ClientBroadcasts, Rate::ClientBroadcastBytes);
-        let own = used.after(&self.client, own, rates, now)?;
+        // A server is no client among others: the project's rate alone bounds what it says elsewhere.
+        let own = if share.is_server { *used } else { used.after(&self.client, own, rates, now)? };
         let project = self.of_project(project, sent, now)?;
         let servers = servers
             .after(self.servers, ruled, now)
@@ -321,7 +322,11 @@ impl Shares {
         let project = self.of_project(state.project, Amount::one(1), now);
         let used = state.client(share.key, self.max, now);
         let rates = (Rate::ClientBroadcasts, Rate::ClientBroadcastBytes);
-        let own = used.after(&self.client, Amount::one(1), rates, now);
+        let own = if share.is_server {
+            Ok(*used)
+        } else {
+            used.after(&self.client, Amount::one(1), rates, now)
+        };
         own.and(project).err().map(|exceeded| exceeded.rate)
     }
 

@@ -205,9 +205,10 @@ impl History {
             self.held.insert(sub_topic.into(), hold);
         }
         match (&self.suspicion, hold) {
-            (Some(suspicion), Hold::Asked) => suspicion.joined(sub_topic),
+            // Nobody is told of any other topic.
+            (Some(suspicion), Hold::Asked) if is_listened => suspicion.joined(sub_topic),
             (Some(suspicion), Hold::Left) => suspicion.left(sub_topic),
-            (None, Hold::Asked | Hold::Left) => {}
+            (Some(_), Hold::Asked) | (None, Hold::Asked | Hold::Left) => {}
         }
     }
 

@@ -46,7 +46,7 @@ const LOST_MAX: lost_sockets::Bounds =
 /// Most topics that are remembered because somebody has joined them.
 const RECENT_MAX: recent::Bounds = recent::Bounds { all: 10_000, of_address: 128 };
 /// Most suspects of an address: more than a venue has viewers with old client libraries.
-const SUSPECTS_PER_ADDRESS_MAX: usize = 2_048;
+const SUSPECTS_PER_ADDRESS_MAX: usize = 8_192;
 
 /// What is remembered of clients that were away.
 #[derive(Debug)]
@@ -140,8 +140,7 @@ impl Recovery {
             let key = TopicKey { sub_topic: Arc::clone(topic), privacy: Privacy::Public };
             self.hub.subscriber_count(&key) > 0
         };
-        let open = self.recent.open(RECENT_MAX.all).into_iter().map(|open| open.topic);
-        let viewed: Vec<_> = open.filter(is_viewed).collect();
+        let viewed: Vec<_> = self.recent.all().into_iter().filter(is_viewed).collect();
         self.recent.viewed(&viewed);
         self.recent.sweep();
     }

@@ -215,14 +215,22 @@ impl Recent {
             .collect()
     }
 
-    /// Records that these topics have a viewer.
+    /// Returns every topic that is remembered.
+    pub(super) fn all(&self) -> Vec<Arc<str>> {
+        self.state.lock().topics.keys().cloned().collect()
+    }
+
+    /// Records that these topics have a viewer. They keep their order.
     pub(super) fn viewed(&self, topics: &[Arc<str>]) {
         let now = Instant::now();
         let mut state = self.state.lock();
-        for topic in topics {
-            if state.topics.contains_key(topic) {
-                state.view(topic, now, None);
-            }
+        let known =
+            topics.iter().filter_map(|topic| Some((state.topics.get(topic)?.viewed, topic)));
+        let mut known: Vec<_> = known.collect();
+        known.sort_unstable();
+        for (after, (_, topic)) in known.into_iter().rev().enumerate() {
+            let viewed = now.checked_sub(Duration::from_nanos(after as u64)).unwrap_or(now);
+            state.view(topic, viewed, None);
         }
     }
 

@@ -110,7 +110,7 @@ impl Listens {
     }
 
     fn hold(self: &Arc<Self>, wish: Wish<'_>) -> Result<ListenGuard, NoPlace> {
-        if wish.channel.len() > NOTIFY_CHANNEL_BYTES_MAX {
+        if wish.channel.len() > NOTIFY_CHANNEL_BYTES_MAX || wish.channel.contains('\0') {
             return Err(NoPlace::TooLong);
         }
         let mut state = self.state.lock();
@@ -463,7 +463,9 @@ mod tests {
         let held = stage.hold(&"a".repeat(63));
         assert!(held.is_ok());
         assert_eq!(stage.hold("b").unwrap_err(), NoPlace::Full);
-        assert_eq!(stage.hold(&"a".repeat(64)).unwrap_err(), NoPlace::TooLong);
+        for name in [&*"a".repeat(64), "a\0b"] {
+            assert_eq!(stage.hold(name).unwrap_err(), NoPlace::TooLong);
+        }
     }
 
     #[tokio::test(start_paused = true)]

@@ -62,7 +62,7 @@ pub(crate) struct Places {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, strum::VariantArray, strum::IntoStaticStr)]
 #[strum(serialize_all = "snake_case")]
 pub(crate) enum NoPlace {
-    /// Postgres would cut the name.
+    /// Postgres would cut the name, or refuse it for its NUL.
     TooLong,
     /// All places are taken by events that have as much right to them.
     Full,

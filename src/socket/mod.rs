@@ -165,7 +165,7 @@ impl Socket {
         let Some(Slot::Waiting(waiting)) = self.channels.remove(&topic) else {
             return;
         };
-        let Waiting { what, mut backlog } = *waiting;
+        let Waiting { what, mut backlog, is_too_slow } = *waiting;
         self.pending.take(&backlog);
         match what {
             Awaiting::Join(joining) => self.answer_join(&topic, *joining, answer),
@@ -180,6 +180,9 @@ impl Socket {
             let ends_at = channel.expires_at(shared.auth.grace());
             self.expires_at = self.expires_at.min(ends_at);
             self.settle(&topic, next);
+        }
+        if is_too_slow {
+            self.end_too_slow(&topic);
         }
         self.handle(backlog).await;
         self.note_emptiness();
@@ -240,10 +243,18 @@ impl Socket {
         let Some(name) = found.map(|(name, _)| name.clone()) else {
             return;
         };
-        // A topic that waits stays: what it waits for may be the start of a healthy channel.
-        if let Some(Slot::Joined(channel)) = self.channels.get(&name) {
-            channel.complain(context, TOO_SLOW);
-            self.settle(&name, Next::Ended(EndReason::TooSlow));
+        match self.channels.get_mut(&name) {
+            Some(Slot::Joined(_)) => self.end_too_slow(&name),
+            // It ends when the answer has come that it waits for.
+            Some(Slot::Waiting(waiting)) => waiting.is_too_slow = true,
+            None => {}
+        }
+    }
+
+    fn end_too_slow(&mut self, topic: &str) {
+        if let Some(Slot::Joined(channel)) = self.channels.get(topic) {
+            channel.complain(self.context(), TOO_SLOW);
+            self.settle(topic, Next::Ended(EndReason::TooSlow));
         }
     }
 
@@ -353,7 +364,11 @@ impl Socket {
             }
         }
         let joining = Joining { join_ref, reference, decided, history, replaced };
-        let waiting = Waiting { what: Awaiting::Join(Box::new(joining)), backlog: Vec::new() };
+        let waiting = Waiting {
+            what: Awaiting::Join(Box::new(joining)),
+            backlog: Vec::new(),
+            is_too_slow: false,
+        };
         self.channels.insert(topic, Slot::Waiting(Box::new(waiting)));
     }
 
@@ -460,7 +475,7 @@ impl Socket {
         let answer = async move { Answer::Writes(policies.write(query).await) };
         self.pending.wait(topic, answer);
         let backlog = self.pending.put(pushes);
-        let waiting = Waiting { what: Awaiting::Channel(channel), backlog };
+        let waiting = Waiting { what: Awaiting::Channel(channel), backlog, is_too_slow: false };
         self.channels.insert(topic.into(), Slot::Waiting(Box::new(waiting)));
     }
 
@@ -597,7 +612,11 @@ impl Socket {
             Next::AskReads => {
                 let answer = self.ask_reads(&channel, None);
                 self.pending.wait(topic, answer);
-                let waiting = Waiting { what: Awaiting::Channel(channel), backlog: Vec::new() };
+                let waiting = Waiting {
+                    what: Awaiting::Channel(channel),
+                    backlog: Vec::new(),
+                    is_too_slow: false,
+                };
                 self.channels.insert(topic.into(), Slot::Waiting(Box::new(waiting)));
             }
         }

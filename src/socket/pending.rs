@@ -58,6 +58,8 @@ impl Waiting {
 pub(super) struct Waiting {
     pub(super) what: Awaiting,
     pub(super) backlog: Vec<Message>,
+    /// The client was too slow for the topic meanwhile.
+    pub(super) is_too_slow: bool,
 }
 
 /// What waits.
@@ -190,7 +192,11 @@ mod tests {
             history: ClientHistory::Nothing,
             replaced: None,
         };
-        let mut waiting = Waiting { what: Awaiting::Join(Box::new(joining)), backlog: Vec::new() };
+        let mut waiting = Waiting {
+            what: Awaiting::Join(Box::new(joining)),
+            backlog: Vec::new(),
+            is_too_slow: false,
+        };
         let message =
             |frame: &Utf8Bytes| Serializer::V2.decode(Frame::Text(frame.clone())).unwrap();
         let ignored = "x".repeat(1_000_000);

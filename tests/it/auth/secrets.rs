@@ -453,15 +453,16 @@ async fn slow_consumer(stage: &mut Stage) {
     let path = format!("/realtime/v1/websocket?vsn=2.0.0&apikey={}", stage.token("valid"));
     stream.write_all(raw::upgrade(&path, &[]).as_bytes()).await.unwrap();
     raw::answer(&mut stream).await;
-    let text = join("1", "slow", &json!({ "config": {} })).to_string();
+    let text = join("1", "auction_winner_AB3028", &json!({ "config": {} })).to_string();
     stream.write_all(&raw::frame(0x81, text.as_bytes())).await.unwrap();
     stage.reaches("tidegate_topics", 1.0).await;
-    let key = format!("apikey: {}", stage.token("valid"));
+    let key = format!("apikey: {SECRET_KEY}");
     let series = "tidegate_connections_closed_total{code=\"1008\",reason=\"slow_consumer\"} 1";
     let closed = async {
         while !stage.metrics().await.contains(series) {
+            let payload = json!({ "a": MARK.repeat(20_000) });
             let message =
-                json!({ "topic": "slow", "event": "e", "payload": { "a": MARK.repeat(20_000) } });
+                json!({ "topic": "auction_winner_AB3028", "event": "e", "payload": payload });
             let body = json!({ "messages": [message] }).to_string();
             assert_eq!(stage.ask(raw::post("/api/broadcast", &[&key], body)).await, 202);
         }

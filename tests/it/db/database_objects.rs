@@ -457,6 +457,22 @@ async fn a_queue_that_is_more_than_half_full_is_spared() {
     }
 }
 
+/// A session plans the reading of a row once, and goes on by that plan for hours.
+#[tokio::test]
+async fn a_session_tells_all_the_same_after_a_columns_type_has_changed() {
+    for mut database in Database::both().await {
+        assert_ne!(database.told(&bid(ART, 5)).await, json!([]));
+        let mut other = database.connect().await;
+        other.execute("alter table bids alter column amount type double precision").await.unwrap();
+        for amount in [6, 7] {
+            let told = database.told_viewers(&bid(ART, amount)).await;
+            let expected = bid_placed(database.shape.easel(), amount);
+            assert_eq!(told, json!([viewers("AB3028", &expected)]));
+        }
+        assert_eq!(database.failures().await, "");
+    }
+}
+
 #[tokio::test]
 async fn a_locked_table_delays_a_write_by_50_ms_and_is_recorded() {
     for mut database in Database::both().await {
