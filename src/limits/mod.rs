@@ -18,7 +18,10 @@ mod rate;
 mod settings;
 mod shares;
 
-use std::{net::IpAddr, sync::Arc};
+use std::{
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    sync::Arc,
+};
 
 use ipnet::IpNet;
 
@@ -98,10 +101,12 @@ impl Limits {
     }
 
     /// Returns the address whose share of places a connection of `peer` counts for: none for a trusted
-    /// proxy and for this machine, which stand for many.
+    /// proxy and for `localhost`, where a proxy of this machine comes from, which stand for many.
     pub(crate) fn share_of(&self, peer: IpAddr) -> Option<Address> {
         let peer = peer.to_canonical();
-        let stands_for_many = peer.is_loopback() || is_trusted(peer, &self.trusted_proxies);
+        let is_localhost = [IpAddr::from(Ipv4Addr::LOCALHOST), Ipv6Addr::LOCALHOST.into()];
+        let stands_for_many =
+            is_localhost.contains(&peer) || is_trusted(peer, &self.trusted_proxies);
         (!stands_for_many).then(|| peer.into())
     }
 
@@ -206,6 +211,16 @@ mod tests {
         let mut config = Config::defaults();
         set(&mut config);
         Limits::new(config.limits, config.network, &Registry::new())
+    }
+
+    #[test]
+    fn whoever_stands_for_many_has_no_share_of_places() {
+        let proxies = vec!["10.0.0.0/8".parse().unwrap()];
+        let limits = limits(|config| config.network.trusted_proxies = proxies);
+        let has_share = |peer: &str| limits.share_of(peer.parse().unwrap()).is_some();
+        let many = ["127.0.0.1", "::1", "::ffff:127.0.0.1", "10.1.2.3"];
+        assert_eq!(many.map(has_share), [false; 4]);
+        assert_eq!(["127.0.0.2", "192.0.2.1", "2001:db8::1"].map(has_share), [true; 3]);
     }
 
     /// A person, or without a number the holder of the public key at this address.

@@ -65,6 +65,8 @@ impl Stage {
         let database = cluster.url(DATABASE);
         db::migrate(&Secret::from(&*database)).await.unwrap();
         cluster.psql(DATABASE, &rows()).await.unwrap();
+        // What has been notified of an event is told to whoever joins it; here nothing has been.
+        cluster.psql(DATABASE, "truncate tidegate.broadcast_history").await.unwrap();
         let stranger = database.replace("postgres@", &format!("{STRANGER}@"));
         let gateway = Gateway::start(&database, &[("TIDEGATE_ADMIN_TOKEN", ADMIN_TOKEN)]).await;
         Self { gateway, database, stranger, _cluster: cluster }
