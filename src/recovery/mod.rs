@@ -107,6 +107,12 @@ impl Recovery {
         self.recent.unasked(RECENT_MAX.all)
     }
 
+    /// Records whether the database answers which events everybody may know. Until it does, all may be
+    /// told of what it has said nothing of.
+    pub(crate) fn set_answered(&self, is_answered: bool) {
+        self.recent.set_answered(is_answered);
+    }
+
     /// Takes what the database says of an event.
     pub(crate) fn answered(&self, eid: &str, standing: Standing) {
         self.recent.answered(eid, standing);

@@ -1,7 +1,9 @@
 //! Topics that were joined recently, and of which events anybody may be told.
 //!
 //! Anybody who may read a topic may be told of it if the database calls its event public, or if the
-//! topic's rule lists its events, and if somebody has viewed it within [`VIEWED_LATELY`].
+//! topic's rule lists its events, and if somebody has viewed it within [`VIEWED_LATELY`]. While there is
+//! no database that can be asked, that goes for every event of which it has said nothing: a deaf client
+//! that nobody heals misses everything.
 //!
 //! Invariants: at most `all` topics are remembered, and of each address at most `of_address` whose
 //! event nobody else knows; beyond that the oldest of those is forgotten, and one whose event is
@@ -53,6 +55,8 @@ struct State {
     unknown_of: HashMap<Uuid, BTreeSet<(Instant, Arc<str>)>>,
     /// The topics that anybody may be told of.
     open: BTreeSet<(Instant, Arc<str>)>,
+    /// The database answers which events are public.
+    is_answered: bool,
 }
 
 #[derive(Debug)]
@@ -105,6 +109,8 @@ pub(super) enum OpenBy {
     Database,
     /// Its rule listed its events when it was last joined.
     Rule,
+    /// The database has said nothing of its event, and cannot be asked.
+    Silence,
 }
 
 impl Recent {
@@ -176,6 +182,22 @@ impl Recent {
         event.asked = Some(Instant::now());
         if event.standing != standing {
             state.change(eid, |event| event.standing = standing);
+        }
+    }
+
+    /// Records whether the database answers which events are public.
+    pub(super) fn set_answered(&self, is_answered: bool) {
+        let mut state = self.state.lock();
+        if state.is_answered == is_answered {
+            return;
+        }
+        let topics: Vec<_> = state.topics.keys().cloned().collect();
+        for topic in &topics {
+            state.unplace(topic);
+        }
+        state.is_answered = is_answered;
+        for topic in &topics {
+            state.place(topic);
         }
     }
 
@@ -286,9 +308,12 @@ impl State {
     /// Returns why anybody may be told of the topic.
     fn open_by(&self, topic: &Topic) -> Option<OpenBy> {
         let event = topic.event.as_ref().and_then(|eid| self.events.get(eid));
-        let is_public = event.is_some_and(|event| event.standing == Standing::Public);
-        let listed = topic.is_listed.then_some(OpenBy::Rule);
-        if is_public { Some(OpenBy::Database) } else { listed }
+        match event.map(|event| event.standing) {
+            Some(Standing::Public) => Some(OpenBy::Database),
+            _ if topic.is_listed => Some(OpenBy::Rule),
+            Some(Standing::Unknown) if !self.is_answered => Some(OpenBy::Silence),
+            Some(Standing::Unknown | Standing::Private) | None => None,
+        }
     }
 
     fn view(&mut self, topic: &Arc<str>, viewed: Instant, is_listed: Option<bool>) {

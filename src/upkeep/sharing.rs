@@ -70,6 +70,7 @@ impl Sharing {
         if !matches!(result, Ok(Ok(()))) {
             // Other gateways may start or die until the next exchange.
             self.recovery.lost_sockets.set_alone(false);
+            self.recovery.set_answered(false);
         }
         if let Ok(Err(error)) = result {
             tracing::debug!(error = &error as &dyn Error, "nothing shared with other gateways");
@@ -95,7 +96,9 @@ impl Sharing {
             }
         }
         // Before the lost sockets are taken over, for which it matters whether an event is known.
-        if let Err(error) = self.ask_standings().await {
+        let answered = self.ask_standings().await;
+        self.recovery.set_answered(answered.is_ok());
+        if let Err(error) = answered {
             tracing::debug!(
                 error = &error as &dyn Error,
                 "the database does not say which events everybody may know; is its system file old?"

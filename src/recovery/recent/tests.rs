@@ -14,7 +14,9 @@ fn rules() -> Rules {
 
 /// A memory for so many topics, and so many unknown ones of an address.
 fn memory(all: usize, of_address: usize) -> Recent {
-    Recent::new(Bounds { all, of_address })
+    let recent = Recent::new(Bounds { all, of_address });
+    recent.set_answered(true);
+    recent
 }
 
 fn join(recent: &Recent, topic: &str, address: u128) {
@@ -53,6 +55,22 @@ async fn nobody_is_told_of_an_event_before_the_database_calls_it_public() {
     assert_eq!(recent.open_of("AB1").len(), 2);
     recent.answered("AB1", Standing::Private);
     assert_eq!(open(&recent), [""; 0]);
+}
+
+/// Without a database, or while it is away, a deaf client would be healed by nobody.
+#[tokio::test(start_paused = true)]
+async fn while_no_database_answers_all_may_be_told_of_what_it_has_said_nothing_of() {
+    let recent = memory(9, 9);
+    join(&recent, "cache_invalidate_AB1", 1);
+    join(&recent, "cache_invalidate_AB2", 1);
+    recent.answered("AB2", Standing::Private);
+    recent.set_answered(false);
+    assert_eq!(open(&recent), ["cache_invalidate_AB1"]);
+    join(&recent, "cache_invalidate_AB3", 1);
+    assert!(recent.is_open("AB3") && !recent.is_open("AB2"));
+    recent.set_answered(true);
+    assert_eq!(open(&recent), [""; 0]);
+    assert_eq!(remembered(&recent).len(), 3);
 }
 
 #[tokio::test(start_paused = true)]
