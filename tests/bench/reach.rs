@@ -6,7 +6,6 @@
 #![expect(clippy::print_stdout, reason = "a benchmark prints")]
 #![expect(clippy::unwrap_used, reason = "a benchmark that cannot measure ends")]
 
-mod deaf;
 mod flood;
 mod support;
 mod writes;
@@ -127,7 +126,6 @@ async fn main() {
     );
     drop(gateway);
     flood::measure(&Gateway::start("", &[]).await, short).await;
-    deaf::measure(&cluster, short).await;
     write_costs(&cluster, short).await;
     drop(cluster);
     let (turns, votes) = if short { (2, 3) } else { (20, 100) };
