@@ -26,7 +26,7 @@ use super::{
 };
 use crate::{
     auth::Token,
-    limits::{Effect, Limited, Place, Share, TooFast},
+    limits::{Effect, Kept, Limited, Place, Share, TooFast},
     protocol::{
         message::{FIELD_BYTES_MAX, Json, UserBroadcast, UserPayload},
         serializer::Broadcast,
@@ -55,15 +55,12 @@ async fn batch(shared: &Shared, request: Request, caller: Caller) -> Response {
         Ok(sender) => sender,
         Err(refused) => return refused.response(),
     };
-    let from = from(caller, sender.1);
+    let share = sender.1;
     let mut sender = MessageSender::new(shared, caller, sender, Effect::Dropped, &request);
-    // Its place is held until the request is answered.
-    let place = request.extensions().get::<Arc<Place>>().cloned();
-    let body = match body(shared, request, from).await {
+    let (body, _kept) = match body(shared, request, caller, share).await {
         Ok(body) => body,
         Err(status) => return empty(status),
     };
-    let _kept = place.as_ref().map(Place::keep);
     let limits = shared.limits.settings();
     let (messages_max, payload_bytes_max) = (limits.batch_messages_max, limits.payload_bytes_max);
     let messages = match batch::read(&body.bytes, Bounds { messages_max, payload_bytes_max }) {
@@ -132,14 +129,12 @@ async fn single(
     let is_private = query_value(request.uri().query().unwrap_or_default(), "private");
     let privacy =
         if is_private.as_deref() == Some("true") { Privacy::Private } else { Privacy::Public };
-    let from = from(caller, sender.1);
+    let share = sender.1;
     let mut sender = MessageSender::new(shared, caller, sender, Effect::Refused, &request);
-    let place = request.extensions().get::<Arc<Place>>().cloned();
-    let Body { bytes: body, _place } = match body(shared, request, from).await {
+    let (Body { bytes: body, _place }, _kept) = match body(shared, request, caller, share).await {
         Ok(body) => body,
         Err(status) => return empty(status),
     };
-    let _kept = place.as_ref().map(Place::keep);
     if body.len() > shared.limits.settings().payload_bytes_max {
         return invalid(&json!({ "payload": ["Payload size exceeds tenant limit"] }));
     }
@@ -223,17 +218,18 @@ fn token_text(request: &Request) -> String {
     }
 }
 
-/// Reads the whole body, which holds its place until it is dropped.
-fn from(caller: Caller, share: Share) -> bodies::Sender {
-    bodies::Sender { address: caller.address().into(), is_server: share.is_servers() }
-}
-
+/// Reads the whole body, which holds its place until it is dropped, and keeps the connection's place
+/// from then on.
 async fn body(
     shared: &Shared,
     request: Request,
-    sender: bodies::Sender,
-) -> Result<Body<'_>, StatusCode> {
-    shared.bodies.read(&shared.limits, sender, request.into_body()).await
+    caller: Caller,
+    share: Share,
+) -> Result<(Body<'_>, Option<Kept>), StatusCode> {
+    let place = request.extensions().get::<Arc<Place>>().cloned();
+    let sender = bodies::Sender { address: caller.address().into(), is_server: share.is_servers() };
+    let body = shared.bodies.read(&shared.limits, sender, request.into_body()).await?;
+    Ok((body, place.as_ref().map(Place::keep)))
 }
 
 /// Parses `/{topic}/events/{event}`, each percent-encoded, neither empty nor longer than a frame's

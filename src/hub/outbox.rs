@@ -267,8 +267,7 @@ impl Outbox {
         committed: Option<Committed>,
         kind: Kind,
     ) -> Result<usize, Ended> {
-        let (waker, pushed) = {
-            let mut state = self.state.lock();
+        self.change(|state| {
             let mut count = 0;
             for frame in frames {
                 if state.ended.is_some() {
@@ -280,13 +279,8 @@ impl Outbox {
                 state.committed = [state.committed, committed].into_iter().flatten().min();
             }
             self.bounds.note(state.bytes);
-            (state.waker.take(), state.ended.map_or(Ok(count), Err))
-        };
-        // Outside the lock: waking may run the scheduler, which must not find it held.
-        if let Some(waker) = waker {
-            waker.wake();
-        }
-        pushed
+            state.ended.map_or(Ok(count), Err)
+        })
     }
 
     /// Drops what is queued of a topic that the client may not hear any more, or no longer wants.
@@ -300,29 +294,17 @@ impl Outbox {
     /// Drops whatever can be dropped without closing the connection, because all outboxes together
     /// hold too much.
     pub(super) fn relieve(&self) {
-        let waker = {
-            let mut state = self.state.lock();
+        self.change(|state| {
             state.conflate();
             while let Some(topic) = state.largest_ordinary(None) {
                 state.overflow(topic);
             }
-            state.waker.take()
-        };
-        if let Some(waker) = waker {
-            waker.wake();
-        }
+        });
     }
 
     /// Drops everything and ends the connection, because all outboxes together hold too much.
     pub(super) fn overflow(&self) {
-        let waker = {
-            let mut state = self.state.lock();
-            state.end_as_slow();
-            state.waker.take()
-        };
-        if let Some(waker) = waker {
-            waker.wake();
-        }
+        self.change(State::end_as_slow);
     }
 
     /// How much is being written, in bytes.
@@ -345,26 +327,28 @@ impl Outbox {
     /// Ends the outbox: its connection writes what is queued and closes for this reason, unless it
     /// already does for another.
     pub fn end(&self, ended: Ended) {
-        let waker = {
-            let mut state = self.state.lock();
+        self.change(|state| {
             state.ended.get_or_insert(ended);
-            state.waker.take()
-        };
-        if let Some(waker) = waker {
-            waker.wake();
-        }
+        });
     }
 
     /// Has the connection look at what it has decided, whatever else it has to do.
     pub fn nudge(&self) {
-        let waker = {
+        self.change(|state| state.nudged = true);
+    }
+
+    /// Changes the state and wakes the connection.
+    fn change<T>(&self, act: impl FnOnce(&mut State) -> T) -> T {
+        let (waker, changed) = {
             let mut state = self.state.lock();
-            state.nudged = true;
-            state.waker.take()
+            let changed = act(&mut state);
+            (state.waker.take(), changed)
         };
+        // Outside the lock: waking may run the scheduler, which must not find it held.
         if let Some(waker) = waker {
             waker.wake();
         }
+        changed
     }
 
     /// Whether something was dropped that the client has not been told of.

@@ -35,7 +35,7 @@ pub(crate) use self::{
     bucket::{Bucket, TooFast},
     meter::{Metered, Metering, is_unfinished},
     metrics::{Effect, Limited, Rate},
-    places::{Place, Places},
+    places::{Kept, Place, Places},
     rate::SWEEP_INTERVAL,
     shares::{Amount, Broadcasts, Exceeded, Share},
 };

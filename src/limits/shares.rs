@@ -277,9 +277,7 @@ impl Shares {
         let mut state = self.state.lock();
         let State { project, servers, .. } = *state;
         let used = state.client(share.key, self.max, now);
-        let rates = (Rate::ClientBroadcasts, Rate::ClientBroadcastBytes);
-        // A server is no client among others: the project's rate alone bounds what it says elsewhere.
-        let own = if share.is_server { *used } else { used.after(&self.client, own, rates, now)? };
+        let own = self.of_client(share, *used, own, now)?;
         let project = self.of_project(project, sent, now)?;
         let servers = servers
             .after(self.servers, ruled, now)
@@ -297,6 +295,21 @@ impl Shares {
         let mut state = self.state.lock();
         state.project = self.of_project(state.project, one, Instant::now())?;
         Ok(())
+    }
+
+    /// What has been used of a client's share. A server is no client among others: the project's rate
+    /// alone bounds what it says beside the topics of rules.
+    fn of_client(
+        &self,
+        share: Share,
+        used: Used,
+        amount: Amount,
+        now: Instant,
+    ) -> Result<Used, Exceeded> {
+        if share.is_server {
+            return Ok(used);
+        }
+        used.after(&self.client, amount, (Rate::ClientBroadcasts, Rate::ClientBroadcastBytes), now)
     }
 
     fn of_project(&self, used: Used, sent: Amount, now: Instant) -> Result<Used, Exceeded> {
@@ -321,12 +334,7 @@ impl Shares {
         }
         let project = self.of_project(state.project, Amount::one(1), now);
         let used = state.client(share.key, self.max, now);
-        let rates = (Rate::ClientBroadcasts, Rate::ClientBroadcastBytes);
-        let own = if share.is_server {
-            Ok(*used)
-        } else {
-            used.after(&self.client, Amount::one(1), rates, now)
-        };
+        let own = self.of_client(share, *used, Amount::one(1), now);
         own.and(project).err().map(|exceeded| exceeded.rate)
     }
 
